@@ -1,0 +1,95 @@
+"""Input checks that several rooms share: one value or one a model, and a guess at what was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["check_seeds", "did_you_mean", "per_model"]
+
+_MAX_SEED = 2**63 - 1
+
+
+def per_model(value: Any, num_models: int, name: str) -> list[Any]:
+    """Return `value` as a list with one entry for each of the M models.
+
+    Args:
+        value: one value for all models, or a list, range, 1-D array or 1-D tensor of M values. A tuple
+            counts as *one* value, because `betas=(0.9, 0.999)` is one hyperparameter.
+        num_models: M.
+        name: what the values are, in the plural, for the error message.
+
+    Returns:
+        A list of M values; tensors and arrays become plain Python numbers.
+
+    Raises:
+        ValueError: a list of another length than M.
+
+    Example:
+        >>> per_model(0.1, 3, "learning rates")
+        [0.1, 0.1, 0.1]
+        >>> per_model([1, 2], 3, "learning rates")
+        Traceback (most recent call last):
+        ValueError: Expected 3 learning rates (one per model), got 2: pass one value for all models or a list of 3.
+    """
+    if hasattr(value, "tolist"):  # torch and numpy, scalars included
+        value = value.tolist()
+    if isinstance(value, range):
+        value = list(value)
+    if not isinstance(value, list):
+        return [value] * num_models
+    if len(value) != num_models:
+        raise ValueError(
+            f"Expected {num_models} {name} (one per model), got {len(value)}: "
+            f"pass one value for all models or a list of {num_models}."
+        )
+    return list(value)
+
+
+def check_seeds(seeds: Sequence[int] | None, num_models: int) -> list[int]:
+    """Return one seed a model, drawing them from torch's default generator where none are given.
+
+    Args:
+        seeds: M integers from 0 to 2**63 - 1, or None.
+        num_models: M.
+
+    Returns:
+        A list of M integers.
+
+    Raises:
+        TypeError: something that is not a whole number, or one number where M are needed.
+        ValueError: another count than M, or a seed that `torch.manual_seed` would fold onto another one.
+
+    Example:
+        >>> check_seeds(range(3), 3)
+        [0, 1, 2]
+    """
+    if seeds is None:
+        return torch.randint(_MAX_SEED, (num_models,)).tolist()
+    if hasattr(seeds, "tolist"):
+        seeds = seeds.tolist()
+    if not isinstance(seeds, Iterable) or isinstance(seeds, (str, bytes)):
+        # One seed for all would give every model the same dropout masks: legal, but then it has to be said.
+        raise TypeError(f"Expected {num_models} seeds (one per model), got {seeds!r}: pass a list of {num_models}.")
+    seeds = list(seeds)
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"Expected whole numbers as seeds, got {seed!r}: pass a list of {num_models} integers.")
+        if not 0 <= seed <= _MAX_SEED:
+            raise ValueError(f"Expected seeds from 0 to 2**63 - 1, got {seed}: choose another seed.")
+    return per_model(seeds, num_models, "seeds")
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the option closest to `word`, or the options when none is close.
+
+    Example:
+        >>> did_you_mean("momentun", ["lr", "momentum"])
+        " Did you mean 'momentum'?"
+    """
+    options = sorted(options)
+    close = difflib.get_close_matches(word, options, n=1)
+    return f" Did you mean '{close[0]}'?" if close else f" Choose from: {', '.join(options)}."
