@@ -1,0 +1,308 @@
+"""ModelBatch: M models of one architecture, stacked, called and trained in one pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .checks import check_seeds, per_model
+from .compatibility import check_models
+from .operators import PerModel, Streams
+from .stacked_call import call_losses, call_models
+
+__all__ = ["ModelBatch"]
+
+_STREAMS = "mbkit_streams."  # in a state_dict: the random streams' states, one entry a device
+
+
+class ModelBatch(nn.Module):
+    """M models of one architecture as one module, each computing exactly what it computes alone.
+
+    The batch is a module like any other: `.to()`, `.double()`, `train()`, `eval()`, `state_dict()` and
+    `parameters()` do what they always do, on tensors `[M, ...]` under the names that the model itself uses.
+    The models given are copied and never changed.
+
+    Args:
+        models: M modules of one architecture; dropout rates, slopes and other floats of torch's own layers may
+            differ, and each model keeps its own.
+        shared_input: True when all models see one batch `[B, ...]`, False when each has its own, `[M, B, ...]`.
+        seeds: one whole number a model. Model m draws its dropout masks and other random numbers as it would
+            alone after `torch.manual_seed(seeds[m])`. Without seeds they are drawn from torch's default generator.
+
+    Raises:
+        TypeError: models that are not modules, or seeds that are not whole numbers.
+        ValueError: no models, or models that differ in anything but weights and float settings; another number
+            of seeds than of models.
+
+    Example:
+        >>> models = [nn.Linear(3, 2) for _ in range(4)]
+        >>> batch = ModelBatch(models, seeds=range(4))
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 2)
+        >>> losses = batch.compute_loss(batch(x), y, nn.functional.mse_loss, reduction="none")
+        >>> losses.sum().backward()
+        >>> tuple(losses.shape), tuple(batch.stacked_params["weight"].grad.shape)
+        ((4,), (4, 2, 3))
+
+    The name and its meaning follow the library `modelbatch` 0.1.0. Where it differs: model m is exactly the
+    lone model (random masks, buffers and per-model settings included), the given models are not part of the
+    module, and gradients are never copied, so none can go stale.
+    """
+
+    def __init__(
+        self, models: Sequence[nn.Module], shared_input: bool = True, *, seeds: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        self.settings = check_models(models)
+        self.num_models = len(models)
+        self.shared_input = shared_input
+        self.seeds = check_seeds(seeds, self.num_models)
+        self.streams = Streams(self.seeds)
+        self.latest_losses: Tensor | None = None
+        # The template is the user's own module, holding the stacked tensors. The batch takes over its tensors and
+        # children instead of becoming their parent, so that every name is the user's own.
+        template = copy.deepcopy(models[0])
+        _stack_into(template, models)
+        for path, attributes in self.settings.items():
+            for name, values in attributes.items():
+                setattr(template.get_submodule(path), name, PerModel(values))
+        self.training = template.training
+        self.__dict__["_template"] = template
+        for taken_over in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[taken_over] = template.__dict__[taken_over]
+
+    # ------------------------------------------------------------------ what is inside
+
+    @property
+    def stacked_params(self) -> dict[str, nn.Parameter]:
+        """The parameters `[M, ...]` under the model's own dotted names."""
+        return dict(self.named_parameters())
+
+    @property
+    def stacked_buffers(self) -> dict[str, Tensor]:
+        """The buffers `[M, ...]` under the model's own dotted names."""
+        return dict(self.named_buffers())
+
+    def __len__(self) -> int:
+        return self.num_models
+
+    def __getitem__(self, m: int) -> nn.Module:
+        """Return model m as a stand-alone module of the user's own class, with copies of its present tensors.
+
+        Args:
+            m: the model's number; negative numbers count from the end.
+
+        Raises:
+            IndexError: no such model.
+        """
+        if not isinstance(m, int):
+            raise TypeError(f"Expected a model's number from 0 to {self.num_models - 1}, got {m!r}.")
+        if not -self.num_models <= m < self.num_models:
+            raise IndexError(f"Expected a model's number from 0 to {self.num_models - 1}, got {m}.")
+        m %= self.num_models
+        own: dict[int, Tensor] = {}  # deepcopy's memo: instead of copying a stacked tensor, take model m's slice
+        for p in self._template.parameters():
+            own[id(p)] = nn.Parameter(p.detach()[m].clone(), requires_grad=p.requires_grad)
+        own |= {id(b): b.detach()[m].clone() for b in self._template.buffers()}
+        model = copy.deepcopy(self._template, own)
+        for path, attributes in self.settings.items():
+            for name, values in attributes.items():
+                setattr(model.get_submodule(path), name, values[m])
+        return model
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self[m] for m in range(self.num_models))
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """M stand-alone modules with today's weights; changing them does not change the batch."""
+        return list(self)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_models} x {type(self._template).__name__}, shared_input={self.shared_input}"
+
+    # ------------------------------------------------------------------ calling
+
+    def forward(self, *inputs: Any, shared_input: bool | None = None, **kwargs: Any) -> Any:
+        """Call all models; tensors may stand anywhere in the arguments.
+
+        Args:
+            *inputs: what the model takes; tensors are `[B, ...]` for all models or `[M, B, ...]`.
+            shared_input: for this call only, instead of the batch's own.
+            **kwargs: likewise.
+
+        Returns:
+            What the model returns, each tensor in it `[M, ...]`.
+
+        Raises:
+            ValueError: a per-model input whose first dimension is not M.
+            TypeError: a model that returns something that is not made of tensors.
+            BatchingError: a layer that cannot do for M models at once what it does for one.
+        """
+        shared = self.shared_input if shared_input is None else shared_input
+        return call_models(self, self._template, inputs, kwargs, shared)
+
+    def compute_loss(
+        self,
+        outputs: Any,
+        targets: Any,
+        loss_fn: Callable[[Any, Any], Tensor],
+        reduction: str = "sum",
+        *,
+        shared_targets: bool | None = None,
+    ) -> Tensor:
+        """Return the models' losses, added up, averaged or one by one.
+
+        Args:
+            outputs: what the batch returned, `[M, B, ...]`.
+            targets: `[B, ...]` for all models or `[M, B, ...]`.
+            loss_fn: gets one model's outputs and targets, returns one number.
+            reduction: "sum" (each model's gradient is its own), "none" for the losses `[M]`, or "mean", which
+                divides every gradient by M.
+            shared_targets: says which of the two forms the targets have, where their shape fits both.
+
+        Returns:
+            One number, or `[M]` for "none". The losses are kept in `latest_losses`, detached.
+
+        Raises:
+            ValueError: targets that fit neither form or could be both; a loss that is not one number a model;
+                an unknown reduction.
+        """
+        if reduction not in ("sum", "mean", "none"):
+            raise ValueError(f"Expected reduction 'sum', 'mean' or 'none', got {reduction!r}: choose one of them.")
+        losses = call_losses(self, outputs, targets, loss_fn, shared_targets)
+        self.latest_losses = losses.detach()
+        return losses if reduction == "none" else getattr(losses, reduction)()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the latest loss of each model as plain numbers, `{"loss_model_0": …}`; empty before the first."""
+        if self.latest_losses is None:
+            return {}
+        return {f"loss_model_{m}": loss for m, loss in enumerate(self.latest_losses.tolist())}
+
+    # ------------------------------------------------------------------ gradients
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the stacked parameters, the only gradients there are.
+
+        A step of training adds to these very tensors. Clearing anything else, such as copies of single models'
+        gradients, leaves the last step's gradient in place and every step after the first goes wrong.
+
+        Args:
+            set_to_none: drop the gradients (as torch does by default) instead of filling them with zeros.
+        """
+        super().zero_grad(set_to_none)
+
+    def clip_grad_norm_(self, max_norm: float | Sequence[float], norm_type: float = 2.0) -> Tensor:
+        """Clip each model's gradient to its own norm, as `torch.nn.utils.clip_grad_norm_` does for a lone model.
+
+        Args:
+            max_norm: the largest norm, one for all models or one a model.
+            norm_type: the p of the p-norm, `inf` included.
+
+        Returns:
+            The norms `[M]` before clipping.
+
+        Raises:
+            ValueError: another number of norms than models, or one that is not positive.
+
+        Example:
+            >>> batch = ModelBatch([nn.Linear(2, 1) for _ in range(3)])
+            >>> batch(torch.ones(4, 2)).sum().backward()
+            >>> norms = batch.clip_grad_norm_(1.0)
+            >>> tuple(norms.shape)
+            (3,)
+        """
+        limits = per_model(max_norm, self.num_models, "norms")
+        if not all(limit > 0 for limit in limits):
+            raise ValueError(f"Expected positive norms, got {max_norm}: choose a larger max_norm.")
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        if not grads:
+            return torch.zeros(self.num_models)
+        norms = [torch.linalg.vector_norm(g.flatten(1), norm_type, dim=1) for g in grads]
+        total = torch.linalg.vector_norm(torch.stack(norms, dim=1), norm_type, dim=1)
+        scale = (torch.tensor(limits, dtype=total.dtype, device=total.device) / (total + 1e-6)).clamp(max=1.0)
+        for g in grads:
+            g.mul_(scale.to(g.dtype).view(-1, *[1] * (g.dim() - 1)))
+        return total
+
+    # ------------------------------------------------------------------ states and files
+
+    def get_model_states(self) -> list[dict[str, Tensor]]:
+        """Return M state dicts, each what the lone model's `state_dict()` would be, as copies."""
+        stacked = self._template.state_dict()
+        return [{name: t.detach()[m].clone() for name, t in stacked.items()} for m in range(self.num_models)]
+
+    def load_model_states(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Put M state dicts into the batch; all are checked before the first tensor is changed.
+
+        Args:
+            states: what `get_model_states()` or M lone models' `state_dict()` return.
+
+        Raises:
+            ValueError: another number of states than models, other names, or other shapes.
+        """
+        checkpoint.load_states(self._template.state_dict(), states, self.num_models)
+
+    def save_all(self, folder: str | Path) -> None:
+        """Save each model's state as `folder/model_{m}.pt`, loadable by the lone model's `load_state_dict`.
+
+        Raises:
+            ValueError: the folder holds files of a batch with more models.
+        """
+        checkpoint.save_folder(self.get_model_states(), Path(folder))
+
+    def load_all(self, folder: str | Path) -> None:
+        """Load what `save_all` saved; every file is read and checked before the first tensor is changed.
+
+        Raises:
+            FileNotFoundError: a model's file is missing.
+            ValueError: a file that is not a state dict, or one that belongs to another architecture.
+        """
+        self.load_model_states(checkpoint.read_folder(Path(folder), self.num_models))
+
+    # ------------------------------------------------------------------ nn.Module's own verbs
+
+    def train(self, mode: bool = True) -> ModelBatch:
+        """Put all models into training mode, through the model's own `train`."""
+        self._template.train(mode)
+        self.training = mode
+        return self
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> ModelBatch:
+        self._template._apply(fn)  # .to(), .double() and the rest, through the model's own
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({f"{prefix}{_STREAMS}{device}": rows for device, rows in self.streams.state().items()})
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        head = prefix + _STREAMS
+        found = {key[len(head) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(head)}
+        if any(len(rows) != self.num_models for rows in found.values()):
+            raise ValueError(f"Expected the random streams of {self.num_models} models: load a batch of as many.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if found:
+            self.streams.load_state(found)
+
+
+def _stack_into(template: nn.Module, models: Sequence[nn.Module]) -> None:
+    """Replace every parameter and buffer of `template` by the stack of the models' own, wherever it is tied."""
+    stacks: dict[int, Tensor] = {}  # from the template's tensor, and from the stack itself, to the stack
+    sources = [dict(model.named_modules(remove_duplicate=False)) for model in models]
+    for path, module in template.named_modules(remove_duplicate=False):
+        for store in ("_parameters", "_buffers"):
+            for name, tensor in getattr(module, store).items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in stacks:
+                    rows = torch.stack([getattr(modules[path], store)[name].detach() for modules in sources])
+                    stack = nn.Parameter(rows, requires_grad=tensor.requires_grad) if store == "_parameters" else rows
+                    stacks[id(tensor)] = stacks[id(stack)] = stack
+                getattr(module, store)[name] = stacks[id(tensor)]

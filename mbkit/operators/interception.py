@@ -1,0 +1,78 @@
+"""The one interception: every torch call of the M models passes here before vmap sees it."""
+
+from __future__ import annotations
+
+import types
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from . import embedding, randomness, reads, recurrent
+from .model_by_model import model_by_model
+from .randomness import Streams
+from .settings import PerModel
+
+__all__ = ["Interception"]
+
+RULES = randomness.RULES | recurrent.RULES | embedding.RULES | reads.RULES
+
+
+@cache
+def _opened(function: types.FunctionType) -> types.FunctionType:
+    """Return a function of `torch.nn.functional` that no longer offers itself to modes, so that its body runs.
+
+    torch takes a mode away while its handler runs, so a composite such as `multi_head_attention_forward` has
+    to be entered with the mode on; its first line would then offer it to the mode again, for ever.
+    """
+    deaf = {name: lambda *_: False for name in vars(functional) if name.startswith("has_torch_function")}
+    cells = tuple(
+        types.CellType(_opened(cell.cell_contents)) if _is_composite(cell.cell_contents) else cell
+        for cell in function.__closure__ or ()
+    )
+    opened = types.FunctionType(
+        function.__code__, {**function.__globals__, **deaf}, function.__name__, function.__defaults__, cells
+    )
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
+
+
+def _is_composite(function: Any) -> bool:
+    return isinstance(function, types.FunctionType) and function.__module__ == functional.__name__
+
+
+class Interception(TorchFunctionMode):
+    """Routes the calls that vmap gets wrong to their rules, for one pass of M models.
+
+    Args:
+        index: `torch.arange(M)` as one model sees it under vmap, i.e. its own number.
+        num_models: M.
+        streams: the models' random generators.
+        device: where the models are.
+        per_model_settings: whether some module has a `PerModel` setting; spares looking for them otherwise.
+    """
+
+    def __init__(
+        self, index: Tensor, num_models: int, streams: Streams, device: torch.device, per_model_settings: bool
+    ) -> None:
+        super().__init__()
+        self.index = index
+        self.num_models = num_models
+        self.streams = streams
+        self.device = device
+        self.per_model_settings = per_model_settings
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if _is_composite(function):
+            with self:
+                return _opened(function)(*args, **kwargs)
+        rule = RULES.get(function)
+        if rule is not None:
+            return rule(self, function, args, kwargs)
+        if self.per_model_settings and any(isinstance(v, PerModel) for v in (*args, *kwargs.values())):
+            return model_by_model(self, function, args, kwargs)
+        return function(*args, **kwargs)

@@ -1,0 +1,135 @@
+"""Random numbers: model m draws from its own stream the very bits that it draws when it is trained alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .model_by_model import model_by_model
+from .physical import on_stacks
+from .settings import PerModel
+
+if TYPE_CHECKING:
+    from .interception import Interception
+
+__all__ = ["RULES", "Streams"]
+
+
+class Streams:
+    """M random generators, the m-th in the state that `torch.manual_seed(seeds[m])` gives.
+
+    Args:
+        seeds: M integers.
+
+    Example:
+        >>> streams = Streams([3, 4])
+        >>> _ = torch.manual_seed(4)
+        >>> torch.equal(torch.rand(2, generator=streams.on("cpu")[1]), torch.rand(2))
+        True
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.seeds = list(seeds)
+        self._generators: dict[torch.device, list[torch.Generator]] = {}
+
+    def on(self, device: torch.device | str) -> list[torch.Generator]:
+        """Return the M generators of a device, seeded at their first use."""
+        device = torch.device(device)
+        if device not in self._generators:
+            self._generators[device] = [torch.Generator(device).manual_seed(seed) for seed in self.seeds]
+        return self._generators[device]
+
+    def take_turns(self, device: torch.device) -> Iterator[int]:
+        """Yield 0 … M-1; while m is out, torch's default generators stand where model m's streams stand."""
+        defaults = {torch.device("cpu"): torch.default_generator}
+        if device.type == "cuda":
+            defaults[device] = torch.cuda.default_generators[device.index or 0]
+        before = {place: default.get_state() for place, default in defaults.items()}
+        try:
+            for m in range(len(self.seeds)):
+                for place, default in defaults.items():
+                    default.set_state(self.on(place)[m].get_state())
+                yield m
+                for place, default in defaults.items():
+                    self.on(place)[m].set_state(default.get_state())
+        finally:
+            for place, default in defaults.items():
+                default.set_state(before[place])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state of every stream in use: device name to bytes `[M, ...]`; empty before the first draw."""
+        return {str(d): torch.stack([g.get_state() for g in gs]) for d, gs in self._generators.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put the streams where `state()` found them; those it does not name start again from their seeds."""
+        self._generators.clear()
+        for device, states in state.items():
+            for generator, row in zip(self.on(device), states, strict=True):
+                generator.set_state(row.cpu().clone())
+
+    def __getstate__(self) -> dict:
+        return {"seeds": self.seeds, "state": self.state()}
+
+    def __setstate__(self, saved: dict) -> None:
+        self.__init__(saved["seeds"])
+        self.load_state(saved["state"])
+
+
+def _dropout(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
+    """`torch.dropout` with one mask a model.
+
+    On a CPU this draws what torch itself draws there, `bernoulli_(1 - p).div_(1 - p)` over the activation's
+    memory order. Other devices use fused kernels with counters of their own, so they go model by model.
+    """
+    x, p, train = args
+    if not train:
+        return x
+    if mode.device.type != "cpu" or kwargs:
+        return model_by_model(mode, function, args, kwargs)
+    rates = p.values if isinstance(p, PerModel) else [p] * mode.num_models
+
+    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
+        (x,) = stacks
+        one = x[0] if stacked[0] else x
+        like = torch.empty_like(one)  # takes the strides that the mask has alone
+        if like.is_contiguous():
+            noise = like.new_empty((mode.num_models, *like.shape))
+        else:
+            noise = torch.empty_strided(
+                (mode.num_models, *like.shape), (like.numel(), *like.stride()), dtype=like.dtype, device=like.device
+            )
+        for mask, rate, generator in zip(noise, rates, mode.streams.on(x.device), strict=True):
+            if rate == 0:
+                mask.fill_(1)  # torch draws nothing here, and nothing for a rate of 1
+            elif rate == 1:
+                mask.zero_()
+            else:
+                mask.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+        return (x * noise,)
+
+    return on_stacks(run, mode.index, [x])[0]
+
+
+_METHODS = "bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial normal_ random_ uniform_"
+_FUNCTIONS = """alpha_dropout alpha_dropout_ bernoulli binomial dropout_ feature_alpha_dropout feature_alpha_dropout_
+    feature_dropout feature_dropout_ multinomial native_dropout normal poisson rand rand_like randint randint_like
+    randn randn_like randperm rrelu rrelu_ _sample_dirichlet _standard_gamma"""
+
+RULES = {getattr(torch.Tensor, name): model_by_model for name in _METHODS.split()}
+RULES |= {getattr(torch, name): model_by_model for name in _FUNCTIONS.split() if hasattr(torch, name)}
+RULES |= {torch.rrelu: model_by_model, torch._C._nn.rrelu_with_noise: model_by_model}
+RULES[torch.dropout] = _dropout
+
+
+def _attention(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
+    """`scaled_dot_product_attention`: random only where it drops something."""
+    rate = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    if isinstance(rate, PerModel) or rate > 0:
+        return model_by_model(mode, function, args, kwargs)
+    return function(*args, **kwargs)
+
+
+RULES[torch._C._nn.scaled_dot_product_attention] = _attention
