@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from .operators import BatchingError, Interception, module_path
+from .operators import BatchingError, Interception, LayoutMatters, is_folded, module_path
 
 if TYPE_CHECKING:
     from .model_batch import ModelBatch
@@ -58,11 +58,17 @@ def call_models(batch: ModelBatch, template: nn.Module, inputs: tuple, kwargs: d
 
     stacked = [*parameters.values(), *buffers.values(), *(leaves[i] for i in places)]
     in_dims = [0] * len(names) + [None if shared else 0] * len(places)
-    results = list(_vectorized(batch, template, one_model, stacked, in_dims))
+    restore = _remember(batch, buffers) if batch.folding else None
+    try:
+        results = list(_vectorized(batch, template, one_model, stacked, in_dims))
+    except LayoutMatters:
+        batch.folding = False
+        restore()
+        results = list(_vectorized(batch, template, one_model, stacked, in_dims))
     for name in reversed(seen["assigned"]):
         owner, _, attribute = name.rpartition(".")
         template.get_submodule(owner)._buffers[attribute] = results.pop()
-    outputs = iter(results)
+    outputs = iter(t.contiguous() if is_folded(t) else t for t in results)  # a user may call view() on a slice
     return tree_unflatten([None if leaf is None else next(outputs) for leaf in seen["leaves"]], seen["spec"])
 
 
@@ -113,6 +119,20 @@ def call_losses(
     return _vectorized(batch, root, one_model, tensors, in_dims)[0]
 
 
+def _remember(batch: ModelBatch, buffers: dict[str, Tensor]) -> Callable[[], None]:
+    """Return a function that puts streams and buffers back where they are now, for a pass that has to be run again."""
+    streams = batch.streams.state()
+    values = {name: tensor.clone() for name, tensor in buffers.items()}
+
+    def restore() -> None:
+        batch.streams.load_state(streams)
+        with torch.no_grad():
+            for name, tensor in buffers.items():
+                tensor.copy_(values[name])
+
+    return restore
+
+
 def _vectorized(
     batch: ModelBatch,
     root: nn.Module,
@@ -124,7 +144,7 @@ def _vectorized(
     index = torch.arange(batch.num_models, device=device)
 
     def with_rules(index: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-        with Interception(index, batch.num_models, batch.streams, device, bool(batch.settings)):
+        with Interception(index, batch.num_models, batch.streams, device, bool(batch.settings), batch.folding):
             return function(*own)
 
     try:

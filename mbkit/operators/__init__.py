@@ -5,9 +5,10 @@ randomness, recurrent kernels, embedding, and reads of Python values. `model_by_
 resort: exact for any operator, at the speed of a loop.
 """
 
+from .convolution import LayoutMatters, is_folded
 from .interception import Interception
 from .locate import BatchingError, module_path
 from .randomness import Streams
 from .settings import PerModel
 
-__all__ = ["BatchingError", "Interception", "PerModel", "Streams", "module_path"]
+__all__ = ["BatchingError", "Interception", "LayoutMatters", "PerModel", "Streams", "is_folded", "module_path"]

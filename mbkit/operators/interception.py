@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from . import embedding, randomness, reads, recurrent
-from .model_by_model import model_by_model
+from . import convolution, embedding, randomness, reads, recurrent
+from .model_by_model import edits_in_place, model_by_model
 from .randomness import Streams
 from .settings import PerModel
 
 __all__ = ["Interception"]
 
-RULES = randomness.RULES | recurrent.RULES | embedding.RULES | reads.RULES
+RULES = convolution.RULES | randomness.RULES | recurrent.RULES | embedding.RULES | reads.RULES
 
 
 @cache
@@ -53,10 +53,17 @@ class Interception(TorchFunctionMode):
         streams: the models' random generators.
         device: where the models are.
         per_model_settings: whether some module has a `PerModel` setting; spares looking for them otherwise.
+        folding: whether convolutions may fold the models into their channels.
     """
 
     def __init__(
-        self, index: Tensor, num_models: int, streams: Streams, device: torch.device, per_model_settings: bool
+        self,
+        index: Tensor,
+        num_models: int,
+        streams: Streams,
+        device: torch.device,
+        per_model_settings: bool,
+        folding: bool,
     ) -> None:
         super().__init__()
         self.index = index
@@ -64,12 +71,19 @@ class Interception(TorchFunctionMode):
         self.streams = streams
         self.device = device
         self.per_model_settings = per_model_settings
+        # With one model a folded activation could not be told from a channels_last one, and gains nothing.
+        self.folding = folding and num_models > 1 and device.type == "cpu"
+        self.folded = False  # whether a convolution has folded in this pass
+        self.copies: set[int] = set()  # storages of copies that are views alone
+        self.index_values = torch.arange(num_models, device=device)  # what a rule returns when it has nothing to
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if _is_composite(function):
             with self:
                 return _opened(function)(*args, **kwargs)
+        if self.copies and edits_in_place(function):
+            convolution.check_edit(self, args)
         rule = RULES.get(function)
         if rule is not None:
             return rule(self, function, args, kwargs)

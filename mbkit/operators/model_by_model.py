@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .convolution import check_order
 from .locate import BatchingError
 from .physical import on_stacks, stack_alike
 from .settings import PerModel
@@ -18,10 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["edits_in_place", "model_by_model"]
 
 
+_NOT_EDITS = ("__init__", "__int__", "__index__", "__iter__", "__invert__")
+
+
 def edits_in_place(function: Any) -> bool:
     """Say whether an operator changes its first argument, which torch marks by a trailing underscore."""
     name = getattr(function, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
+    if name.startswith("__"):
+        return name.startswith("__i") and name not in _NOT_EDITS or name == "__setitem__"
+    return name.endswith("_")
 
 
 def model_by_model(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
@@ -42,6 +48,7 @@ def model_by_model(mode: Interception, function: Any, args: tuple, kwargs: dict)
             raise BatchingError(
                 "a tensor that all models share is edited in place, with other values for each model: copy it first"
             )
+        check_order(mode, stacks, stacked)
         outputs = []
         for m in mode.streams.take_turns(mode.device):
             own = [leaf.values[m] if isinstance(leaf, PerModel) else leaf for leaf in leaves]

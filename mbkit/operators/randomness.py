@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .convolution import check_order
 from .model_by_model import model_by_model
 from .physical import on_stacks
 from .settings import PerModel
@@ -93,6 +94,7 @@ def _dropout(mode: Interception, function: Any, args: tuple, kwargs: dict) -> An
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
         (x,) = stacks
+        check_order(mode, stacks, stacked)
         one = x[0] if stacked[0] else x
         like = torch.empty_like(one)  # takes the strides that the mask has alone
         if like.is_contiguous():
