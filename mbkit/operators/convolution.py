@@ -160,4 +160,4 @@ def _flatten(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Te
 RULES = {torch.conv2d: _conv2d}
 RULES |= {getattr(torch._C._nn, name): _pool for name in ("avg_pool2d", "adaptive_avg_pool2d")}
 RULES |= {torch.max_pool2d: _pool}
-RULES |= {f: _flatten for f in (Tensor.view, Tensor.flatten, torch.flatten, Tensor.reshape, torch.reshape)}
+RULES |= dict.fromkeys((Tensor.view, Tensor.flatten, torch.flatten, Tensor.reshape, torch.reshape), _flatten)

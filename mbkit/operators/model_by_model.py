@@ -26,7 +26,7 @@ def edits_in_place(function: Any) -> bool:
     """Say whether an operator changes its first argument, which torch marks by a trailing underscore."""
     name = getattr(function, "__name__", "")
     if name.startswith("__"):
-        return name.startswith("__i") and name not in _NOT_EDITS or name == "__setitem__"
+        return (name.startswith("__i") and name not in _NOT_EDITS) or name == "__setitem__"
     return name.endswith("_")
 
 
