@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbkit.batches import Batches
-from mbkit.checks import did_you_mean
-from mbkit.download import fetch_archive
+from .batches import Batches
+from .checks import did_you_mean
+from .download import fetch_archive
 
 __all__ = ["Batches", "ImageData", "demo_points", "load_cifar10", "load_digits", "load_images"]
 

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mbkit.progress import Progress
+from .progress import Progress
 
 __all__ = ["fetch_archive"]
 
@@ -74,8 +74,10 @@ def _open(url: str, patience: float, advice: str) -> http.client.HTTPResponse:
         answer = answers.get(timeout=patience)
     except queue.Empty:
         answer = TimeoutError(f"silence for {patience:g} seconds")
-    if isinstance(answer, Exception):
+    if isinstance(answer, (OSError, http.client.HTTPException)):
         raise ConnectionError(f"Expected an answer from {url}, got: {answer}. {advice}") from answer
+    if isinstance(answer, Exception):
+        raise answer
     return answer
 
 
