@@ -61,7 +61,7 @@ def check_seeds(seeds: Sequence[int] | None, num_models: int) -> list[int]:
 
     Raises:
         TypeError: something that is not a whole number, or one number where M are needed.
-        ValueError: another count than M, or a seed that `torch.manual_seed` would fold onto another one.
+        ValueError: another count than M, or a number that `torch.manual_seed` does not take.
 
     Example:
         >>> check_seeds(range(3), 3)
