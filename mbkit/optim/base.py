@@ -1,0 +1,214 @@
+"""What every optimizer of a batch shares: one group a model, the batch's own gradients, and a way out for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .hyperparameters import SWITCHES
+
+if TYPE_CHECKING:
+    from ..model_batch import ModelBatch
+
+__all__ = ["BatchOptimizer", "construct", "numbers_of"]
+
+
+class BatchOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers that `OptimizerFactory` makes: a `torch.optim.Optimizer` over a batch.
+
+    `param_groups[m]` holds model m's hyperparameters as plain numbers; read and write them at any time. Group 0's
+    "params" lists the stacked parameters and the other groups' lists are empty, because a stacked parameter belongs
+    to all models at once: so all groups together hold each parameter once, and whatever walks over them
+    (`state_dict`, `GradScaler`, gradient clipping) meets it once.
+
+    Args:
+        batch: the `ModelBatch`.
+        optimizer_cls: the torch.optim class to follow.
+        configs: M dicts of keyword arguments for `optimizer_cls`.
+        lone: M optimizers made from them, over whatever parameters; their groups are where the numbers come from.
+    """
+
+    def __init__(
+        self,
+        batch: ModelBatch,
+        optimizer_cls: type[torch.optim.Optimizer],
+        configs: Sequence[dict[str, Any]],
+        lone: Sequence[torch.optim.Optimizer],
+    ) -> None:
+        params = list(batch.stacked_params.values())
+        # torch's add_param_group compares a group with all before it: quadratic in M, so it sees the first only.
+        super().__init__([{"params": params}], dict(lone[0].defaults))
+        self.param_groups = [{**one.param_groups[0], "params": [] if m else params} for m, one in enumerate(lone)]
+        self.batch = batch
+        self.optimizer_cls = optimizer_cls
+        self._configs = [dict(config) for config in configs]
+
+    @property
+    def num_models(self) -> int:
+        """M."""
+        return len(self.param_groups)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all models from the gradients that the stacked parameters hold now.
+
+        Args:
+            closure: computes the loss and its gradients anew, and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: the batch's parameters are no longer the ones that this optimizer was made for.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = self._params()
+        if all(p.grad is None for p in params):
+            self._check_current(params)
+        self._update()
+        self._opt_called = True  # what torch's schedulers look at before they complain about the order of calls
+        return loss
+
+    def _update(self) -> None:
+        """Update the stacked parameters, gradients being off."""
+        raise NotImplementedError
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the stacked gradients, the only ones there are: the same call as `batch.zero_grad`."""
+        self.batch.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: the groups are the models."""
+        if "batch" in self.__dict__:
+            raise RuntimeError(
+                f"Expected {self.num_models} groups (one per model), and a further one cannot be added: "
+                "build a ModelBatch with more models and a new optimizer."
+            )
+        super().add_param_group(param_group)
+
+    def unstack(self, m: int, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return an `optimizer_cls` over one model, with model m's hyperparameters and state as they are now.
+
+        Training goes on alone from here exactly as it would in the batch.
+
+        Args:
+            m: the model, 0 to M - 1 (or negative, from the end).
+            model: a module from `batch[m]`, when you have one already; its weights are left as they are.
+
+        Returns:
+            The optimizer, its `.model` the module it trains.
+
+        Raises:
+            IndexError: there is no model m.
+            ValueError: `model` has other parameters than the batch's models.
+
+        Example:
+            >>> import torch
+            >>> from mbkit import ModelBatch
+        >>> from mbkit.optim import OptimizerFactory
+            >>> batch = ModelBatch([torch.nn.Linear(3, 1) for _ in range(2)])
+            >>> optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=[0.1, 0.01])
+            >>> lone = optimizer.unstack(1)
+            >>> type(lone).__name__, lone.param_groups[0]["lr"], type(lone.model).__name__
+            ('Adam', 0.01, 'Linear')
+        """
+        if not -self.num_models <= m < self.num_models:
+            raise IndexError(f"Expected a model from 0 to {self.num_models - 1}, got {m}.")
+        m %= self.num_models
+        model = self.batch[m] if model is None else model
+        own = {name: p.shape for name, p in model.named_parameters()}
+        expected = {name: p.shape[1:] for name, p in self.batch.stacked_params.items()}
+        if list(own.items()) != list(expected.items()):
+            raise ValueError(
+                f"Expected a module with the parameters {_shapes(expected)}, got {_shapes(own)}: "
+                f"pass batch[{m}], or nothing."
+            )
+        lone = self.optimizer_cls(model.parameters(), **self._configs[m])
+        self._fill_state(lone, m)
+        lone.param_groups[0].update(numbers_of(self.param_groups[m]))
+        lone.model = model  # type: ignore[attr-defined]
+        return lone
+
+    def _fill_state(self, lone: torch.optim.Optimizer, m: int) -> None:
+        """Give a fresh lone optimizer a copy of model m's state."""
+        raise NotImplementedError
+
+    # ---- staying whole through torch's own copying, pickling and loading
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"batch": self.batch, "optimizer_cls": self.optimizer_cls, "_configs": self._configs}
+        return {**super().__getstate__(), **own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` returned; training goes on to the same bits.
+
+        It differs from torch's in that nothing is shared with the state that was loaded, and that counts keep
+        their own dtype.
+
+        Raises:
+            ValueError: the state belongs to another number of models, another architecture or another optimizer.
+        """
+        groups = state_dict["param_groups"]
+        if len(groups) != self.num_models:
+            raise ValueError(
+                f"Expected the state of {self.num_models} models, got one of {len(groups)}: load it into a batch of "
+                f"{len(groups)} models."
+            )
+        # Newer versions of torch give some classes another flag; a state saved before has it at its default.
+        flags = {name: value for name, value in self.defaults.items() if isinstance(value, bool)}
+        missing = [name for name in self.defaults if name not in {*groups[0], *flags, *SWITCHES}]
+        if missing:
+            raise ValueError(
+                f"Expected the state of {self.optimizer_cls.__name__}, got one without {', '.join(missing)}: "
+                "create the optimizer from the class that the state was saved from."
+            )
+        self._check_state(state_dict["state"])
+        super().load_state_dict({**state_dict, "param_groups": [{**flags, **group} for group in groups]})
+
+    def _check_state(self, state: dict[Any, Any]) -> None:
+        """Refuse a state of another optimizer or architecture."""
+        raise NotImplementedError
+
+    def _params(self) -> list[nn.Parameter]:
+        return self.param_groups[0]["params"]
+
+    def _check_current(self, params: list[nn.Parameter]) -> None:
+        current = self.batch.stacked_params.values()
+        if len(current) != len(params) or any(p is not q for p, q in zip(params, current, strict=True)):
+            raise RuntimeError(
+                "The batch's parameters are other objects than when this optimizer was made, so no gradient reaches "
+                "it: create a new optimizer for the batch."
+            )
+
+
+def _shapes(shapes: dict[str, torch.Size]) -> str:
+    return ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+
+
+def numbers_of(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group's hyperparameters, all but its parameters."""
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def construct(
+    optimizer_cls: type[torch.optim.Optimizer], params: Sequence[nn.Parameter], config: dict[str, Any], m: int
+) -> torch.optim.Optimizer:
+    """Return a lone optimizer; what its class has against model m's numbers is told with the model's name."""
+    try:
+        lone = optimizer_cls(list(params), **config)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise type(error)(
+            f"{optimizer_cls.__name__} refuses the hyperparameters of model {m}, {config}: {error}"
+        ) from None
+    if len(lone.param_groups) != 1:
+        raise TypeError(
+            f"Expected {optimizer_cls.__name__} to keep a model's parameters in one group, got "
+            f"{len(lone.param_groups)}: train with one optimizer a model, over batch.models."
+        )
+    return lone

@@ -1,0 +1,239 @@
+"""What people say about hyperparameters: checked, and brought to one form, M dicts of plain values."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..checks import did_you_mean, per_model
+from .hyperparameters import SWITCHES, plain
+
+__all__ = ["check_names", "create_adam_configs", "create_lr_sweep_configs", "create_sgd_configs", "merge_configs"]
+
+
+def create_sgd_configs(
+    learning_rates: Sequence[float], momentum: float = 0.9, weight_decay: float = 1e-4
+) -> list[dict[str, Any]]:
+    """Return configs for SGD, one a learning rate.
+
+    Args:
+        learning_rates: M numbers.
+        momentum: one for all, or a list of M.
+        weight_decay: one for all, or a list of M.
+
+    Returns:
+        M dicts for `OptimizerFactory(torch.optim.SGD).create_optimizer(batch, configs)`.
+
+    Raises:
+        TypeError: one number instead of M.
+        ValueError: no learning rates; one that is negative or not finite; a list of another length than M.
+
+    Example:
+        >>> create_sgd_configs([0.1, 0.01], momentum=0.5)[1]
+        {'lr': 0.01, 'momentum': 0.5, 'weight_decay': 0.0001}
+    """
+    return _one_config_a_rate(learning_rates, momentum=momentum, weight_decay=weight_decay)
+
+
+def create_adam_configs(
+    learning_rates: Sequence[float],
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Return configs for Adam or AdamW, one a learning rate.
+
+    Args:
+        learning_rates: M numbers.
+        betas: one pair for all, or a list of M pairs.
+        eps: one for all, or a list of M.
+        weight_decay: one for all, or a list of M.
+
+    Returns:
+        M dicts for `OptimizerFactory(torch.optim.Adam).create_optimizer(batch, configs)`.
+
+    Raises:
+        TypeError: one number instead of M.
+        ValueError: no learning rates; one that is negative or not finite; a list of another length than M.
+
+    Example:
+        >>> create_adam_configs([0.1, 0.01])[0]
+        {'lr': 0.1, 'betas': (0.9, 0.999), 'eps': 1e-08, 'weight_decay': 0.0}
+    """
+    return _one_config_a_rate(learning_rates, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def create_lr_sweep_configs(
+    min_lr: float, max_lr: float, num_models: int, scale: str = "log"
+) -> list[dict[str, float]]:
+    """Return configs whose learning rates go from `min_lr` to `max_lr`, both included.
+
+    Args:
+        min_lr: the first model's learning rate.
+        max_lr: the last model's.
+        num_models: M; a single model gets `min_lr`.
+        scale: "log" (equal ratios) or "linear" (equal differences).
+
+    Returns:
+        M dicts `{"lr": …}`.
+
+    Raises:
+        ValueError: fewer than one model, an unknown scale, rates in the wrong order, or rates that the scale
+            cannot hold.
+
+    Example:
+        >>> [round(config["lr"], 9) for config in create_lr_sweep_configs(1e-3, 1e-1, 3)]
+        [0.001, 0.01, 0.1]
+    """
+    if isinstance(num_models, bool) or not isinstance(num_models, int) or num_models < 1:
+        raise ValueError(f"Expected num_models to be a whole number from 1 on, got {num_models!r}.")
+    if scale not in ("log", "linear"):
+        raise ValueError(
+            f"Expected scale 'log' or 'linear', got {scale!r}.{did_you_mean(str(scale), ['log', 'linear'])}"
+        )
+    for lr in (min_lr, max_lr):
+        check_lr(lr, "")
+    if min_lr > max_lr:
+        raise ValueError(f"Expected min_lr <= max_lr, got {min_lr} and {max_lr}: swap them.")
+    if scale == "log" and min_lr <= 0:
+        raise ValueError(f"Expected min_lr above 0 on a log scale, got {min_lr}: raise it, or use scale='linear'.")
+    parts = [m / max(num_models - 1, 1) for m in range(num_models)]
+    if scale == "log":
+        rates = [min_lr * (max_lr / min_lr) ** part for part in parts]
+    else:
+        rates = [min_lr + (max_lr - min_lr) * part for part in parts]
+    rates[-1:] = [max_lr] if num_models > 1 else rates[-1:]  # exactly, not but for the last bit
+    return [{"lr": float(lr)} for lr in rates]
+
+
+def _one_config_a_rate(learning_rates: Sequence[float], **others: Any) -> list[dict[str, Any]]:
+    rates = learning_rates.tolist() if hasattr(learning_rates, "tolist") else learning_rates
+    if isinstance(rates, str) or not isinstance(rates, Sequence):
+        raise TypeError(f"Expected a list of learning rates (one per model), got {learning_rates!r}: put it in a list.")
+    if not rates:
+        raise ValueError("Expected at least one learning rate, got none: pass one per model.")
+    for m, lr in enumerate(rates):
+        check_lr(lr, f" of model {m}")
+    columns = {"lr": list(rates)} | {name: per_model(v, len(rates), _plural(name)) for name, v in others.items()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+# ---------------------------------------------------------------------- the checks
+
+
+def merge_configs(
+    optimizer_cls: type[torch.optim.Optimizer],
+    num_models: int,
+    base_config: dict[str, Any],
+    configs: Sequence[dict[str, Any]] | None,
+    hyperparameters: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Return M dicts of plain values: `base_config`, overridden by `configs` and by the keywords.
+
+    Raises:
+        TypeError: `configs` is not a list of dicts; a value that is no number where one is needed.
+        ValueError: another number of configs or values than of models; a name that `optimizer_cls` does not know,
+            that comes twice, or that belongs to torch's implementation; a learning rate that is negative or not
+            finite; NaN anywhere.
+    """
+    # 1. One dict a model.
+    if configs is None:
+        configs = [{}] * num_models
+    if not isinstance(configs, (list, tuple)):
+        raise TypeError(
+            f"Expected a list of {num_models} configs (one dict per model), got {type(configs).__name__}: "
+            "hyperparameters for all models go in as keywords, create_optimizer(batch, lr=0.1)."
+        )
+    if len(configs) != num_models:
+        raise ValueError(
+            f"Expected {num_models} configs (one per model), got {len(configs)}: pass a list of {num_models} dicts."
+        )
+    for m, config in enumerate(configs):
+        if not isinstance(config, dict):
+            raise TypeError(f"Expected a dict as config of model {m}, got {config!r}: write {{'lr': …}}.")
+        check_names(optimizer_cls, config, f" in the config of model {m}")
+    # 2. The keywords, none of them said twice.
+    check_names(optimizer_cls, hyperparameters, "")
+    twice = [name for name in hyperparameters if any(name in config for config in configs)]
+    if twice:
+        raise ValueError(f"Got {twice[0]!r} both in configs and as a keyword: keep one of the two.")
+    columns = {name: per_model(value, num_models, _plural(name)) for name, value in hyperparameters.items()}
+    # 3. Merged, with plain values, each checked.
+    merged = [
+        {**base_config, **config, **{name: column[m] for name, column in columns.items()}}
+        for m, config in enumerate(configs)
+    ]
+    merged = [{name: plain(value) for name, value in config.items()} for config in merged]
+    for m, config in enumerate(merged):
+        _check_values(optimizer_cls, config, m)
+    return merged
+
+
+def check_names(
+    callee: Callable[..., Any], config: dict[str, Any], where: str, skip: Sequence[str] = ("self", "params")
+) -> None:
+    """Refuse names that the callee does not take, with a guess at what was meant.
+
+    Args:
+        callee: an optimizer class (or a scheduler class, with its own `skip`).
+        config: keyword arguments for it.
+        where: said in the error after the name.
+        skip: arguments that are not for the config.
+
+    Raises:
+        ValueError: an unknown name, "params", or an implementation switch that is on.
+    """
+    name_of = getattr(callee, "__name__", repr(callee))
+    taken = inspect.signature(callee).parameters
+    known = [name for name in taken if name not in skip]
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
+    for name, value in config.items():
+        if name in skip:
+            raise ValueError(f"Got {name!r}{where}: it is the batch's own, leave it out.")
+        if name not in known and not anything:
+            options = [option for option in known if option not in SWITCHES]
+            raise ValueError(f"{name_of} has no argument {name!r}{where}.{did_you_mean(str(name), options)}")
+        if name in SWITCHES and value:
+            raise ValueError(
+                f"Got {name}={value!r}{where}: it chooses how torch loops over a lone model's parameters, "
+                "and a batch has its own update, equal to torch's for-loop. Leave it out."
+            )
+
+
+def check_lr(lr: Any, whose: str) -> None:
+    """Refuse a learning rate that is not a finite number from 0 on.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: negative, infinite or NaN.
+    """
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)):
+        raise TypeError(f"Expected a number as learning rate{whose}, got {lr!r}: write one like 0.01.")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"Expected a finite learning rate from 0 on, got {lr}{whose}: choose one like 0.01.")
+
+
+def _check_values(optimizer_cls: type[torch.optim.Optimizer], config: dict[str, Any], m: int) -> None:
+    if "lr" in config:
+        check_lr(config["lr"], f" of model {m}")
+    taken = inspect.signature(optimizer_cls).parameters
+    for name, value in config.items():
+        usual = taken[name].default if name in taken else None
+        if isinstance(usual, tuple) and isinstance(value, (int, float)):
+            raise TypeError(
+                f"Expected a tuple like {usual} as {name!r} of model {m}, got {value}: a tuple is one value for all "
+                "models, a list has one value per model."
+            )
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, float) and math.isnan(part):
+                raise ValueError(
+                    f"Expected a number as {name!r} of model {m}, got {value}: NaN would spread to its weights."
+                )
+
+
+def _plural(name: str) -> str:
+    return "learning rates" if name == "lr" else f"values of {name!r}"

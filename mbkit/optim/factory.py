@@ -1,0 +1,163 @@
+"""OptimizerFactory: from a torch.optim class and M models' hyperparameters to one optimizer of a batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .base import BatchOptimizer
+from .configs import check_names, merge_configs
+from .rules import RULES
+from .schedulers import ModelSchedulers
+from .stacked import StackedOptimizer
+from .views import ViewsOptimizer
+
+if TYPE_CHECKING:
+    from ..model_batch import ModelBatch
+
+__all__ = ["OptimizerFactory"]
+
+
+class OptimizerFactory:
+    """Makes optimizers of a batch that train each model as `optimizer_cls` trains it alone.
+
+    SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam and RAdam update all models in one pass; any other
+    class, subclasses of these included, runs model by model on views: as exact, but no faster than alone.
+
+    Args:
+        optimizer_cls: a class from torch.optim, or your own.
+        base_config: hyperparameters for all models, which a model's own override.
+
+    Raises:
+        TypeError: `optimizer_cls` is not an optimizer class, or its step needs a closure (LBFGS).
+        ValueError: `base_config` has a name that the class does not know.
+
+    Example:
+        >>> import torch
+        >>> from mbkit import ModelBatch
+        >>> from mbkit.optim import OptimizerFactory
+        >>> batch = ModelBatch([torch.nn.Linear(3, 1) for _ in range(2)])
+        >>> optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=[0.1, 0.01], eps=1e-6)
+        >>> batch(torch.ones(4, 3)).square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+        >>> optimizer.param_groups[1]["lr"] = 0.02
+        >>> [group["lr"] for group in optimizer.param_groups]
+        [0.1, 0.02]
+
+    The name and its meaning follow the library `modelbatch` 0.1.0. Where it differs: the optimizer reads the stacked
+    gradients, keywords can give hyperparameters, and each scheduler moves its own model's learning rate only.
+    """
+
+    def __init__(self, optimizer_cls: type[torch.optim.Optimizer], base_config: dict[str, Any] | None = None) -> None:
+        _check_class(optimizer_cls)
+        if base_config is not None and not isinstance(base_config, dict):
+            raise TypeError(f"Expected a dict as base_config, got {base_config!r}: write {{'lr': …}}.")
+        check_names(optimizer_cls, base_config or {}, " in base_config")
+        self.optimizer_cls = optimizer_cls
+        self.base_config = dict(base_config or {})
+
+    def create_optimizer(
+        self, batch: ModelBatch, configs: Sequence[dict[str, Any]] | None = None, **hyperparameters: Any
+    ) -> BatchOptimizer:
+        """Return an optimizer for all models of the batch.
+
+        Args:
+            batch: M models.
+            configs: M dicts of hyperparameters, one a model.
+            **hyperparameters: by name, one value for all models or a list of M. A tuple is one value:
+                `betas=(0.9, 0.99)` is for all models, `betas=[(0.9, 0.99), (0.8, 0.99)]` for two.
+
+        Returns:
+            A `torch.optim.Optimizer` with one `param_groups` entry a model. torch's lr_schedulers work on it as they
+            are. Its `unstack(m)` gives an `optimizer_cls` for going on alone with model m.
+
+        Raises:
+            TypeError: `batch` is not a ModelBatch; configs that are not a list of dicts; values of a wrong kind.
+            ValueError: another number of configs or values than models, an unknown or doubled name, or a value that
+                `optimizer_cls` refuses; a learning rate that is negative or not finite. The model is named.
+        """
+        if not hasattr(batch, "stacked_params") or not hasattr(batch, "num_models"):
+            raise TypeError(
+                f"Expected a ModelBatch, got {type(batch).__name__}: wrap the models first, ModelBatch([model, …])."
+            )
+        if not batch.stacked_params:
+            raise ValueError("Expected models with parameters, got a batch without any: there is nothing to optimize.")
+        merged = merge_configs(self.optimizer_cls, batch.num_models, self.base_config, configs, hyperparameters)
+        # By identity: a subclass may have a step of its own.
+        kind = StackedOptimizer if self.optimizer_cls in RULES else ViewsOptimizer
+        return kind(batch, self.optimizer_cls, merged)
+
+    @staticmethod
+    def create_lr_scheduler(
+        optimizer: BatchOptimizer, scheduler_cls: Callable[..., Any], configs: Sequence[dict[str, Any]] | dict[str, Any]
+    ) -> ModelSchedulers:
+        """Return one scheduler a model, each moving its own model's learning rate only.
+
+        One schedule for all models needs none of this: `torch.optim.lr_scheduler.StepLR(optimizer, 10)` does it.
+
+        Args:
+            optimizer: from `create_optimizer`.
+            scheduler_cls: a class from torch.optim.lr_scheduler, or a function that takes an optimizer of one model
+                (and the config) and returns its scheduler, for SequentialLR and the like.
+            configs: M dicts of the scheduler's arguments, or one dict for all models.
+
+        Returns:
+            A list of the M schedulers that is stepped like one: `schedulers.step()`, or `schedulers.step(losses)` with
+            `[M]` numbers for ReduceLROnPlateau; with `state_dict()`, `load_state_dict()` and `get_last_lr()`.
+
+        Raises:
+            TypeError: not an optimizer of a batch, or not a scheduler class.
+            ValueError: another number of configs than models, or an argument that the scheduler does not know.
+
+        Example:
+            >>> import torch
+            >>> from mbkit import ModelBatch
+        >>> from mbkit.optim import OptimizerFactory
+            >>> batch = ModelBatch([torch.nn.Linear(3, 1) for _ in range(2)])
+            >>> factory = OptimizerFactory(torch.optim.SGD)
+            >>> optimizer = factory.create_optimizer(batch, lr=1.0)
+            >>> schedulers = factory.create_lr_scheduler(
+            ...     optimizer, torch.optim.lr_scheduler.ExponentialLR, [{"gamma": 0.5}, {"gamma": 0.1}]
+            ... )
+            >>> optimizer.step()
+            >>> schedulers.step()
+            >>> schedulers.get_last_lr()
+            [0.5, 0.1]
+        """
+        if not isinstance(optimizer, BatchOptimizer):
+            raise TypeError(
+                f"Expected an optimizer from create_optimizer, got {type(optimizer).__name__}: "
+                "a lone optimizer takes torch's scheduler directly."
+            )
+        if not callable(scheduler_cls):
+            raise TypeError(f"Expected a scheduler class, got {scheduler_cls!r}: pass the class, not an instance.")
+        if isinstance(configs, dict):
+            configs = [configs] * optimizer.num_models
+        if not isinstance(configs, (list, tuple)) or len(configs) != optimizer.num_models:
+            got = len(configs) if isinstance(configs, (list, tuple)) else repr(configs)
+            raise ValueError(
+                f"Expected {optimizer.num_models} configs (one per model), got {got}: "
+                f"pass one dict for all models or a list of {optimizer.num_models}."
+            )
+        for m, config in enumerate(configs):
+            check_names(scheduler_cls, config, f" in the config of model {m}", skip=("self", "optimizer"))
+        return ModelSchedulers(optimizer, scheduler_cls, configs)
+
+
+def _check_class(optimizer_cls: Any) -> None:
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
+        raise TypeError(f"Expected a class of torch.optim, such as torch.optim.Adam, got {optimizer_cls!r}.")
+    if issubclass(optimizer_cls, BatchOptimizer) or optimizer_cls is torch.optim.Optimizer:
+        raise TypeError(
+            f"Expected the class that trains one model alone, such as torch.optim.Adam, got {optimizer_cls!r}."
+        )
+    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{optimizer_cls.__name__} evaluates its closure several times a step and decides by dot products over one "
+            "model's parameters, so M models cannot share its step: make one a model, over batch.models."
+        )

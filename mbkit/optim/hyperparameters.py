@@ -1,0 +1,197 @@
+"""M models' hyperparameters: plain numbers to people and schedulers, columns `[M]` to the update rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["SWITCHES", "Columns", "Hyperparameters", "ModelGroup", "plain"]
+
+SWITCHES = ("foreach", "fused", "capturable", "differentiable")
+"""Arguments of torch.optim's classes that choose an implementation, not an update."""
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as what a param_groups entry holds: a number instead of a tensor, a tuple instead of a list.
+
+    Both can be changed in place, unseen, where a number or a tuple has to be written anew.
+    """
+    if hasattr(value, "tolist"):  # torch and numpy
+        value = value.tolist()
+    return tuple(value) if isinstance(value, list) else value
+
+
+class ModelGroup(dict):
+    """One model's entry of `param_groups`: a dict of plain numbers that notes which of its names were written.
+
+    Args:
+        items: the hyperparameters, and "params".
+        changed: the set of names that all groups of one optimizer share.
+
+    It is copied and pickled as a plain dict, because a copy belongs to no optimizer yet.
+    """
+
+    __slots__ = ("_changed",)
+
+    def __init__(self, items: dict[str, Any], changed: set[str]) -> None:
+        super().__init__({name: value if name == "params" else plain(value) for name, value in items.items()})
+        self._changed = changed
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._changed.add(name)
+        super().__setitem__(name, value if name == "params" else plain(value))
+
+    def update(self, *others: Any, **items: Any) -> None:
+        for name, value in dict(*others, **items).items():
+            self[name] = value
+
+    def __ior__(self, other: Any) -> ModelGroup:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def __delitem__(self, name: str) -> None:
+        self._changed.add(name)
+        super().__delitem__(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self._changed.add(name)
+        return super().pop(name, *default)
+
+    def popitem(self) -> tuple[str, Any]:
+        self._changed.update(self)
+        return super().popitem()
+
+    def clear(self) -> None:
+        self._changed.update(self)
+        super().clear()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[dict]]:
+        return dict, (dict(self),)
+
+
+class Columns:
+    """The groups' numbers as float64 tensors `[M]` (`[M, k]` for a tuple of k), rebuilt only when one was written.
+
+    Reading them costs the same for 10 models as for 10,000. A column keeps its address when its numbers change,
+    so that a captured or compiled step sees them.
+
+    Args:
+        groups: M dicts that hold at least `names`.
+        names: the hyperparameters that the update rule reads.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], names: Iterable[str]) -> None:
+        self.names = tuple(names)
+        self.changed = set(self.names)
+        self.groups = [ModelGroup(group, self.changed) for group in groups]
+        self._values: dict[str, Tensor] = {}
+        self._devices: dict[torch.device, dict[str, Tensor]] = {}
+        self._any: dict[str, bool] = {}
+        self._all: dict[str, bool] = {}
+
+    def refresh(self) -> None:
+        """Take over what was written into the groups since the last call."""
+        for name in self.changed.intersection(self.names):
+            values = [group[name] for group in self.groups]
+            self._values[name] = _to_column(name, values)
+            self._any[name], self._all[name] = any(values), all(values)
+            for device, columns in self._devices.items():
+                if name in columns and columns[name].shape == self._values[name].shape:
+                    columns[name].copy_(self._values[name])
+                else:
+                    columns[name] = _move(self._values[name], device)
+        self.changed.clear()
+
+    def on(self, name: str) -> bool | None:
+        """Return True or False where all models agree on whether `name` is nonzero, else None."""
+        return True if self._all[name] else None if self._any[name] else False
+
+    def at(self, params: list[Tensor]) -> Hyperparameters:
+        """Return the columns on the parameters' device, ready to be spread over the parameters."""
+        device = params[0].device
+        if device not in self._devices:
+            self._devices[device] = {name: _move(column, device) for name, column in self._values.items()}
+        return Hyperparameters(self._devices[device], {name: self.on(name) for name in self.names}, params)
+
+
+class Hyperparameters:
+    """What an update rule sees: columns by name, and the way to bring a column to each parameter's shape.
+
+    Args:
+        columns: tensors `[M]` by name, in float64 as torch.optim's own Python numbers are.
+        on: by name, True or False where all models agree on whether it is nonzero, else None.
+        params: P real tensors `[M, ...]` of one dtype.
+    """
+
+    def __init__(self, columns: dict[str, Tensor], on: dict[str, bool | None], params: list[Tensor]) -> None:
+        self._columns, self._on, self._params = columns, on, params
+        # torch rounds a Python number to float32 even where the parameters are shorter.
+        self._dtype = torch.promote_types(params[0].dtype, torch.float32)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._columns[name]
+
+    def on(self, name: str, default: bool = False) -> bool | Tensor:
+        """Return whether `name` is nonzero: one bool where all models agree (no work at all), else a tensor `[M]`.
+
+        Args:
+            name: a hyperparameter.
+            default: the answer where this torch version has no such hyperparameter.
+        """
+        agreed = self._on.get(name, default)
+        return self._columns[name] != 0 if agreed is None else agreed
+
+    def spread(self, column: bool | Tensor) -> list[Any]:
+        """Return the column for each of the P parameters, rounded once to their dtype.
+
+        Args:
+            column: `[M]`, the same for all parameters, or `[P, M]`, one row a parameter; or one bool for all.
+
+        Returns:
+            P tensors `[M, 1, ...]`, each with as many dimensions as its parameter (or P times the bool).
+        """
+        if isinstance(column, bool):
+            return [column] * len(self._params)
+        if column.dtype != torch.bool:
+            column = column.to(self._dtype)
+        if column.dim() == 2:
+            return [row.view(-1, *[1] * (p.dim() - 1)) for row, p in zip(column.unbind(0), self._params, strict=True)]
+        views = {dim: column.view(-1, *[1] * (dim - 1)) for dim in {p.dim() for p in self._params}}
+        return [views[p.dim()] for p in self._params]
+
+
+def _to_column(name: str, values: list[Any]) -> Tensor:
+    try:
+        return torch.tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        kind, size = type(values[0]), _size(values[0])
+        # Model 0 may be the odd one out; then a later one differs from it, and both are shown.
+        odd = next((m for m, value in enumerate(values) if not _numeric(value)), None)
+        odd = next((m for m, value in enumerate(values) if _size(value) != size), 0) if odd is None else odd
+        raise TypeError(
+            f"Expected numbers of one form as {name!r} of all models, got {values[odd]!r} for model {odd} "
+            f"(model 0 has {values[0]!r}, {kind.__name__}): write a number, or tuples of one length."
+        ) from None
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, tuple) else -1
+
+
+def _numeric(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(part, (int, float)) for part in parts)
+
+
+def _move(column: Tensor, device: torch.device) -> Tensor:
+    # A copy also on the CPU: the column there is written in place. MPS has no float64.
+    dtype = torch.float32 if device.type == "mps" else column.dtype
+    return column.to(device, dtype, copy=True)

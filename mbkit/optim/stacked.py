@@ -1,0 +1,143 @@
+"""The optimizer that updates all M models in one pass over the stacked tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import BatchOptimizer, construct
+from .hyperparameters import SWITCHES, Columns
+from .rules import RULES, Rule
+
+__all__ = ["StackedOptimizer"]
+
+
+class StackedOptimizer(BatchOptimizer):
+    """An optimizer of a batch whose update rule works on `[M, ...]` tensors, to the bits of M lone optimizers.
+
+    The lone optimizers meant are torch.optim's for-loop implementations, the default on a CPU (`foreach` and `fused`
+    round differently), and the bits are those of float32 parameters. In float64 a power of a hyperparameter may differ
+    in its last bit (torch's vectorised `pow` against C's), in half precision a sum may.
+
+    It reads the stacked gradient itself, so there is no second copy of a gradient that could be out of date. `state`
+    is keyed by the stacked parameters, like any torch optimizer's, and holds `[M, ...]` tensors under torch's own
+    names; "step" is `[M]`, each model counting its own.
+    """
+
+    def __init__(
+        self, batch: Any, optimizer_cls: type[torch.optim.Optimizer], configs: Sequence[dict[str, Any]]
+    ) -> None:
+        probe = [nn.Parameter(torch.zeros(1))]
+        super().__init__(
+            batch, optimizer_cls, configs, [construct(optimizer_cls, probe, c, m) for m, c in enumerate(configs)]
+        )
+        self._adopt_groups()
+        if optimizer_cls is torch.optim.Adagrad:  # alone among the classes it makes its state before the first step
+            self._columns.refresh()
+            for param in self._params():
+                self._prepare(param)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # also called by torch's load_state_dict, with new groups that are plain dicts
+        self._adopt_groups()
+
+    def _adopt_groups(self) -> None:
+        """Turn plain dicts into groups that note what is written into them."""
+        self._columns = Columns(self.param_groups, [name for name in self.defaults if name not in SWITCHES])
+        self.param_groups = self._columns.groups
+
+    @property
+    def _rule(self) -> Rule:
+        return RULES[self.optimizer_cls]
+
+    def _update(self) -> None:
+        self._columns.refresh()
+        kinds: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
+        for param in self._params():
+            if param.grad is not None:
+                kinds.setdefault((param.device, param.dtype), []).append(param)
+        for params in kinds.values():
+            grads = [_gradient(param) for param in params]
+            states = [self._prepare(param) for param in params]
+            if params[0].is_complex():  # to torch.optim a complex number is a pair of real ones
+                states = [{name: _real(value) for name, value in state.items()} for state in states]
+            params, grads = [_real(param) for param in params], [_real(grad) for grad in grads]
+            self._rule.update(params, grads, states, self._columns.at(params))
+
+    def _prepare(self, param: nn.Parameter) -> dict[str, Tensor]:
+        """Return the parameter's state, made where it is missing and moved where the batch was moved."""
+        rule = self._rule
+        optional = [name for name, needs in rule.optional.items() if self._columns.on(needs) is not False]
+        if not rule.state and not optional and param not in self.state:
+            return {}  # SGD without momentum
+        state = self.state[param]
+        scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32  # as in torch.optim
+        for name, start in rule.counts.items():
+            if name not in state:
+                state[name] = torch.full((self.num_models,), start, dtype=scalar, device=param.device)
+        for name in (*rule.state, *optional):
+            if name not in state:
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                if name == "sum":
+                    real = _real(state[name])  # torch starts both parts of a complex sum from the value
+                    h = self._columns.at([real])
+                    real += h.spread(h["initial_accumulator_value"])[0]
+        for name, value in state.items():
+            if value.device != param.device or (name not in rule.counts and value.dtype != param.dtype):
+                state[name] = value.to(param.device, value.dtype if name in rule.counts else param.dtype)
+        return state
+
+    def _fill_state(self, lone: torch.optim.Optimizer, m: int) -> None:
+        group, rule = self.param_groups[m], self._rule
+        self._columns.refresh()
+        lone.state.clear()
+        for param, own in zip(self._params(), lone.param_groups[0]["params"], strict=True):
+            state = self._prepare(param) if param in self.state else {}
+            if "momentum_steps" in state:  # SGD counts nothing of its own, and has a buffer from its first momentum on
+                names = ["momentum_buffer"] if state["momentum_steps"][m] > 0 else []
+            else:
+                names = [name for name in state if name not in rule.optional or group[rule.optional[name]]]
+            if names:
+                # torch keeps counts on the CPU, whichever device the parameters are on
+                lone.state[own] = {
+                    name: state[name].detach()[m].to("cpu" if name in rule.counts else param.device, copy=True)
+                    for name in names
+                }
+
+    def _check_state(self, state: dict[Any, Any]) -> None:
+        known = {*self._rule.counts, *self._rule.state, *self._rule.optional}
+        for i, param in enumerate(self._params()):
+            for name, value in state.get(i, {}).items():
+                shape = (self.num_models,) if name in self._rule.counts else tuple(param.shape)
+                if name not in known or tuple(value.shape) != shape:
+                    raise ValueError(
+                        f"Expected the state of {self.optimizer_cls.__name__} for a parameter of shape "
+                        f"{tuple(param.shape)}, got {name!r} of shape {tuple(value.shape)}: load the state into the "
+                        "optimizer and the architecture that it was saved from."
+                    )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for i, param in enumerate(self._params()):
+            for name, value in self.state.get(param, {}).items():
+                # torch casts counts to the parameter's dtype, and keeps the very tensors where nothing is to be cast
+                source = state_dict["state"][i][name] if name in self._rule.counts else value
+                self.state[param][name] = source.detach().to(param.device, copy=True)
+
+    load_state_dict.__doc__ = BatchOptimizer.load_state_dict.__doc__
+
+
+def _gradient(param: nn.Parameter) -> Tensor:
+    if param.grad.is_sparse:
+        raise RuntimeError(
+            f"Expected a dense gradient, got a sparse one for a parameter of shape {tuple(param.shape)}: "
+            "build the embedding with sparse=False."
+        )
+    return param.grad
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -1,0 +1,153 @@
+"""Resuming, copying and unstacking, for every class of optimizer."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from test_optim_rules import M, Shapes, config_of, largest_difference, step_alone, step_batch
+from test_optim_views import GlobalNorm, every_class, same, start
+from torch import nn, optim
+
+from mbkit import ModelBatch
+from mbkit.optim import OptimizerFactory
+
+LR = [0.1, 0.03, 0.01, 0.003]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("through_file", [False, True])
+@every_class
+def test_resumes_to_the_same_bits(
+    case: tuple[type, dict], dtype: torch.dtype, through_file: bool, tmp_path: Path
+) -> None:
+    cls, hyperparameters = case
+    _, batch, optimizer = start(cls, hyperparameters, dtype)
+    step_batch(optimizer, batch, range(7))
+    optimizer.param_groups[0]["lr"] *= 0.5
+    state, middle = optimizer.state_dict(), ModelBatch(batch.models)
+    if through_file:
+        torch.save(state, tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+    beside = {"norm_type": hyperparameters["norm_type"]} if cls is GlobalNorm else {}  # not in the state
+    resumed = OptimizerFactory(cls).create_optimizer(middle, lr=0.5, **beside)
+    resumed.load_state_dict(state)
+    # First one, then the other: were anything shared, the second would go on from the first one's end.
+    step_batch(resumed, middle, range(7, 15))
+    step_batch(optimizer, batch, range(7, 15))
+    assert same(batch, middle)
+    assert [g["lr"] for g in resumed.param_groups] == [g["lr"] for g in optimizer.param_groups]
+    resumed.param_groups[1]["lr"] = optimizer.param_groups[1]["lr"] = 0.2  # the groups that were loaded are live
+    step_batch(resumed, middle, range(15, 17))
+    step_batch(optimizer, batch, range(15, 17))
+    assert same(batch, middle)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+@every_class
+def test_copies_go_on_by_themselves(case: tuple[type, dict], copied) -> None:
+    _, batch, optimizer = start(*case)
+    step_batch(optimizer, batch, range(5))
+    batch2, optimizer2 = copied((batch, optimizer))
+    optimizer.param_groups[1]["lr"] = optimizer2.param_groups[1]["lr"] = 0.02
+    step_batch(optimizer2, batch2, range(5, 10))
+    assert not same(batch, batch2)
+    step_batch(optimizer, batch, range(5, 10))
+    assert same(batch, batch2)
+
+
+@pytest.mark.parametrize("m", range(M))
+@every_class
+def test_unstacked_model_goes_on_alone(case: tuple[type, dict], m: int) -> None:
+    cls, hyperparameters = case
+    models, batch, optimizer = start(cls, hyperparameters)
+    lone = cls(models[m].parameters(), **config_of(hyperparameters, m))
+    step_batch(optimizer, batch, range(5))
+    step_alone(lone, models[m], m, range(5))
+    optimizer.param_groups[m]["lr"] = lone.param_groups[0]["lr"] = 0.02
+    single = optimizer.unstack(m)
+    assert type(single) is cls
+    assert single.param_groups[0].keys() == lone.param_groups[0].keys()
+    # The state has the very form that torch gives it: names, shapes, dtypes, devices.
+    forms = [
+        [
+            {k: (v.shape, v.dtype, v.device) if torch.is_tensor(v) else v for k, v in o.state.get(p, {}).items()}
+            for p in ps
+        ]
+        for o, ps in ((single, single.model.parameters()), (lone, models[m].parameters()))
+    ]
+    assert forms[0] == forms[1]
+    step_batch(optimizer, batch, range(5, 15))
+    step_alone(single, single.model, m, range(5, 15))
+    step_alone(lone, models[m], m, range(5, 15))
+    for p, q, r in zip(single.model.parameters(), models[m].parameters(), batch.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r[m])
+
+
+def test_unstack_takes_a_model_and_refuses_others() -> None:
+    _, batch, optimizer = start(optim.Adam, {"lr": LR})
+    step_batch(optimizer, batch, range(2))
+    own = batch[-1]
+    assert optimizer.unstack(-1, own).model is own
+    assert optimizer.unstack(-1, own).param_groups[0]["lr"] == LR[-1]
+    with pytest.raises(IndexError, match="from 0 to 3, got 4"):
+        optimizer.unstack(4)
+    with pytest.raises(ValueError, match=r"pass batch\[1\], or nothing"):
+        optimizer.unstack(1, nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("cls", [optim.Adam, optim.NAdam, optim.SGD])
+def test_goes_on_after_the_batch_changed_dtype(cls: type) -> None:
+    momentum = {"momentum": 0.9} if cls is optim.SGD else {}
+    models, batch, optimizer = start(cls, {"lr": LR, **momentum})
+    step_batch(optimizer, batch, range(3))
+    loaded_into = ModelBatch([model.double() for model in batch.models])
+    loaded = OptimizerFactory(cls).create_optimizer(loaded_into, lr=LR, **momentum)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    batch.double()
+    single = optimizer.unstack(1)
+    for one, its in ((optimizer, batch), (loaded, loaded_into)):
+        step_batch(one, its, range(3, 6))
+    step_alone(single, single.model, 1, range(3, 6))
+    assert largest_difference(batch, models) > 1e-3
+    assert same(batch, loaded_into)
+    assert all(
+        (p - q[1]).abs().max() < 1e-12 for p, q in zip(single.model.parameters(), batch.parameters(), strict=True)
+    )
+
+
+def test_foreign_states_are_refused() -> None:
+    _, batch, optimizer = start(optim.Adam, {"lr": LR})
+    step_batch(optimizer, batch, range(1))
+    state = optimizer.state_dict()
+    smaller = ModelBatch([Shapes(torch.float32) for _ in range(2)])
+    with pytest.raises(ValueError, match="state of 2 models, got one of 4"):
+        OptimizerFactory(optim.Adam).create_optimizer(smaller).load_state_dict(state)
+    with pytest.raises(ValueError, match="state of SGD, got one without momentum"):
+        start(optim.SGD, {})[2].load_state_dict(state)
+    with pytest.raises(ValueError, match="state of ASGD"):
+        start(optim.ASGD, {})[2].load_state_dict(state)
+    other = ModelBatch([nn.ParameterList([nn.Parameter(torch.zeros(3)) for _ in range(4)]) for _ in range(M)])
+    with pytest.raises(ValueError, match=r"a parameter of shape \(4, 3\), got 'exp_avg' of shape \(4,\)"):
+        OptimizerFactory(optim.Adam).create_optimizer(other).load_state_dict(state)
+    viewed = start(optim.ASGD, {})[2].state_dict()
+    with pytest.raises(ValueError, match=r"shapes \[\(4, 3\)"):
+        OptimizerFactory(optim.ASGD).create_optimizer(other).load_state_dict(viewed)
+    before = optimizer.state_dict()["param_groups"]
+    assert before == state["param_groups"]
+
+
+def test_a_state_from_before_a_flag_existed_is_loaded() -> None:
+    _, batch, optimizer = start(optim.NAdam, {"lr": LR})
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["maximize"]
+    optimizer.load_state_dict(state)
+    step_batch(optimizer, batch, range(1))
+    assert [group["maximize"] for group in optimizer.param_groups] == [False] * M
