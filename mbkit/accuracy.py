@@ -1,0 +1,129 @@
+"""Share of right answers: counted for a batch while training, and over a whole data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .loop import call, check_batches, part, walk
+
+__all__ = ["batch_accuracy", "count_correct", "evaluate"]
+
+
+def count_correct(outputs: Any, targets: Any) -> tuple[Tensor, Tensor] | None:
+    """Count the right answers of M models, where that is defined.
+
+    It is defined for one float tensor of outputs and whole-numbered class labels: outputs [M, B, K] with labels [B] or
+    [M, B]; also [M, B, ..., K] or torch's own [M, B, K, ...] with labels [B, ...] or [M, B, ...].
+
+    Args:
+        outputs: what M models returned; the class with the largest output is a model's answer.
+        targets: the labels; negative ones (ignore_index=-100) do not count.
+
+    Returns:
+        (correct, counted), each [M] of int64, or None where it is not defined.
+
+    Example:
+        >>> count_correct(torch.tensor([[[0.1, 0.9], [0.8, 0.2]]]), torch.tensor([1, 1]))
+        (tensor([1]), tensor([2]))
+    """
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or outputs.ndim < 3:
+        return None
+    if not outputs.is_floating_point() or targets.is_floating_point() or targets.is_complex():
+        return None
+    if targets.dtype == torch.bool:
+        return None
+    each = targets.shape[:1] == outputs.shape[:1] and targets.ndim == outputs.ndim - 1  # [M, B, ...]
+    labels = targets if each else targets.unsqueeze(0)
+    # The classes' dimension: the last, or the one after B as in torch's cross_entropy. Both: undefined.
+    fits = [d for d in {2, outputs.ndim - 1} if _without(outputs.shape[1:], d - 1) == tuple(labels.shape[1:])]
+    if len(fits) != 1 or outputs.shape[fits[0]] < 2:
+        return None
+    counted = (labels >= 0).expand(len(outputs), *labels.shape[1:])
+    correct = (outputs.argmax(fits[0]) == labels) & counted
+    return correct.flatten(1).sum(1), counted.flatten(1).sum(1)
+
+
+def batch_accuracy(outputs: Any, targets: Any) -> Tensor | None:
+    """Return the share of right answers in one batch, [M] in the default dtype, or None where it is not defined."""
+    counts = count_correct(outputs, targets)
+    return None if counts is None else counts[0] / counts[1]
+
+
+def evaluate(
+    models: nn.Module | Sequence[nn.Module], batches: Iterable[tuple[Any, Any]], *, shared_input: bool = True
+) -> Tensor:
+    """Return each model's accuracy over `batches`, in eval mode and without gradients.
+
+    Afterwards every submodule is back in the mode it had, so that a part put in eval mode on purpose stays so.
+
+    Args:
+        models: a ModelBatch, one module, or a list of M modules.
+        batches: an iterable of (inputs, labels); it is walked through once.
+        shared_input: for a list of modules, False where inputs are [M, B, ...]; a ModelBatch knows its own.
+
+    Returns:
+        [M] of float64 on the CPU, from 0 to 1; [1] for one module.
+
+    Raises:
+        TypeError: something else than modules, or batches that are no pairs.
+        ValueError: no batch, no model, or outputs and labels for which accuracy is not defined.
+
+    Example:
+        >>> always_first = nn.Linear(2, 2)
+        >>> _ = nn.init.zeros_(always_first.weight), nn.init.constant_(always_first.bias[:1], 1.0)
+        >>> evaluate(always_first, [(torch.randn(4, 2), torch.tensor([0, 0, 0, 1]))])
+        tensor([0.7500], dtype=torch.float64)
+    """
+    batched = hasattr(models, "num_models")
+    modules = [models] if isinstance(models, nn.Module) else list(models)
+    if not modules or not all(isinstance(module, nn.Module) for module in modules):
+        raise (TypeError if modules else ValueError)(
+            f"Expected a ModelBatch, a module or a list of modules, got {models!r}: pass what was trained."
+        )
+    check_batches(batches, 1)
+    weight = next((p for p in modules[0].parameters()), torch.empty(0))
+    correct, counted = 0, 0
+    with torch.no_grad(), _eval_mode(modules):
+        for x, y in walk(batches, 0, weight.device):
+            if batched:
+                outputs = call(models, x)
+            else:
+                answers = [call(module, x if shared_input else part(x, m)) for m, module in enumerate(modules)]
+                outputs = torch.stack(answers) if all(isinstance(a, Tensor) for a in answers) else None
+            counts = count_correct(outputs, y)
+            if counts is None:
+                raise ValueError(
+                    "Expected outputs [B, K] of one float tensor and whole-numbered labels [B], got outputs "
+                    f"{_describe(outputs)} and labels {_describe(y)}: measure this model in a loop of your own."
+                )
+            correct, counted = correct + counts[0], counted + counts[1]
+    return correct.double().cpu() / counted.double().cpu()
+
+
+def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
+    return (*shape[:dim], *shape[dim + 1 :])
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return "that are no single tensor" if value is None else f"of type {type(value).__name__}"
+
+
+@contextmanager
+def _eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    modes = {each: each.training for module in modules for each in module.modules()}
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.train(modes[module])  # first through its own train(), which may do more than set flags
+        for each, mode in modes.items():
+            each.training = mode
