@@ -1,0 +1,291 @@
+"""compare: train M models in the batch and alone, step by step, and say whether they are the same but for rounding."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from .alone import lone_step, own_targets
+from .checks import check_seeds, per_model
+from .loop import check_run, part, walk
+from .model_batch import ModelBatch
+from .optim import OptimizerFactory
+from .tables import html_table, text_table
+from .training import batch_step
+
+__all__ = ["EquivalenceReport", "compare"]
+
+KINDS = ("alone", "one thread", "channels_last", "last bit")  # the reference, and what it is compared with
+# Allowed whatever the noise floor is: relative to the way that the parameters have come, per dtype.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+# Above it, so many times the noise floor: rounding of another kind is not rounding of another size.
+FLOOR_FACTOR = 30.0
+
+Build = Callable[[list[nn.Module], list[int]], tuple[Any, Any]]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EquivalenceReport:
+    """How far M models trained in a batch are from the same models trained alone, and how far rounding goes.
+
+    Attributes:
+        parameters: the P parameters' names.
+        difference: [steps, M, P], the largest absolute difference of each parameter after each step.
+        relative: [steps, M, P], the length of a parameter's whole difference over the way it has come from its start.
+        loss_difference: [steps, M], absolute.
+        floors: noise source to [steps, M, P], the same as `relative` for a lone model against itself. A parameter
+            whose true gradient is zero, such as a bias before BatchNorm, is nothing but noise under Adam: its floor
+            says so, and no other parameter's has to suffer for it.
+        tolerance: the relative difference that is allowed where the noise floor is lower still.
+    """
+
+    parameters: list[str]
+    difference: Tensor
+    relative: Tensor
+    loss_difference: Tensor
+    floors: dict[str, Tensor]
+    tolerance: float
+
+    @property
+    def allowed(self) -> Tensor:
+        """[steps, M, P], what counts as rounding."""
+        floor = torch.stack(list(self.floors.values())).nan_to_num(nan=0.0).amax(0)
+        return (FLOOR_FACTOR * floor.cummax(0).values).clamp(min=self.tolerance)
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether every model at every step is within what rounding explains."""
+        return bool((self.relative <= self.allowed).all())
+
+    @property
+    def verdict(self) -> str:
+        """The finding in one sentence."""
+        steps, num_models, _ = self.relative.shape
+        if self.equivalent:
+            floor = torch.stack(list(self.floors.values())).amax(0)
+            return (
+                f"EQUIVALENT: over {steps} steps all parameters of the {num_models} models stay within rounding of "
+                f"those trained alone. Typically (in the median) they are {self.relative.median().item():.1e} of their "
+                f"way apart, and a lone model {floor.median().item():.1e} from itself."
+            )
+        excess = (self.relative / self.allowed).nan_to_num(nan=torch.inf)
+        step, m, _ = (excess > 1).nonzero()[0].tolist()
+        p = int(excess[step, m].argmax())
+        return (
+            f"DIFFERENT: from step {step + 1} on model {m} is not the model trained alone. "
+            f"Its '{self.parameters[p]}' is off by {self.relative[step, m, p].item():.1e} of its way, where rounding "
+            f"explains {self.allowed[step, m, p].item():.1e}."
+        )
+
+    def assert_equivalent(self) -> None:
+        """Raise an AssertionError with the verdict unless batch and models are equivalent."""
+        if not self.equivalent:
+            raise AssertionError(str(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists, fit for JSON."""
+        tensors = {name: getattr(self, name).tolist() for name in ("difference", "relative", "loss_difference")}
+        floors = {name: floor.tolist() for name, floor in self.floors.items()}
+        head = {"verdict": self.verdict, "equivalent": self.equivalent, "parameters": self.parameters}
+        return {**head, **tensors, "floors": floors, "tolerance": self.tolerance}
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure: difference and noise floor, step by step."""
+        from .plots import equivalence_figure
+
+        return equivalence_figure(self)
+
+    def _rows(self) -> list[list[str]]:
+        steps = len(self.relative)
+        shown = sorted({s for s in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, steps) if s <= steps})
+        rows = [["after step", "largest difference", "in", "of its way", "rounding explains", *self.floors]]
+        for step in shown:
+            excess = (self.relative[step - 1] / self.allowed[step - 1]).nan_to_num(nan=torch.inf)
+            m, p = divmod(int(excess.argmax()), len(self.parameters))  # the parameter that is nearest to the limit
+            values = [self.relative, self.allowed, *self.floors.values()]
+            numbers = [f"{value[step - 1, m, p].item():.1e}" for value in values]
+            largest = f"{self.difference[step - 1, m, p].item():.1e}"
+            rows.append([f"{step}", largest, f"{self.parameters[p]} of model {m}", *numbers])
+        return rows
+
+    def __repr__(self) -> str:
+        return f"{self.verdict}\n\n{text_table(self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), self.verdict)
+
+
+def compare(
+    models: Sequence[nn.Module],
+    optimizer_cls: type[torch.optim.Optimizer],
+    configs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    batches: Any,
+    loss_fn: Callable[[Any, Any], Tensor],
+    steps: int = 10,
+    seeds: Sequence[int] | None = None,
+    *,
+    shared_input: bool = True,
+    max_norm: float | None = None,
+    build: Build | None = None,
+) -> EquivalenceReport:
+    """Train copies of the models in a batch and alone, on the same batches, and report how far apart they get.
+
+    The models are trained in lockstep, each lone one from its own random state, so nothing but the present
+    parameters is kept. A lone model is also compared with itself on one thread (where torch uses more), in
+    channels_last memory (where nothing random is drawn in memory order), and with its start moved by the last bit:
+    that is the noise floor.
+
+    Args:
+        models: M modules; they are not changed.
+        optimizer_cls: a class of torch.optim.
+        configs: one dict of hyperparameters for all models, or M.
+        batches: an iterable of (inputs, targets); walked through again while steps remain.
+        loss_fn: one model's outputs and targets to one number.
+        steps: how many updates to make.
+        seeds: one a model; drawn from torch's default generator when absent.
+        shared_input: False where inputs are `[M, B, ...]`.
+        max_norm: clip each model's gradient to this norm.
+        build: makes (batch, optimizer) from M models and M seeds. It puts another batch or optimizer to the test:
+            one of your own, or one of `mbkit.faults`.
+
+    Returns:
+        An EquivalenceReport; `report.assert_equivalent()` is for test suites.
+
+    Raises:
+        TypeError, ValueError: as `fit`; fewer than one step.
+
+    Example:
+        >>> models = [nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 2)).double() for _ in range(3)]
+        >>> data = [(torch.randn(16, 4).double(), torch.randint(2, (16,)))]
+        >>> configs = [{"lr": lr} for lr in (0.001, 0.01, 0.1)]
+        >>> report = compare(models, torch.optim.Adam, configs, data, nn.functional.cross_entropy, seeds=range(3))
+        >>> report.equivalent
+        True
+    """
+    models = list(models)
+    check_run(batches, loss_fn, steps, "epoch", walks=steps)
+    seeds = check_seeds(seeds, len(models))
+    configs = per_model(dict(configs) if isinstance(configs, Mapping) else list(configs), len(models), "configs")
+    if build is None:
+
+        def build(models: list[nn.Module], seeds: list[int]) -> tuple[Any, Any]:
+            batch = ModelBatch(models, shared_input, seeds=seeds)
+            return batch, OptimizerFactory(optimizer_cls).create_optimizer(batch, configs)
+
+    batch, optimizer = build([copy.deepcopy(model) for model in models], seeds)
+    batch.train()
+    kinds = [kind for kind in KINDS if kind != "one thread" or torch.get_num_threads() > 1]
+    crowd = {
+        kind: [_Lone(kind, *each, optimizer_cls) for each in zip(models, seeds, configs, strict=True)] for kind in kinds
+    }
+    start = {kind: [[p.detach().clone() for p in lone.model.parameters()] for lone in crowd[kind]] for kind in crowd}
+    names = [name for name, _ in models[0].named_parameters()]
+    found: dict[str, list[list[Any]]] = {"difference": [], "relative": [], "loss": [], **{n: [] for n in crowd}}
+    device = next(models[0].parameters()).device
+    for _, (x, y) in zip(range(steps), _endless(batches, device), strict=False):
+        losses, _ = batch_step(batch, optimizer, x, y, loss_fn, max_norm)
+        rows: dict[str, list[Any]] = {name: [] for name in found}
+        for m in range(len(models)):
+            own_x = x if shared_input else part(x, m)
+            own_y = own_targets(y, own_x, m, len(models), None if shared_input else False)
+            trained = {name: lones[m].step(own_x, own_y, loss_fn, max_norm) for name, lones in crowd.items()}
+            loss, reference = trained["alone"]
+            mine = [stacked.detach()[m] for stacked in batch.stacked_params.values()]
+            rows["loss"].append(_gap(losses[m], loss).item())
+            rows["difference"].append([_gap(a, b).max().item() for a, b in zip(mine, reference, strict=True)])
+            ways = _ways(reference, start["alone"][m])
+            rows["relative"].append(_apart(_ways(mine, start["alone"][m]), ways))
+            for kind, (_, values) in trained.items():
+                rows[kind].append(_apart(_ways(values, start[kind][m]), ways))
+        for name, row in rows.items():
+            found[name].append(row)
+    tensors = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in found.items()}
+    tolerance = TOLERANCE.get(next(models[0].parameters()).dtype, 1e-2)
+    # A random mask is drawn in memory order: in another format it is another mask, and tells nothing of rounding.
+    masked = any(lone.drew for lone in crowd["alone"])
+    floors = {kind: tensors[kind] for kind in crowd if kind != "alone" and not (masked and kind == "channels_last")}
+    return EquivalenceReport(names, tensors["difference"], tensors["relative"], tensors["loss"], floors, tolerance)
+
+
+class _Lone:
+    """One model trained by plain PyTorch with a random state of its own, in one of the ways of `KINDS`."""
+
+    def __init__(self, kind: str, model: nn.Module, seed: int, config: Mapping[str, Any], optimizer_cls: type) -> None:
+        self.kind = kind
+        self.drew = False
+        self.model = copy.deepcopy(model).train()
+        if kind == "channels_last":
+            self.model.to(memory_format=torch.channels_last)
+        if kind == "last bit":
+            with torch.no_grad():
+                for p in self.model.parameters():
+                    p.copy_(torch.nextafter(p, torch.full_like(p, torch.inf)) if p.is_floating_point() else p)
+        self.optimizer = optimizer_cls(self.model.parameters(), **config)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.state = _random_state()
+
+    def step(self, x: Any, y: Any, loss_fn: Callable, max_norm: float | None) -> tuple[Tensor, list[Tensor]]:
+        """Make one update; return the loss and the parameters after it."""
+        if self.kind == "channels_last":
+            x = tree_map_only(Tensor, _channels_last, x)
+        with torch.random.fork_rng(), _one_thread(self.kind == "one thread"):
+            _set_random_state(self.state)
+            loss, _ = lone_step(self.model, self.optimizer, x, y, loss_fn, max_norm)
+            before, self.state = self.state, _random_state()
+        self.drew |= any(not torch.equal(a, b) for a, b in zip(before, self.state, strict=True))
+        return loss, [p.detach() for p in self.model.parameters()]
+
+
+def _random_state() -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state[1:])
+
+
+@contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if wanted else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _endless(batches: Any, device: torch.device) -> Iterator[tuple[Any, Any]]:
+    for epoch in itertools.count():
+        yield from walk(batches, epoch, device)
+
+
+def _ways(values: Sequence[Tensor], start: Sequence[Tensor]) -> list[Tensor]:
+    """How far each parameter has come. Ways are compared, not places, because "last bit" starts beside the others."""
+    return [value.double() - before.double() for value, before in zip(values, start, strict=True)]
+
+
+def _apart(ways: Sequence[Tensor], reference: Sequence[Tensor]) -> list[float]:
+    """Length of each difference over that of the reference; 0 where neither moved, inf where only the first did."""
+    ratios = [(_gap(a, b).norm(), b.norm()) for a, b in zip(ways, reference, strict=True)]
+    return [(gap / length).item() if gap > 0 else 0.0 for gap, length in ratios]
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    """Absolute differences: none between numbers that overflowed alike, endless where only one of them did."""
+    alike = (a == b) | (a.isnan() & b.isnan())
+    return (a - b).abs().nan_to_num(nan=torch.inf).masked_fill(alike, 0.0)

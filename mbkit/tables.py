@@ -1,0 +1,39 @@
+"""A table of strings, for a terminal and for a notebook."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+__all__ = ["html_table", "text_table"]
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of equal length as aligned text: the first column to the left, numbers to the right.
+
+    Example:
+        >>> print(text_table([["model", "loss"], ["0", "12.5"]]))
+        model  loss
+        0      12.5
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def html_table(rows: Sequence[Sequence[str]], title: str = "") -> str:
+    """Return rows of equal length, the first of them the header, as an HTML table under its title.
+
+    Example:
+        >>> html_table([["a"], ["<1"]], "t")
+        '<p>t</p><table><tr><th>a</th></tr><tr><td>&lt;1</td></tr></table>'
+    """
+    parts = [f"<p>{html.escape(title)}</p>".replace("\n", "<br>")] if title else []
+    if rows:
+        tags = ["th", *["td"] * (len(rows) - 1)]
+        lines = [
+            f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in row)}</tr>"
+            for tag, row in zip(tags, rows, strict=True)
+        ]
+        parts.append(f"<table>{''.join(lines)}</table>")
+    return "".join(parts)
