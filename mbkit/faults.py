@@ -1,0 +1,130 @@
+"""Defects planted on purpose, to learn from; nothing but the lessons uses them.
+
+Each fault has a name in `FAULTS`, and one class or function here that plants it. None of them is exported by `mbkit`:
+whoever wants one has to write `mbkit.faults`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .model_batch import ModelBatch
+
+__all__ = ["FAULTS", "StaleGradientOptimizer", "other_order", "other_weights"]
+
+# The name under which each fault is planted and reported -> what is wrong.
+FAULTS: dict[str, str] = {
+    "stale-gradients": "zero_grad() misses the stacked gradients, so each step adds to those of all earlier steps",
+    "other-weights": "the batch is built without seeding again, so it starts from other initial weights",
+    "other-order": "the batch reads its data without seeding again, so it sees other batches",
+}
+
+
+class StaleGradientOptimizer:
+    """An optimizer that never clears the gradients it steps with: the published demo's defect, on purpose.
+
+    It keeps a copy of every model's parameters and gives those copies to a `torch.optim` optimizer. A step copies the
+    stacked gradients to the copies, updates the copies, and copies the result back. All of that is right. But
+    `zero_grad` is the inner optimizer's: it clears the gradients of the *copies*, which the next step overwrites
+    anyway, and not the *stacked* gradients, into which `backward` adds. Step 1 is therefore right, and step t follows
+    the sum of t gradients. Nothing raises, the loss falls, and the accuracy looks plausible.
+
+    Args:
+        batch: the M models; their stacked parameters are changed in place by `step`.
+        optimizer_cls: a `torch.optim` class that steps without a closure.
+        configs: M dicts of hyperparameters, one per model.
+
+    Raises:
+        ValueError: another number of configs than M.
+
+    Example:
+        >>> batch = ModelBatch([nn.Linear(1, 1, bias=False) for _ in range(2)])
+        >>> optimizer = StaleGradientOptimizer(batch, torch.optim.SGD, [{"lr": 0.1}, {"lr": 0.2}])
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     batch(torch.ones(1, 1)).sum().backward()  # the gradient is 1, three times
+        >>> batch.stacked_params["weight"].grad.flatten()
+        tensor([3., 3.])
+
+    Follows the optimizer with which the library `modelbatch` printed its demo's table; written anew.
+    """
+
+    def __init__(
+        self, batch: ModelBatch, optimizer_cls: type[torch.optim.Optimizer], configs: Sequence[Mapping[str, Any]]
+    ) -> None:
+        if len(configs) != batch.num_models:
+            raise ValueError(
+                f"Expected {batch.num_models} configs (one per model), got {len(configs)}: pass a list of "
+                f"{batch.num_models} dicts."
+            )
+        self.batch = batch
+        self.copies = [
+            [nn.Parameter(stacked.detach()[m].clone()) for stacked in batch.stacked_params.values()]
+            for m in range(batch.num_models)
+        ]
+        groups = [{"params": copies, **config} for copies, config in zip(self.copies, configs, strict=True)]
+        self.optimizer = optimizer_cls(groups)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group a model, over the copies."""
+        return self.optimizer.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the copies only. This is the fault: `batch.zero_grad()` is missing here."""
+        self.optimizer.zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Copy the stacked gradients to the copies, update the copies, copy the result back."""
+        stacked_params = list(self.batch.stacked_params.values())
+        for m, copies in enumerate(self.copies):
+            for copy, stacked in zip(copies, stacked_params, strict=True):
+                copy.grad = None if stacked.grad is None else stacked.grad[m].clone()
+        self.optimizer.step()
+        for m, copies in enumerate(self.copies):
+            for copy, stacked in zip(copies, stacked_params, strict=True):
+                stacked[m] = copy
+
+
+def other_weights(build: Callable[[], nn.Module], num_models: int) -> list[nn.Module]:
+    """Build M models from wherever torch's default generator happens to stand, without seeding it again.
+
+    Args:
+        build: makes one model, drawing its initial weights from torch's default generator.
+        num_models: M.
+
+    Returns:
+        M models whose weights are not those of the models built earlier.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> first, again = nn.Linear(2, 1), other_weights(lambda: nn.Linear(2, 1), 1)[0]
+        >>> torch.equal(first.weight, again.weight)
+        False
+    """
+    return [build() for _ in range(num_models)]
+
+
+def other_order(loader: Iterable[Tensor], epochs: int) -> list[Tensor]:
+    """Read a shuffling loader from wherever torch's default generator happens to stand, without seeding it again.
+
+    Args:
+        loader: shuffles each time it is iterated, seeded by torch's default generator, as `DataLoader` does.
+        epochs: how many times it is read.
+
+    Returns:
+        The batches of all epochs in one list: one order for all models, and not one that any model saw when alone.
+
+    Example:
+        >>> loader = torch.utils.data.DataLoader(range(100), batch_size=50, shuffle=True)
+        >>> _ = torch.manual_seed(0)
+        >>> first, again = list(loader), other_order(loader, epochs=1)
+        >>> torch.equal(first[0], again[0])
+        False
+    """
+    return [item for _ in range(epochs) for item in loader]
