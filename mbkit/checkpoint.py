@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["load_states", "read_folder", "save_folder"]
+from .operators import Streams
+
+__all__ = ["load_states", "load_streams", "read_folder", "save_folder", "save_streams", "split_state", "take_streams"]
 
 State = Mapping[str, Tensor]
+
+_STREAMS = "mbkit_streams."  # in a batch's state_dict: the seeds, and the random streams' states, one entry a device
+
+
+def split_state(stacked: dict[str, Tensor], num_models: int) -> list[dict[str, Tensor]]:
+    """Return M state dicts with copies of the models' slices, and with the layers' versions, which torch hides there.
+
+    Args:
+        stacked: name to tensor `[M, ...]`.
+        num_models: M.
+    """
+    states = [copy.copy(stacked) for _ in range(num_models)]
+    for m, state in enumerate(states):
+        state.update((name, tensor.detach()[m].clone()) for name, tensor in stacked.items())
+    return states
 
 
 def load_states(stacked: State, states: Sequence[State], num_models: int) -> None:
@@ -27,6 +44,7 @@ def load_states(stacked: State, states: Sequence[State], num_models: int) -> Non
     Raises:
         ValueError: another count, other names or other shapes; nothing has been changed then.
     """
+    states = states if isinstance(states, Mapping) else list(states)
     if isinstance(states, Mapping) or len(states) != num_models:
         got = "one dict" if isinstance(states, Mapping) else f"{len(states)}"
         raise ValueError(f"Expected {num_models} states (one per model), got {got}: pass a list of {num_models} dicts.")
@@ -42,10 +60,12 @@ def _check(m: int, state: Any, stacked: State) -> None:
     if not isinstance(state, Mapping):
         raise ValueError(f"Expected a state dict for model {m}, got {type(state).__name__}: pass model.state_dict().")
     if state.keys() != stacked.keys():
-        missing, foreign = sorted(stacked.keys() - state.keys()), sorted(state.keys() - stacked.keys())
+        missing, foreign = (
+            sorted(map(str, keys)) for keys in (stacked.keys() - state.keys(), state.keys() - stacked.keys())
+        )
         raise ValueError(
-            f"The state of model {m} belongs to another architecture: missing {missing or 'nothing'}, "
-            f"unexpected {foreign or 'nothing'}."
+            f"The state of model {m} belongs to another architecture: missing {_few(missing)}, "
+            f"unexpected {_few(foreign)}; build the batch from models like the ones that were saved."
         )
     for name, tensor in stacked.items():
         got = state[name].shape if isinstance(state[name], Tensor) else type(state[name]).__name__
@@ -54,8 +74,13 @@ def _check(m: int, state: Any, stacked: State) -> None:
             raise ValueError(f"Expected '{name}' of model {m} as {list(tensor.shape[1:])}, got {shape}.")
 
 
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more if names else "nothing"
+
+
 def save_folder(states: Sequence[State], folder: Path) -> None:
-    """Write one file a model, each complete or not there at all.
+    """Write one file a model; the old files are replaced when all the new ones are complete.
 
     Raises:
         ValueError: the folder holds more models than are saved, so that two batches would be mixed.
@@ -67,10 +92,16 @@ def save_folder(states: Sequence[State], folder: Path) -> None:
             f"{folder} holds a batch of more than {len(states)} models (there is a {beyond.name}): "
             "choose another folder, or empty this one."
         )
-    for m, state in enumerate(states):
-        partial = folder / f"model_{m}.pt.part"
-        torch.save(state, partial)
-        os.replace(partial, folder / f"model_{m}.pt")
+    files = [folder / f"model_{m}.pt" for m in range(len(states))]
+    partial = [file.with_suffix(".pt.part") for file in files]
+    try:
+        for file, state in zip(partial, states, strict=True):
+            torch.save(state, file)
+        for part, file in zip(partial, files, strict=True):
+            os.replace(part, file)
+    finally:  # nothing half-written stays behind, not even after Ctrl-C or on a full disk
+        for part in partial:
+            part.unlink(missing_ok=True)
 
 
 def read_folder(folder: Path, num_models: int) -> list[State]:
@@ -78,18 +109,47 @@ def read_folder(folder: Path, num_models: int) -> list[State]:
 
     Raises:
         FileNotFoundError: a model's file is missing.
-        ValueError: a file that holds no state dict, or a folder that holds more models.
+        ValueError: a file that is not one of weights, or a folder that holds more models.
     """
     files = [folder / f"model_{m}.pt" for m in range(num_models)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise FileNotFoundError(f"Expected {num_models} files in {folder}, missing {', '.join(missing[:3])}.")
+        raise FileNotFoundError(
+            f"Expected {num_models} files in {folder}, missing {_few(missing)}: "
+            "give the folder that save_all() wrote, to a batch of as many models."
+        )
     if (folder / f"model_{num_models}.pt").exists():
         raise ValueError(f"{folder} holds more than {num_models} models: load it into a batch of as many.")
     states = []
     for file in files:
         try:
             states.append(torch.load(file, map_location="cpu", weights_only=True))
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise ValueError(f"{file} is not a file of weights: {str(error).splitlines()[0]}") from error
+        except OSError:
+            raise
+        except Exception as error:  # whatever the unpickler makes of bytes that it cannot read
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{file} is not a file of weights that save_all() wrote: {reason}") from error
     return states
+
+
+def save_streams(streams: Streams, prefix: str) -> dict[str, Tensor]:
+    """Return the streams' entries of a state_dict; none before the first draw, when the seeds say everything."""
+    states = streams.state()
+    if states:
+        states["seeds"] = torch.tensor(streams.seeds)
+    return {f"{prefix}{_STREAMS}{name}": rows for name, rows in states.items()}
+
+
+def take_streams(state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """Take what `save_streams` put into a state_dict out of it."""
+    head = prefix + _STREAMS
+    return {key[len(head) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(head)}
+
+
+def load_streams(streams: Streams, saved: dict[str, Tensor]) -> None:
+    """Put the streams where they were when `save_streams` ran; without entries, back to their seeds."""
+    if "seeds" in saved:
+        streams.seeds = saved["seeds"].tolist()
+    # Where there is no GPU its streams cannot be kept; should there be one again, they start from the seeds.
+    gone = () if torch.cuda.is_available() else ("cuda",)
+    streams.load_state({name: rows for name, rows in saved.items() if name != "seeds" and not name.startswith(gone)})

@@ -68,19 +68,24 @@ def check_seeds(seeds: Sequence[int] | None, num_models: int) -> list[int]:
         [0, 1, 2]
     """
     if seeds is None:
-        return torch.randint(_MAX_SEED, (num_models,)).tolist()
+        return torch.randint(_MAX_SEED, (num_models,), device="cpu").tolist()
     if hasattr(seeds, "tolist"):
         seeds = seeds.tolist()
     if not isinstance(seeds, Iterable) or isinstance(seeds, (str, bytes)):
         # One seed for all would give every model the same dropout masks: legal, but then it has to be said.
         raise TypeError(f"Expected {num_models} seeds (one per model), got {seeds!r}: pass a list of {num_models}.")
-    seeds = list(seeds)
+    seeds = [seed.item() if hasattr(seed, "item") else seed for seed in seeds]  # numpy's and torch's numbers
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"Expected whole numbers as seeds, got {seed!r}: pass a list of {num_models} integers.")
         if not 0 <= seed <= _MAX_SEED:
             raise ValueError(f"Expected seeds from 0 to 2**63 - 1, got {seed}: choose another seed.")
-    return per_model(seeds, num_models, "seeds")
+    if len(seeds) != num_models:
+        raise ValueError(
+            f"Expected {num_models} seeds (one per model), got {len(seeds)}: "
+            f"pass a list of {num_models}, or none at all."
+        )
+    return seeds
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Settings", "check_models"]
+from .checks import did_you_mean
+from .sameness import Names, same, same_class
+
+__all__ = ["Settings", "check_models", "check_paths"]
 
 Settings = dict[str, dict[str, list[float]]]  # module path -> attribute -> one value a model
 
 _KEPT_BY_TORCH = {"_parameters", "_buffers", "_modules", "training"}  # compared as tensors, children and flags
 _HOOKS = {name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))}
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_REBUILT = ("_flat_weights", "_flat_weight_refs")  # what torch's RNNs derive from their parameters
 
 
-def check_models(models: Sequence[nn.Module]) -> Settings:
-    """Check that the models can be stacked, and return the settings that differ between them.
+def check_models(models: Iterable[nn.Module]) -> tuple[list[nn.Module], Settings]:
+    """Check that the models can be stacked, and return them as a list, with the settings that differ between them.
 
     Args:
         models: M modules.
 
     Returns:
-        The floats of torch's own layers (a dropout rate, a slope, a momentum, an epsilon) that differ between
-        the models: module path to attribute to M values.
+        The models, and the floats of torch's own layers (a dropout rate, a slope, a momentum, an epsilon) that differ
+        between them: module path to attribute to M values.
 
     Raises:
         TypeError: something that is not a module, or not a list of them.
@@ -34,6 +39,8 @@ def check_models(models: Sequence[nn.Module]) -> Settings:
     """
     if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList):
         raise TypeError(f"Expected a list of models, got one {type(models).__name__}: pass [model_0, model_1, …].")
+    if not isinstance(models, Iterable):
+        raise TypeError(f"Expected a list of models, got {models!r}: pass [model_0, model_1, …].")
     models = list(models)
     if not models:
         raise ValueError("Expected at least one model, got an empty list: pass [model_0, model_1, …].")
@@ -48,22 +55,38 @@ def check_models(models: Sequence[nn.Module]) -> Settings:
     first = models[0]
     _refuse_what_vmap_ignores(first)
     modules, tensors = _modules(first), _tensors(first)
+    _refuse_shared_memory(modules, tensors)
+    names = _names(modules, tensors)
     settings: Settings = {}
     for m, model in enumerate(models[1:], 1):
-        if _kind(model) != _kind(first):
+        if not same_class(type(model), type(first), {}, {}):
             _refuse(m, "is of another class", _kind(model), _kind(first))
-        _compare_tensors(m, _tensors(model), tensors)
-        others = _modules(model)
+        others, others_tensors = _modules(model), _tensors(model)
+        _compare_tensors(m, others_tensors, tensors)
         if list(others) != list(modules):
             odd = sorted(set(others) ^ set(modules)) or ["their order"]
             _refuse(m, f"has other submodules ({odd[0]!r} first)", len(others), len(modules))
+        others_names = _names(others, others_tensors)
         for path, module in modules.items():
-            _compare_modules(m, path, others[path], module, settings)
-    values = [dict(_modules(model)) for model in models] if settings else []
-    return {
-        path: {name: [getattr(modules_m[path], name) for modules_m in values] for name in names}
+            _compare_modules(m, path, others[path], module, others_names, names, settings)
+    values = [_modules(model) for model in models] if settings else []
+    return models, {
+        path: {name: [float(getattr(modules_m[path], name)) for modules_m in values] for name in names}
         for path, names in settings.items()
     }
+
+
+def check_paths(model: nn.Module, paths: Iterable[str]) -> set[str]:
+    """Return the dotted paths of submodules as a set.
+
+    Raises:
+        ValueError: a path that leads nowhere.
+    """
+    paths = {paths} if isinstance(paths, str) else set(paths)
+    known = [path for path, _ in model.named_modules()]
+    for path in paths.difference(known):
+        raise ValueError(f"Expected a submodule's dotted path, got {path!r}.{did_you_mean(path, known)}")
+    return paths
 
 
 def _refuse(m: int, what: str, got: Any, expected: Any) -> None:
@@ -86,6 +109,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return found | dict(model.named_buffers(remove_duplicate=False))
 
 
+def _names(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> Names:
+    return {id(thing): name for things in (modules, tensors) for name, thing in things.items()}
+
+
 def _refuse_what_vmap_ignores(model: nn.Module) -> None:
     for path, module in model.named_modules():
         where = f"module '{path}'" if path else "the model"
@@ -93,15 +120,73 @@ def _refuse_what_vmap_ignores(model: nn.Module) -> None:
             raise ValueError(f"{where} is a ScriptModule, which torch.vmap cannot enter: pass the eager module.")
         if getattr(module, "sparse", False) is True and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             raise ValueError(f"{where} asks for sparse gradients, which cannot be stacked: build it with sparse=False.")
-        if any(getattr(module, hooks, None) for hooks in _BACKWARD_HOOKS):
-            raise ValueError(f"{where} has a backward hook, which torch.vmap would skip silently: remove it.")
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{where} keeps extra state outside tensors, which cannot be stacked: use buffers.")
+        registered = {id(t): name for name, t in (*module.named_parameters(), *module.named_buffers())}
+        for name, value in vars(module).items():
+            if name in _KEPT_BY_TORCH or (name in _REBUILT and isinstance(module, nn.RNNBase)):
+                continue
+            held = next((registered[id(t)] for t in _held(value) if id(t) in registered), None)
+            if held is not None:
+                raise ValueError(
+                    f"{where} keeps its own '{held}' a second time, in the {type(value).__name__} {name!r}, where a "
+                    "batch cannot replace it: read it from where it is registered."
+                )
+            if isinstance(value, Tensor) and not value.is_leaf and not _recomputed(module, name):
+                raise ValueError(
+                    f"{where} keeps in {name!r} a tensor that carries the gradient of an earlier computation: "
+                    "compute it in forward, detach it, or set it to None before making the batch."
+                )
     for name, parameter in model.named_parameters():
-        if parameter._backward_hooks:
-            raise ValueError(f"parameter '{name}' has a gradient hook, which would see all models at once: remove it.")
+        _refuse_gradient_hook(name, parameter)
         if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
             raise ValueError(f"parameter '{name}' is not built yet: run each model once, then make the batch.")
+
+
+def _refuse_gradient_hook(name: str, parameter: Tensor) -> None:
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise ValueError(f"parameter '{name}' has a gradient hook, which would see all models at once: remove it.")
+
+
+def _held(value: Any) -> Iterator[Tensor]:
+    """The tensors inside nested lists and dicts."""
+    if isinstance(value, (list, tuple, dict, set, deque)):
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, Tensor):
+                yield item
+            else:
+                yield from _held(item)
+
+
+def _recomputed(module: nn.Module, name: str) -> bool:
+    """Say whether one of torch's own hooks (weight_norm, spectral_norm, pruning) computes this attribute anew."""
+    return any(
+        type(hook).__module__.startswith("torch.nn.utils.")
+        and name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
+        for hook in module._forward_pre_hooks.values()
+    )
+
+
+def _refuse_shared_memory(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
+    """Refuse a view of a parameter: it follows the parameter's training when alone, and a copy of it would not."""
+    everything = dict(tensors)
+    for path, module in modules.items():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not _recomputed(module, name):
+                everything[f"{path}.{name}" if path else name] = value
+    spans = []
+    for name, tensor in {id(t): (name, t) for name, t in everything.items()}.values():
+        if tensor.layout is torch.strided and tensor.numel() and tensor.device.type != "meta":
+            start = tensor.data_ptr()
+            steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            spans.append((start, start + (steps + 1) * tensor.element_size(), name, isinstance(tensor, nn.Parameter)))
+    spans.sort()
+    for (_, end, name, trained), (start, _, other, other_trained) in pairwise(spans):
+        if start < end and (trained or other_trained):
+            raise ValueError(
+                f"'{name}' and '{other}' share memory without being one tensor, so that a stack of one would not "
+                "follow the other: register the same Parameter under both names, or compute the second in forward."
+            )
 
 
 def _compare_tensors(m: int, got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -115,6 +200,7 @@ def _compare_tensors(m: int, got: dict[str, Tensor], expected: dict[str, Tensor]
         if (tensor.dtype, tensor.device) != (reference.dtype, reference.device):
             mine, other = f"{tensor.dtype} on {tensor.device}", f"{reference.dtype} on {reference.device}"
             _refuse(m, f"has '{name}' as another dtype or on another device", mine, other)
+        _refuse_gradient_hook(name, tensor)
         if tensor.requires_grad != reference.requires_grad:
             flags = f"requires_grad={tensor.requires_grad}", f"requires_grad={reference.requires_grad}"
             _refuse(m, f"has '{name}' frozen where another is not", *flags)
@@ -129,63 +215,48 @@ def _ties(tensors: dict[str, Tensor]) -> list[str]:
     return ["=".join(tied) for tied in names.values() if len(tied) > 1]
 
 
-def _compare_modules(m: int, path: str, module: nn.Module, reference: nn.Module, settings: Settings) -> None:
+def _compare_modules(
+    m: int, path: str, module: nn.Module, reference: nn.Module, names: Names, other_names: Names, settings: Settings
+) -> None:
     """Compare classes, train/eval flags and plain attributes; note the floats that differ in torch's own layers."""
     where = f"at '{path}'" if path else "at its top"
-    if _kind(module) != _kind(reference):
+    if not same_class(type(module), type(reference), names, other_names):
         _refuse(m, f"has another layer {where}", _kind(module), _kind(reference))
     if module.training != reference.training:
         modes = [f"{'train' if flag else 'eval'}()" for flag in (module.training, reference.training)]
         _refuse(m, f"is in another mode {where}", *modes)
     mine, others = vars(module), vars(reference)
     for name in mine.keys() | others.keys():
-        if name in _KEPT_BY_TORCH:
+        if name in _KEPT_BY_TORCH or (name in _REBUILT and isinstance(module, nn.RNNBase)):
             continue
         a, b = mine.get(name), others.get(name)
-        if a is b:
+        if a is b or (name in _HOOKS and not a and not b):
             continue
-        if name in _HOOKS:
-            if len(a) != len(b):
-                _refuse(m, f"has other hooks {where}", f"{len(a)} in {name}", len(b))
-        elif not _same(a, b, module, reference, set()):
-            if type(a) is float and type(b) is float and type(module).__module__.startswith("torch.nn."):
+        if name in _HOOKS:  # one function runs for all models, so it may not keep anything for one of them
+            if not same(list(a.values()), list(b.values()), names, other_names, strict=True):
+                _refuse(
+                    m,
+                    f"has other {name.strip('_').replace('_', ' ')} {where}",
+                    *_contrast([*a.values()], [*b.values()]),
+                )
+        elif isinstance(a, Tensor) and isinstance(b, Tensor):
+            if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+                _refuse(m, f"has another {name!r} {where}", *_contrast(a, b))
+        elif not same(a, b, names, other_names):
+            if _is_setting(a, b) and type(module).__module__.startswith("torch.nn."):
                 settings.setdefault(path, {})[name] = []
             else:
-                _refuse(m, f"has another {name!r} {where}", _short(a), _short(b))
+                _refuse(m, f"has another {name!r} {where}", *_contrast(a, b))
 
 
-def _same(a: Any, b: Any, owner_a: nn.Module, owner_b: nn.Module, seen: set[int]) -> bool:
-    """Say whether two attributes mean the same; what cannot be told apart from different counts as different."""
-    if a is b or id(a) in seen:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, (nn.Parameter, nn.Module)):  # a reference into the model; its values are compared elsewhere
-        return True
-    if isinstance(a, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    seen.add(id(a))
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(_same(a[k], b[k], owner_a, owner_b, seen) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(_same(x, y, owner_a, owner_b, seen) for x, y in zip(a, b, strict=True))
-    if inspect.ismethod(a):
-        same_owner = (a.__self__ is owner_a and b.__self__ is owner_b) or a.__self__ is b.__self__
-        return a.__func__ is b.__func__ and (same_owner or _same(a.__self__, b.__self__, owner_a, owner_b, seen))
-    if inspect.isfunction(a):
-        cells = [[c.cell_contents for c in f.__closure__ or ()] for f in (a, b)]
-        defaults = [(f.__defaults__, f.__kwdefaults__) for f in (a, b)]
-        return a.__code__ is b.__code__ and _same(
-            [cells[0], defaults[0]], [cells[1], defaults[1]], owner_a, owner_b, seen
-        )
-    if type(a).__name__ in {"ReferenceType", "weakref"} or type(a).__module__ == "weakref":
-        return True
-    if type(a).__eq__ is not object.__eq__:
-        equal = a == b
-        return equal if isinstance(equal, bool) else bool(getattr(equal, "all", lambda: False)())
-    return hasattr(a, "__dict__") and _same(vars(a), vars(b), owner_a, owner_b, seen)
+def _is_setting(a: Any, b: Any) -> bool:
+    return {type(a), type(b)} in ({float}, {float, int})
 
 
-def _short(value: Any) -> str:
-    text = repr(value).replace("\n", " ")
-    return text if len(text) <= 60 else text[:57] + "…"
+def _contrast(got: Any, expected: Any) -> tuple[str, str]:
+    """Two short texts for an error message, that differ."""
+    texts = []
+    for value in (got, expected):
+        text = re.sub(r" at 0x[0-9a-f]+", "", repr(value).replace("\n", " "))
+        texts.append(text if len(text) <= 80 else text[:77] + "…")
+    return (f"{texts[0]} with other values inside" if texts[0] == texts[1] else texts[0]), texts[1]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,17 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .checks import check_seeds, per_model
-from .compatibility import check_models
+from .clipping import clip_by_norm_
+from .compatibility import check_models, check_paths
+from .model_call import call_models
 from .operators import PerModel, Streams
-from .stacked_call import call_losses, call_models
+from .stacked_call import call_losses
+from .stacked_state import set_memory_format, stack_models, unstack_model
 
 __all__ = ["ModelBatch"]
 
-_STREAMS = "mbkit_streams."  # in a state_dict: the random streams' states, one entry a device
+_TAKEN_OVER = """_parameters _buffers _modules _non_persistent_buffers_set _state_dict_hooks _state_dict_pre_hooks
+    _load_state_dict_pre_hooks _load_state_dict_post_hooks""".split()
 
 
 class ModelBatch(nn.Module):
@@ -29,11 +33,13 @@ class ModelBatch(nn.Module):
     The models given are copied and never changed.
 
     Args:
-        models: M modules of one architecture; dropout rates, slopes and other floats of torch's own layers may
-            differ, and each model keeps its own.
+        models: M modules of one architecture; floats of torch's own layers (dropout rates, slopes, …) may differ.
         shared_input: True when all models see one batch `[B, ...]`, False when each has its own, `[M, B, ...]`.
         seeds: one whole number a model. Model m draws its dropout masks and other random numbers as it would
             alone after `torch.manual_seed(seeds[m])`. Without seeds they are drawn from torch's default generator.
+        model_by_model: dotted paths of layers to run for one model after the other ("" for the whole model): exact
+            whatever they do, no faster than alone. What `torch.vmap` cannot run is added at its first call, with a
+            warning.
 
     Raises:
         TypeError: models that are not modules, or seeds that are not whole numbers.
@@ -55,10 +61,15 @@ class ModelBatch(nn.Module):
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], shared_input: bool = True, *, seeds: Sequence[int] | None = None
+        self,
+        models: Iterable[nn.Module],
+        shared_input: bool = True,
+        *,
+        seeds: Sequence[int] | None = None,
+        model_by_model: Iterable[str] = (),
     ) -> None:
         super().__init__()
-        self.settings = check_models(models)
+        models, self.settings = check_models(models)
         self.num_models = len(models)
         self.shared_input = shared_input
         self.seeds = check_seeds(seeds, self.num_models)
@@ -67,15 +78,15 @@ class ModelBatch(nn.Module):
         self.folding = any(isinstance(module, nn.Conv2d) for module in models[0].modules())  # see operators/convolution
         # The template is the user's own module, holding the stacked tensors. The batch takes over its tensors and
         # children instead of becoming their parent, so that every name is the user's own.
-        template = copy.deepcopy(models[0])
-        _stack_into(template, models)
-        for path, attributes in self.settings.items():
-            for name, values in attributes.items():
+        template, attributes = stack_models(models)
+        for path, settings in self.settings.items():
+            for name, values in settings.items():
                 setattr(template.get_submodule(path), name, PerModel(values))
         self.training = template.training
-        self.__dict__["_template"] = template
-        for taken_over in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[taken_over] = template.__dict__[taken_over]
+        # Past nn.Module.__setattr__ here and below: the user's own names, whatever they are, stay the user's.
+        self.__dict__ |= {"_template": template, "_attributes": attributes, "_version": template._version}
+        self.__dict__ |= {name: template.__dict__[name] for name in _TAKEN_OVER}
+        self.__dict__ |= {"model_by_model": check_paths(template, model_by_model), "_steady": {}, "_slow_losses": set()}
 
     # ------------------------------------------------------------------ what is inside
 
@@ -99,29 +110,24 @@ class ModelBatch(nn.Module):
             m: the model's number; negative numbers count from the end.
 
         Raises:
+            TypeError: something else than a whole number.
             IndexError: no such model.
         """
-        if not isinstance(m, int):
-            raise TypeError(f"Expected a model's number from 0 to {self.num_models - 1}, got {m!r}.")
+        try:
+            m = operator.index(m)
+        except TypeError:
+            raise TypeError(f"Expected a model's number from 0 to {self.num_models - 1}, got {m!r}.") from None
         if not -self.num_models <= m < self.num_models:
             raise IndexError(f"Expected a model's number from 0 to {self.num_models - 1}, got {m}.")
         m %= self.num_models
-        own: dict[int, Tensor] = {}  # deepcopy's memo: instead of copying a stacked tensor, take model m's slice
-        for p in self._template.parameters():
-            own[id(p)] = nn.Parameter(p.detach()[m].clone(), requires_grad=p.requires_grad)
-        own |= {id(b): b.detach()[m].clone() for b in self._template.buffers()}
-        model = copy.deepcopy(self._template, own)
-        for path, attributes in self.settings.items():
-            for name, values in attributes.items():
-                setattr(model.get_submodule(path), name, values[m])
-        return model
+        return unstack_model(self._template, self._attributes, m)
 
     def __iter__(self) -> Iterator[nn.Module]:
         return (self[m] for m in range(self.num_models))
 
     @property
     def models(self) -> list[nn.Module]:
-        """M stand-alone modules with today's weights; changing them does not change the batch."""
+        """M stand-alone modules with today's weights; to change them does not change the batch."""
         return list(self)
 
     def extra_repr(self) -> str:
@@ -146,7 +152,9 @@ class ModelBatch(nn.Module):
             BatchingError: a layer that cannot do for M models at once what it does for one.
         """
         shared = self.shared_input if shared_input is None else shared_input
-        return call_models(self, self._template, inputs, kwargs, shared)
+        output, attributes = call_models(self, self._template, self._attributes, inputs, kwargs, shared)
+        self.__dict__["_attributes"] = attributes
+        return output
 
     def compute_loss(
         self,
@@ -177,7 +185,7 @@ class ModelBatch(nn.Module):
         if reduction not in ("sum", "mean", "none"):
             raise ValueError(f"Expected reduction 'sum', 'mean' or 'none', got {reduction!r}: choose one of them.")
         losses = call_losses(self, outputs, targets, loss_fn, shared_targets)
-        self.latest_losses = losses.detach()
+        self.__dict__["latest_losses"] = losses.detach()
         return losses if reduction == "none" else getattr(losses, reduction)()
 
     def metrics(self) -> dict[str, float]:
@@ -219,25 +227,17 @@ class ModelBatch(nn.Module):
             >>> tuple(norms.shape)
             (3,)
         """
-        limits = per_model(max_norm, self.num_models, "norms")
+        limits = per_model(list(max_norm) if isinstance(max_norm, tuple) else max_norm, self.num_models, "norms")
         if not all(limit > 0 for limit in limits):
             raise ValueError(f"Expected positive norms, got {max_norm}: choose a larger max_norm.")
         grads = [p.grad for p in self.parameters() if p.grad is not None]
-        if not grads:
-            return torch.zeros(self.num_models)
-        norms = [torch.linalg.vector_norm(g.flatten(1), norm_type, dim=1) for g in grads]
-        total = torch.linalg.vector_norm(torch.stack(norms, dim=1), norm_type, dim=1)
-        scale = (torch.tensor(limits, dtype=total.dtype, device=total.device) / (total + 1e-6)).clamp(max=1.0)
-        for g in grads:
-            g.mul_(scale.to(g.dtype).view(-1, *[1] * (g.dim() - 1)))
-        return total
+        return clip_by_norm_(grads, limits, norm_type) if grads else torch.zeros(self.num_models)
 
     # ------------------------------------------------------------------ states and files
 
     def get_model_states(self) -> list[dict[str, Tensor]]:
         """Return M state dicts, each what the lone model's `state_dict()` would be, as copies."""
-        stacked = self._template.state_dict()
-        return [{name: t.detach()[m].clone() for name, t in stacked.items()} for m in range(self.num_models)]
+        return checkpoint.split_state(self._template.state_dict(), self.num_models)
 
     def load_model_states(self, states: Sequence[dict[str, Tensor]]) -> None:
         """Put M state dicts into the batch; all are checked before the first tensor is changed.
@@ -272,38 +272,35 @@ class ModelBatch(nn.Module):
     def train(self, mode: bool = True) -> ModelBatch:
         """Put all models into training mode, through the model's own `train`."""
         self._template.train(mode)
-        self.training = mode
+        self.training = self._template.training
         return self
+
+    def eval(self) -> ModelBatch:
+        """Put all models into evaluation mode, through the model's own `eval`."""
+        self._template.eval()
+        self.training = self._template.training
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> ModelBatch:
+        """Move or cast the stacked tensors, with `nn.Module.to`'s arguments; a memory format is each model's own."""
+        device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        if memory_format is not None:
+            set_memory_format(self._template, memory_format)
+        return super().to(device, dtype, non_blocking)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> ModelBatch:
         self._template._apply(fn)  # .to(), .double() and the rest, through the model's own
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({f"{prefix}{_STREAMS}{device}": rows for device, rows in self.streams.state().items()})
+        self._template._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(checkpoint.save_streams(self.streams, prefix))
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        head = prefix + _STREAMS
-        found = {key[len(head) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(head)}
-        if any(len(rows) != self.num_models for rows in found.values()):
-            raise ValueError(f"Expected the random streams of {self.num_models} models: load a batch of as many.")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if found:
-            self.streams.load_state(found)
-
-
-def _stack_into(template: nn.Module, models: Sequence[nn.Module]) -> None:
-    """Replace every parameter and buffer of `template` by the stack of the models' own, wherever it is tied."""
-    stacks: dict[int, Tensor] = {}  # from the template's tensor, and from the stack itself, to the stack
-    sources = [dict(model.named_modules(remove_duplicate=False)) for model in models]
-    for path, module in template.named_modules(remove_duplicate=False):
-        for store in ("_parameters", "_buffers"):
-            for name, tensor in getattr(module, store).items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in stacks:
-                    rows = torch.stack([getattr(modules[path], store)[name].detach() for modules in sources])
-                    stack = nn.Parameter(rows, requires_grad=tensor.requires_grad) if store == "_parameters" else rows
-                    stacks[id(tensor)] = stacks[id(stack)] = stack
-                getattr(module, store)[name] = stacks[id(tensor)]
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, metadata: dict, strict: bool, *lists: list) -> None:
+        streams, errors = checkpoint.take_streams(state_dict, prefix), lists[-1]
+        self._template._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        if any(len(rows) != self.num_models for rows in streams.values()):
+            errors.append(f"expected the random streams of {self.num_models} models: load it into a batch of as many.")
+        elif not errors and (streams or strict):  # a whole state without streams is from before the first draw
+            checkpoint.load_streams(self.streams, streams)
+            self.__dict__["seeds"] = list(self.streams.seeds)

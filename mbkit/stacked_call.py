@@ -2,74 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .operators import BatchingError, Interception, LayoutMatters, is_folded, module_path
+from .model_call import PLAIN_ERRORS, at_once
 
 if TYPE_CHECKING:
     from .model_batch import ModelBatch
 
-__all__ = ["call_losses", "call_models"]
-
-# How functorch's own complaints can be told from the errors of the user's code.
-_FROM_VMAP = ("vmap", "functorch", "batching rule", "batched", "autograd.function", "data pointer of tensor")
-
-
-def call_models(batch: ModelBatch, template: nn.Module, inputs: tuple, kwargs: dict, shared: bool) -> Any:
-    """Call the template once for all models and keep the buffers that it assigned anew.
-
-    Args:
-        batch: supplies M, the streams and the per-model settings.
-        template: the user's module, holding the stacked tensors.
-        inputs, kwargs: what one model takes; tensors in them are `[B, ...]`, or `[M, B, ...]` unless `shared`.
-        shared: whether all models see the same input.
-
-    Returns:
-        The model's own nested output, each tensor `[M, ...]`.
-    """
-    leaves, spec = tree_flatten((inputs, kwargs))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    if not shared:
-        for i in places:
-            _check_leading(leaves[i], batch.num_models)
-    parameters = dict(template.named_parameters())
-    buffers = dict(template.named_buffers())
-    names = [*parameters, *buffers]
-    seen: dict[str, Any] = {}  # what one model returned, filled in under vmap
-
-    def one_model(*tensors: Tensor) -> tuple[Tensor, ...]:
-        state = dict(zip(names, tensors, strict=False))
-        given = dict(state)
-        own = list(leaves)
-        for place, tensor in zip(places, tensors[len(names) :], strict=True):
-            own[place] = tensor
-        args, keywords = tree_unflatten(own, spec)
-        output = functional_call(template, state, args, keywords)
-        seen["assigned"] = [name for name in buffers if state[name] is not given[name]]
-        seen["leaves"], seen["spec"] = _output_leaves(output, template)
-        tensors_out = [leaf for leaf in seen["leaves"] if leaf is not None]
-        return (*tensors_out, *(state[name] for name in seen["assigned"]))
-
-    stacked = [*parameters.values(), *buffers.values(), *(leaves[i] for i in places)]
-    in_dims = [0] * len(names) + [None if shared else 0] * len(places)
-    restore = _remember(batch, buffers) if batch.folding else None
-    try:
-        results = list(_vectorized(batch, template, one_model, stacked, in_dims))
-    except LayoutMatters:
-        batch.folding = False
-        restore()
-        results = list(_vectorized(batch, template, one_model, stacked, in_dims))
-    for name in reversed(seen["assigned"]):
-        owner, _, attribute = name.rpartition(".")
-        template.get_submodule(owner)._buffers[attribute] = results.pop()
-    outputs = iter(t.contiguous() if is_folded(t) else t for t in results)  # a user may call view() on a slice
-    return tree_unflatten([None if leaf is None else next(outputs) for leaf in seen["leaves"]], seen["spec"])
+__all__ = ["call_losses"]
 
 
 def call_losses(
@@ -88,7 +34,7 @@ def call_losses(
     target_leaves, target_spec = tree_flatten(targets)
     for leaf in output_leaves:
         if isinstance(leaf, Tensor):
-            _check_leading(leaf, batch.num_models, "outputs")
+            _check_outputs(leaf, batch.num_models)
     tensors = [leaf for leaf in (*output_leaves, *target_leaves) if isinstance(leaf, Tensor)]
     reference = next((leaf for leaf in output_leaves if isinstance(leaf, Tensor)), None)
     if reference is None:
@@ -102,106 +48,78 @@ def call_losses(
         if isinstance(leaf, Tensor)
     ]
 
-    def one_model(*own: Tensor) -> tuple[Tensor]:
+    def one_model(mode: Any, *own: Tensor) -> tuple[Tensor]:
         remaining = iter(own)
         leaves = [next(remaining) if isinstance(v, Tensor) else v for v in (*output_leaves, *target_leaves)]
         count = len(output_leaves)
         loss = loss_fn(tree_unflatten(leaves[:count], output_spec), tree_unflatten(leaves[count:], target_spec))
         if not isinstance(loss, Tensor):
-            raise TypeError(f"Expected the loss of a model to be a tensor, got {type(loss).__name__}.")
+            raise TypeError(
+                f"Expected the loss of a model to be a tensor, got {type(loss).__name__}: "
+                "return the tensor itself, without item() or float()."
+            )
         if loss.numel() != 1:
             raise ValueError(
                 f"Expected one loss a model, got a tensor {list(loss.shape)}: let loss_fn average or add up its batch."
             )
         return (loss.reshape(()),)
 
-    root = loss_fn if isinstance(loss_fn, nn.Module) else nn.Identity()
-    return _vectorized(batch, root, one_model, tensors, in_dims)[0]
-
-
-def _remember(batch: ModelBatch, buffers: dict[str, Tensor]) -> Callable[[], None]:
-    """Return a function that puts streams and buffers back where they are now, for a pass that has to be run again."""
-    streams = batch.streams.state()
-    values = {name: tensor.clone() for name, tensor in buffers.items()}
-
-    def restore() -> None:
-        batch.streams.load_state(streams)
-        with torch.no_grad():
-            for name, tensor in buffers.items():
-                tensor.copy_(values[name])
-
-    return restore
-
-
-def _vectorized(
-    batch: ModelBatch,
-    root: nn.Module,
-    function: Callable[..., tuple[Tensor, ...]],
-    tensors: Sequence[Tensor],
-    in_dims: Sequence[int | None],
-) -> tuple[Tensor, ...]:
-    device = tensors[0].device if tensors else torch.device("cpu")
-    index = torch.arange(batch.num_models, device=device)
-
-    def with_rules(index: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-        with Interception(index, batch.num_models, batch.streams, device, bool(batch.settings), batch.folding):
-            return function(*own)
-
+    slow, undo = getattr(loss_fn, "__code__", loss_fn), batch.streams.remember()
+    if slow not in batch._slow_losses:
+        try:
+            return at_once(batch, one_model, tensors, in_dims)[0]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            undo()
+            reason = str(error).strip().split("\n")[0]
+    else:
+        reason = ""
+    losses = []
     try:
-        # "error": a random operator that no rule covers raises here, where "different" would draw wrong numbers.
-        return torch.vmap(with_rules, in_dims=(0, *in_dims), randomness="error")(index, *tensors)
-    except RuntimeError as error:  # NotImplementedError is one, too
-        where, text = module_path(error.__traceback__, root), str(error)
-        if isinstance(error, BatchingError) or any(mark in text.lower() for mark in _FROM_VMAP):
-            many = f"cannot run for {batch.num_models} models at once"
-            raise BatchingError(f"{where} {many}: {text}") from error
-        raise RuntimeError(f"{where}: {text}") from error
+        for m in batch.streams.take_turns(tensors[0].device):
+            own = [t if dim is None else t[m] for t, dim in zip(tensors, in_dims, strict=True)]
+            losses += one_model(None, *own)
+    except Exception as error:
+        undo()
+        known = type(error) in PLAIN_ERRORS
+        raise (type(error)(f"the loss function, for one model: {error}") if known else error) from error
+    if reason:
+        batch._slow_losses.add(slow)
+        warnings.warn(f"The loss function runs model by model: torch.vmap cannot run it ({reason}).", stacklevel=3)
+    return torch.stack(losses)
 
 
-def _output_leaves(output: Any, template: nn.Module) -> tuple[list[Tensor | None], Any]:
-    leaves, spec = tree_flatten_with_path(output)
-    for path, leaf in leaves:
-        if leaf is not None and not isinstance(leaf, Tensor):
-            where = f" at {keystr(path)}" if path else ""
-            raise TypeError(
-                f"Expected {type(template).__name__} to return tensors (or nested lists, tuples and dicts of them), "
-                f"got {type(leaf).__name__}{where}: return a tensor, or None."
-            )
-    values = [leaf for _, leaf in leaves]
-    if all(leaf is None for leaf in values):
-        raise TypeError(f"Expected {type(template).__name__} to return at least one tensor, got {output!r}.")
-    return values, spec
-
-
-def _check_leading(tensor: Tensor, num_models: int, what: str = "per-model input") -> None:
+def _check_outputs(tensor: Tensor, num_models: int) -> None:
     if tensor.dim() == 0 or tensor.shape[0] != num_models:
         raise ValueError(
-            f"Expected {what} [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}: "
-            "stack one input a model, or pass shared_input=True for one input to all."
+            f"Expected outputs [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}: "
+            "pass what the batch returned, outputs first, then targets."
         )
 
 
 def _target_dim(target: Tensor, outputs: Tensor, num_models: int, shared: bool | None) -> int | None:
     """Return vmap's in_dim of a target: None where all models share it, 0 where each has its own."""
-    batch_size = outputs.shape[1] if outputs.dim() > 1 else None
-    one_for_all = target.dim() == 0 or batch_size in (None, target.shape[0])
-    one_a_model = (
-        target.dim() > 0
-        and target.shape[0] == num_models
-        and (batch_size is None or (target.dim() > 1 and target.shape[1] == batch_size))
-    )
-    if one_for_all and one_a_model and shared is None and target.dim() == outputs.dim():
-        return 0  # a target for all has no dimension M, so at most one dimension less than the outputs
-    if one_for_all and one_a_model and shared is None:
+    if shared:
+        return None
+    leads = target.dim() > 0 and target.shape[0] == num_models
+    got = f"got {list(target.shape)} for outputs {list(outputs.shape)}"
+    if shared is not None:
+        if not leads:
+            raise ValueError(f"Expected targets [{num_models}, …], as shared_targets=False says, {got}.")
+        return 0
+    size = outputs.shape[1] if outputs.dim() > 1 else None
+    one_for_all = target.dim() == 0 or size in (None, target.shape[0])
+    one_a_model = leads and (size is None or (target.dim() > 1 and target.shape[1] == size))
+    if not one_for_all and not one_a_model:
+        raise ValueError(
+            f"Expected targets [{size}, …] for all models or [{num_models}, {size}, …] for each its own, {got}: "
+            "pass one of the two forms, or say with shared_targets=True or shared_targets=False how to read them."
+        )
+    # A target for all has no dimension M, so one of as many dimensions as the outputs has one slice a model.
+    if one_for_all and one_a_model and target.dim() != outputs.dim():
         raise ValueError(
             f"Targets {list(target.shape)} for outputs {list(outputs.shape)} could be one batch for all models or one "
             "a model: say which with shared_targets=True or shared_targets=False."
         )
-    fits = one_for_all if shared else one_a_model if shared is not None else one_for_all or one_a_model
-    if not fits:
-        size = "B" if batch_size is None else batch_size
-        raise ValueError(
-            f"Expected targets [{size}, …] for all models or [{num_models}, {size}, …] for each its own, "
-            f"got {list(target.shape)} for outputs {list(outputs.shape)}."
-        )
-    return None if (one_for_all if shared is None else shared) else 0
+    return 0 if one_a_model else None

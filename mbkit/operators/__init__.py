@@ -5,10 +5,31 @@ randomness, recurrent kernels, embedding, and reads of Python values. `model_by_
 resort: exact for any operator, at the speed of a loop.
 """
 
+from .by_module import call_in_turn, loop_inside, tensors_in
 from .convolution import LayoutMatters, is_folded
 from .interception import Interception
-from .locate import BatchingError, module_path
+from .locate import BatchingError, module_path, running_modules
 from .randomness import Streams
+from .replica import State, fill, merge, outcome, read_state, replica, write_state
 from .settings import PerModel
 
-__all__ = ["BatchingError", "Interception", "LayoutMatters", "PerModel", "Streams", "is_folded", "module_path"]
+__all__ = [
+    "BatchingError",
+    "Interception",
+    "LayoutMatters",
+    "PerModel",
+    "State",
+    "Streams",
+    "call_in_turn",
+    "fill",
+    "is_folded",
+    "loop_inside",
+    "merge",
+    "module_path",
+    "outcome",
+    "read_state",
+    "replica",
+    "running_modules",
+    "tensors_in",
+    "write_state",
+]

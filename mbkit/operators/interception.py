@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -12,12 +14,14 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from . import convolution, embedding, randomness, reads, recurrent
+from .locate import BatchingError
 from .model_by_model import edits_in_place, model_by_model
 from .randomness import Streams
 from .settings import PerModel
 
 __all__ = ["Interception"]
 
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 RULES = convolution.RULES | randomness.RULES | recurrent.RULES | embedding.RULES | reads.RULES
 
 
@@ -74,11 +78,26 @@ class Interception(TorchFunctionMode):
         # With one model a folded activation could not be told from a channels_last one, and gains nothing.
         self.folding = folding and num_models > 1 and device.type == "cpu"
         self.folded = False  # whether a convolution has folded in this pass
+        self.paused = False
+        self.hooks = _saved_tensors_hooks(True)  # those of the caller's, which pack whole stacks
         self.copies: set[int] = set()  # storages of copies that are views alone
         self.index_values = torch.arange(num_models, device=device)  # what a rule returns when it has nothing to
 
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let every call pass, while the models run one after the other on tensors of their own."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if self.paused:
+            return function(*args, **kwargs)
+        if _saved_tensors_hooks(True) != self.hooks:
+            raise BatchingError("checkpointing and other hooks on saved tensors run again where vmap is no more")
         if _is_composite(function):
             with self:
                 return _opened(function)(*args, **kwargs)

@@ -6,26 +6,29 @@ from types import TracebackType
 
 from torch import nn
 
-__all__ = ["BatchingError", "module_path"]
+__all__ = ["PATH", "BatchingError", "module_path", "running_modules"]
 
 
 class BatchingError(RuntimeError):
     """A layer cannot do for M models at once what it does for one; the message names the layer and the way out."""
 
 
-def module_path(traceback: TracebackType | None, model: nn.Module) -> str:
-    """Return the dotted path and class of the innermost module of `model` that was running, e.g. "encoder.0 (Linear)".
+PATH = "mbkit_path"  # on a replica: the dotted path of the module that it copies
 
-    Args:
-        traceback: of the exception.
-        model: the root; its own path reads "the model itself".
-    """
-    paths = {id(module): path for path, module in model.named_modules()}
-    found = model
+
+def running_modules(traceback: TracebackType | None) -> list[nn.Module]:
+    """Return the replicas whose calls an exception has come through, outermost first."""
+    found = []
     while traceback is not None:
-        owner = traceback.tb_frame.f_locals.get("self")
-        if id(owner) in paths:
-            found = owner
+        frame = traceback.tb_frame
+        owner = frame.f_locals.get("self")
+        if frame.f_code.co_name == "_call_impl" and isinstance(owner, nn.Module) and PATH in vars(owner):
+            found.append(owner)
         traceback = traceback.tb_next
-    path = paths[id(found)]
-    return f"'{path}' ({type(found).__name__})" if path else f"the model itself ({type(found).__name__})"
+    return found
+
+
+def module_path(module: nn.Module) -> str:
+    """Return a replica's dotted path and class, e.g. "'encoder.0' (Linear)"."""
+    path = vars(module)[PATH]
+    return f"'{path}' ({type(module).__name__})" if path else f"the model itself ({type(module).__name__})"

@@ -50,7 +50,11 @@ def model_by_model(mode: Interception, function: Any, args: tuple, kwargs: dict)
             )
         check_order(mode, stacks, stacked)
         outputs = []
+        generator = kwargs.get("generator")  # one that each model makes for itself: all draw the same from it
+        start = generator.get_state() if generator is not None else None
         for m in mode.streams.take_turns(mode.device):
+            if generator is not None:
+                generator.set_state(start)
             own = [leaf.values[m] if isinstance(leaf, PerModel) else leaf for leaf in leaves]
             for place, stack, is_stacked in zip(places, stacks, stacked, strict=True):
                 own[place] = stack[m] if is_stacked else stack

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +59,18 @@ class Streams:
         finally:
             for place, default in defaults.items():
                 default.set_state(before[place])
+
+    def remember(self) -> Callable[[], None]:
+        """Return a function that puts the streams back where they are now."""
+        states = {device: [g.get_state() for g in generators] for device, generators in self._generators.items()}
+
+        def restore() -> None:
+            self._generators = {d: generators for d, generators in self._generators.items() if d in states}
+            for device, generators in self._generators.items():
+                for generator, state in zip(generators, states[device], strict=True):
+                    generator.set_state(state)
+
+        return restore
 
     def state(self) -> dict[str, Tensor]:
         """Return the state of every stream in use: device name to bytes `[M, ...]`; empty before the first draw."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .locate import BatchingError
 from .physical import on_stacks, stack_alike
 from .settings import agreed
 
@@ -29,21 +30,32 @@ def _value(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
     return agreed(values, f"what {function.__name__.strip('_')}() reads from a tensor")
 
 
-def _requires_grad(mode: Interception, function: Any, args: tuple, kwargs: dict) -> bool:
-    """vmap hides `requires_grad`; a model that branches on it alone must branch the same way here."""
-    answer: list[bool] = []
+def _of_autograd(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
+    """`requires_grad`, `is_leaf`, `grad_fn`: vmap hides them; a model that branches on them alone must do so here."""
+    if torch._C._functorch.is_gradtrackingtensor(args[0]):  # torch.func.grad inside the model answers for itself
+        return function(*args)
+    answer: list[Any] = []
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
-        answer.append(stacks[0].requires_grad)
-        return (torch.zeros(mode.num_models, device=stacks[0].device),)
+        answer.append(function(stacks[0]))
+        return (mode.index_values,)
 
     on_stacks(run, mode.index, args)
     return answer[0]
 
 
 def _data(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tensor:
-    """`x.data` is refused by vmap; `detach()` reads and edits the same memory."""
-    return args[0].detach()
+    """`x.data` is refused by vmap; it is the same memory, and edits of it do not count for autograd."""
+
+    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
+        return (stacks[0].data if stacked[0] else stacks[0].data.expand(mode.num_models, *stacks[0].shape),)
+
+    return on_stacks(run, mode.index, args)[0]
+
+
+def _gradient(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
+    """`x.grad` would read as None."""
+    raise BatchingError("forward reads .grad, which one model alone cannot be given here: pass what it needs as input")
 
 
 def _made(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tensor:
@@ -63,5 +75,6 @@ _NEW = "new_empty new_zeros new_ones new_full".split()
 RULES = {getattr(Tensor, name): _value for name in _READS}
 RULES |= {getattr(torch, name): _made for name in _MADE}
 RULES |= {getattr(Tensor, name): _made for name in _NEW}
-RULES[Tensor.requires_grad.__get__] = _requires_grad
+RULES |= {getattr(Tensor, name).__get__: _of_autograd for name in ("requires_grad", "is_leaf", "grad_fn")}
 RULES[Tensor.data.__get__] = _data
+RULES[Tensor.grad.__get__] = _gradient

@@ -1,0 +1,244 @@
+"""One call of M models: all at once under vmap, and whatever cannot be run so one model after the other."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+
+from .operators import (
+    BatchingError,
+    Interception,
+    LayoutMatters,
+    State,
+    call_in_turn,
+    fill,
+    is_folded,
+    loop_inside,
+    merge,
+    module_path,
+    outcome,
+    read_state,
+    replica,
+    running_modules,
+    tensors_in,
+    write_state,
+)
+
+if TYPE_CHECKING:
+    from .model_batch import ModelBatch
+
+__all__ = ["PLAIN_ERRORS", "at_once", "call_models"]
+
+# Errors that can be raised again under the same name with a longer text.
+PLAIN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+
+
+def call_models(
+    batch: ModelBatch, template: nn.Module, attributes: list[Tensor], inputs: tuple, kwargs: dict, shared: bool
+) -> tuple[Any, list[Tensor]]:
+    """Call the template once for all models and keep what it assigned anew.
+
+    A layer that vmap cannot run is noted in `batch.model_by_model`, and the call starts again, with that layer run
+    for one model after the other. If that fails too, the layer around it is taken, up to the model itself, which then
+    does what plain PyTorch does: an error of the user's own shows as it does there.
+
+    Args:
+        batch: supplies M, the streams, the per-model settings and the layers that run model by model.
+        template: the user's module, holding the stacked tensors.
+        attributes: those of its plain attributes that are stacked.
+        inputs, kwargs: what one model takes; tensors in them are `[B, ...]`, or `[M, B, ...]` unless `shared`.
+        shared: whether all models see the same input.
+
+    Returns:
+        The model's own nested output, each tensor `[M, ...]`, and the plain attributes that are stacked now.
+    """
+    slow: set[str] = batch.model_by_model
+    reasons: dict[str, str] = {}  # of the paths that are added in this call
+    for path in _hooked(template) - slow:
+        slow.add(path)
+        reasons[path] = "its backward hooks are to see each model's own gradients"
+    while True:
+        before = read_state(template)
+        memory = Memory(batch, before)
+        try:
+            output, after, kept = _attempt(batch, template, before, attributes, inputs, kwargs, shared)
+            write_state(template, before, after)
+            break
+        except LayoutMatters:
+            memory.undo()
+            batch.__dict__["folding"] = False
+        except Exception as error:
+            memory.undo()
+            unit = None if isinstance(error, torch.OutOfMemoryError) else _next_slower(error, slow)
+            if unit is None:
+                slow -= reasons.keys()
+                raise _named(error, batch.num_models) from error
+            slow.add(unit)
+            reasons[unit] = str(error).strip().split("\n")[0]
+    memory.learn()
+    for path, reason in reasons.items():
+        where = f"'{path}' ({type(template.get_submodule(path)).__name__})" if path else "The whole model"
+        warnings.warn(
+            f"{where} runs model by model: exact, but no faster than alone, since torch.vmap cannot run it ({reason}). "
+            f"ModelBatch(..., model_by_model=[{path!r}]) says so beforehand, without this warning.",
+            stacklevel=6,
+        )
+    return output, kept
+
+
+def _hooked(template: nn.Module) -> set[str]:
+    """Return the paths of the modules that have backward hooks, which vmap would pass over in silence."""
+    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+        return {""}
+    return {path for path, m in template.named_modules() if m._backward_hooks or m._backward_pre_hooks}
+
+
+def _next_slower(error: Exception, slow: set[str]) -> str | None:
+    """Return the path of the layer to run model by model after an error; None if there is no wider one to try."""
+    paths = [vars(module)["mbkit_path"] for module in running_modules(error.__traceback__)]
+    first = next((i for i, path in enumerate(paths) if path in slow), len(paths))
+    return paths[first - 1] if first else None
+
+
+def _named(error: Exception, num_models: int) -> Exception:
+    """Return the error with the layer in its text, in which it came up."""
+    running = running_modules(error.__traceback__)
+    where = module_path(running[-1]) if running else "the model itself"
+    if type(error) is BatchingError:
+        return BatchingError(f"{where} cannot run for {num_models} models: {error}")
+    return type(error)(f"{where}: {error}") if type(error) in PLAIN_ERRORS and running else error
+
+
+def _attempt(
+    batch: ModelBatch,
+    template: nn.Module,
+    before: State,
+    attributes: list[Tensor],
+    args: tuple,
+    kwargs: dict,
+    shared: bool,
+) -> tuple[Any, State, list[Tensor]]:
+    leaves, spec = tree_flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if not shared:
+        for i in places:
+            _check_inputs(leaves[i], batch.num_models)
+    kept = tensors_in(before)
+    stacked = {id(t) for key, t in before.items() if key[1] != "__dict__"} | set(map(id, attributes))
+    device = next((t.device for t in (*kept, *(leaves[i] for i in places))), torch.device("cpu"))
+
+    if "" in batch.model_by_model:
+        flags = [id(t) in stacked for t in kept] + [not shared] * len(places)
+        turns = batch.streams.take_turns(device)
+        output, after, new = call_in_turn(
+            template, before, args, kwargs, turns, lambda run, tensors: run(tensors, flags), whole=True
+        )
+        check_output(output, template)
+    else:
+        origins = {id(t): t for t in kept}
+        kept = [t for t in kept if id(t) in stacked]
+        seen: list[State] = []
+
+        def one_model(mode: Interception, *own: Tensor) -> tuple[Tensor, ...]:
+            mine = list(leaves)
+            for place, tensor in zip(places, own[len(kept) :], strict=True):
+                mine[place] = tensor
+            twin = replica(template, {id(t): o for t, o in zip(kept, own, strict=False)})
+            slow = [twin.get_submodule(path) for path in batch.model_by_model]
+            for module in slow:
+                vars(module)["_call_impl"] = loop_inside(mode, module)
+            given = {key: tree_flatten(value) for key, value in read_state(twin).items()}
+            my_args, my_kwargs = tree_unflatten(mine, spec)
+            output = twin(*my_args, **my_kwargs)
+            for module in slow:  # a circle, which would keep tensors alive
+                del vars(module)["_call_impl"]
+            check_output(output, template)
+            known = origins | {id(o): t for t, o in zip(kept, own, strict=False)}
+            merged, fresh = merge([outcome(twin, given, before, set(), output)], before, [known], whole=False)
+            seen.append(merged)
+            return tuple(column[0] for column in fresh)
+
+        tensors = [*kept, *(leaves[i] for i in places)]
+        in_dims = [0] * len(kept) + [None if shared else 0] * len(places)
+        results = at_once(batch, one_model, tensors, in_dims)
+        output, after, new = fill(seen[0], [t.contiguous() if is_folded(t) else t for t in results])
+    held = set(map(id, tensors_in({key: value for key, value in after.items() if key[1] == "__dict__"})))
+    return output, after, [t for t in (*attributes, *new) if id(t) in held]
+
+
+def at_once(
+    batch: ModelBatch, function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor], in_dims: list[int | None]
+) -> tuple[Tensor, ...]:
+    """Run a function of the interception and one model's tensors for all models at once."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    index = torch.arange(batch.num_models, device=device)
+
+    def with_rules(index: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+        with Interception(index, batch.num_models, batch.streams, device, bool(batch.settings), batch.folding) as mode:
+            return function(mode, *own)
+
+    # "error": a random operator that no rule covers raises here, where "different" would draw wrong numbers.
+    return torch.vmap(with_rules, in_dims=(0, *in_dims), randomness="error")(index, *tensors)
+
+
+class Memory:
+    """What a call may change in place, to undo it when the call has to start again.
+
+    Only tensors that calls have been seen to edit are copied, once the first call has shown which those are.
+    """
+
+    def __init__(self, batch: ModelBatch, before: State) -> None:
+        flags = tuple(module.training for module in batch._template.modules())
+        steady = batch._steady.setdefault(flags, set())
+        self.steady = steady
+        self.streams = batch.streams.remember()
+        self.tensors = [(t, _version(t), None if id(t) in steady else t.detach().clone()) for t in tensors_in(before)]
+
+    def undo(self) -> None:
+        self.streams()
+        for tensor, version, copied in self.tensors:
+            if copied is not None:
+                tensor.data.copy_(copied)
+            elif _version(tensor) != version:
+                raise RuntimeError(
+                    f"A call failed after it had edited a tensor {list(tensor.shape)} that no call before had: "
+                    "load the last checkpoint, and name the layer in model_by_model."
+                )
+
+    def learn(self) -> None:
+        for tensor, version, copied in self.tensors:
+            if _version(tensor) != version:
+                self.steady.discard(id(tensor))
+            elif copied is not None and torch.equal(tensor, copied):  # BatchNorm's kernels count no versions
+                self.steady.add(id(tensor))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def check_output(output: Any, template: nn.Module) -> None:
+    leaves, _ = tree_flatten_with_path(output)
+    for path, leaf in leaves:
+        if leaf is not None and not isinstance(leaf, Tensor):
+            where = f" at {keystr(path)}" if path else ""
+            raise TypeError(
+                f"Expected {type(template).__name__} to return tensors (or nested lists, tuples and dicts of them), "
+                f"got {type(leaf).__name__}{where}: return a tensor, or None."
+            )
+    if all(leaf is None for _, leaf in leaves):
+        raise TypeError(f"Expected {type(template).__name__} to return at least one tensor, got {output!r}.")
+
+
+def _check_inputs(tensor: Tensor, num_models: int) -> None:
+    if tensor.dim() == 0 or tensor.shape[0] != num_models:
+        raise ValueError(
+            f"Expected per-model input [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}: "
+            "stack one input a model, or pass shared_input=True for one input to all."
+        )

@@ -1,0 +1,210 @@
+"""A copy of a module for one model, and what a call has changed in it: the way from M models to one and back.
+
+A replica shares everything with the module it copies but its tensors, its children and its plain attributes, so a
+call can assign what it likes without touching the module. Whatever it did assign (a buffer, a tensor or number in
+a plain attribute, an entry of a list) is read off afterwards and kept for each model.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from .locate import PATH, BatchingError
+from .settings import PerModel
+
+__all__ = ["State", "fill", "merge", "outcome", "read_state", "replica", "write_state"]
+
+State = dict[tuple[str, str, str], Any]  # (module path, "_parameters", "_buffers" or "__dict__", name) -> value
+
+_OF_TORCH = set(vars(nn.Module())) | {"_call_impl", PATH}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (int, float, bool, str, type(None))
+
+
+OUTPUT = ("", "output", "output")
+
+
+class Own:
+    """M values of a plain attribute that cannot be stacked, such as numbers that the models computed themselves."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self.values = list(values)
+
+
+class Fresh(int):
+    """Stands for the i-th new tensor of a call until the M of it are stacked."""
+
+
+def own_attributes(module: nn.Module) -> list[str]:
+    """Return the plain attributes that a call might change; torch's own layers have none unless they are hooked."""
+    if type(module).__module__.startswith("torch.nn.") and not any(getattr(module, hooks) for hooks in _HOOKS):
+        return []
+    return [name for name in vars(module) if name not in _OF_TORCH]
+
+
+def read_state(model: nn.Module) -> State:
+    """Return everything that a call of the model can change."""
+    state: State = {}
+    for path, module in model.named_modules():
+        for store in ("_parameters", "_buffers"):
+            state |= {(path, store, name): value for name, value in getattr(module, store).items()}
+        state |= {(path, "__dict__", name): vars(module)[name] for name in own_attributes(module)}
+    return state
+
+
+def write_state(model: nn.Module, before: State, after: State) -> None:
+    """Assign what differs between two states.
+
+    Raises:
+        BatchingError: a parameter has come, gone or been replaced.
+    """
+    modules = dict(model.named_modules())
+    for key in before.keys() | after.keys():
+        path, store, name = key
+        if key in after and key in before and after[key] is before[key]:
+            continue
+        if store == "_parameters" or path not in modules:
+            raise BatchingError(f"forward makes, replaces or deletes '{path}.{name}': build all layers in __init__")
+        target = getattr(modules[path], store)
+        if key in after:
+            target[name] = after[key]
+        else:
+            del target[name]
+
+
+def replica(root: nn.Module, own: dict[int, Tensor], m: int | None = None, *, alone: bool = False) -> nn.Module:
+    """Return a copy of a module that holds one model's tensors, and `m`'s own values where the models differ.
+
+    Args:
+        root: the module.
+        own: from the id of a tensor in it to the one that takes its place.
+        m: the model's number; None for what stands for all of them under vmap.
+        alone: the replica is to live on its own, so it gets no note of where it came from.
+    """
+    modules = dict(root.named_modules())
+    twins = {id(module): object.__new__(type(module)) for module in modules.values()}
+
+    def follow(leaf: Any) -> Any:
+        if isinstance(leaf, Own):
+            return leaf.values[m]
+        if _is_method(leaf) and id(leaf.__self__) in twins:
+            return types.MethodType(leaf.__func__, twins[id(leaf.__self__)])
+        return twins.get(id(leaf), own.get(id(leaf), leaf))
+
+    for path, module in modules.items():
+        mine = vars(twins[id(module)])
+        mine.update(vars(module))
+        mine.pop("_call_impl", None)
+        if not alone:
+            mine.setdefault(PATH, path)
+        for store in ("_parameters", "_buffers"):
+            mine[store] = {name: own.get(id(t), t) for name, t in getattr(module, store).items()}
+        mine["_modules"] = {name: twins.get(id(child), child) for name, child in module._modules.items()}
+        for name in own_attributes(module):
+            if not isinstance(mine[name], _PLAIN):
+                mine[name] = tree_map(follow, mine[name])
+        if m is not None:
+            mine |= {name: value.values[m] for name, value in mine.items() if isinstance(value, PerModel)}
+        for hooks in _HOOKS:
+            if any(map(_is_method, mine[hooks].values())):
+                mine[hooks] = tree_map(follow, mine[hooks])
+    return twins[id(root)]
+
+
+def _is_method(value: Any) -> bool:
+    return isinstance(value, types.MethodType)
+
+
+def outcome(twin: nn.Module, given: State, before: State, edited: set[int], output: Any) -> State:
+    """Return the state after a replica's call with its output; what the call left alone is the template's own.
+
+    Args:
+        twin: the replica, after its call.
+        given: its state before, each value flattened.
+        before: the state of the module that it copies.
+        edited: the ids of copies of constants that were edited in place, and so are constants no more.
+        output: what it returned.
+    """
+    after = read_state(twin)
+    for key, value in after.items():
+        leaves, spec = tree_flatten(value)
+        leaves_given, spec_given = given.get(key, ((), None))
+        if spec == spec_given and all(
+            a is b and id(a) not in edited for a, b in zip(leaves, leaves_given, strict=True)
+        ):
+            after[key] = before[key]
+    return {**after, OUTPUT: output}
+
+
+def merge(
+    records: Sequence[State], before: State, known: Sequence[dict[int, Tensor]], whole: bool
+) -> tuple[State, list[tuple]]:
+    """Return one state for M models, and the new tensors in it, M of each.
+
+    Args:
+        records: the `outcome` of each model; a single one stands for all models under vmap.
+        before: the state before the calls.
+        known: for each, from the id of a tensor that it was given to the tensor in the template.
+        whole: whether the module is the whole model, so that nobody else reads its attributes and each model may
+            keep a value of its own there.
+
+    Returns:
+        The state, with `Fresh(i)` where the i-th new tensor belongs, and the list of new tensors.
+
+    Raises:
+        BatchingError: values that differ where only one can stand.
+    """
+    merged: State = {}
+    fresh: list[tuple[Tensor, ...]] = []
+
+    def settle(key: tuple[str, str, str], column: tuple) -> Any:
+        first = column[0]
+        if all(isinstance(leaf, Tensor) for leaf in column):
+            origins = [ids.get(id(leaf)) for ids, leaf in zip(known, column, strict=True)]
+            if key != OUTPUT and origins[0] is not None and all(origin is origins[0] for origin in origins):
+                return origins[0]
+            if len({(t.shape, t.dtype) for t in column}) == 1:
+                fresh.append(column)
+                return Fresh(len(fresh) - 1)
+        elif all(leaf is first or (isinstance(leaf, _PLAIN) and leaf == first) for leaf in column):
+            return first
+        if whole and key[1] == "__dict__":
+            return Own(column)
+        told = [f"a tensor {list(v.shape)}" if isinstance(v, Tensor) else repr(v) for v in column]
+        other = next((m for m, text in enumerate(told) if text != told[0]), len(told) - 1)
+        name = ".".join(part for part in (key[0], key[2]) if part)
+        raise BatchingError(f"{name} is {told[0]} for model 0 and {told[other]} for model {other}, but has to be alike")
+
+    for key in dict.fromkeys(key for record in records for key in record):
+        values = [record.get(key) for record in records]
+        flat = [tree_flatten(value) for value in values]
+        if key in before and all(value is before[key] for value in values):
+            merged[key] = before[key]
+        elif all(spec == flat[0][1] for _, spec in flat):
+            columns = zip(*(leaves for leaves, _ in flat), strict=True)
+            merged[key] = tree_unflatten([settle(key, column) for column in columns], flat[0][1])
+        else:
+            merged[key] = settle(key, tuple(values))
+    return merged, fresh
+
+
+def fill(merged: State, tensors: Sequence[Tensor]) -> tuple[Any, State, list[Tensor]]:
+    """Put the stacked new tensors where they belong.
+
+    Returns:
+        The output, the state, and the tensors that now stand in plain attributes.
+    """
+    filled, plain = {}, []
+    for key, value in merged.items():
+        places = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Fresh)]
+        if places:
+            value = tree_map(lambda leaf: tensors[leaf] if isinstance(leaf, Fresh) else leaf, value)
+        if key[1] == "__dict__":
+            plain += [tensors[place] for place in places]
+        filled[key] = value
+    return filled.pop(OUTPUT), filled, plain

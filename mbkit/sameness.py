@@ -1,0 +1,115 @@
+"""Whether two attributes of two models mean the same; what cannot be told apart from different counts as different."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["same", "same_class"]
+
+Names = dict[int, str]  # from the id of a module or tensor that a model registers to its dotted name
+
+
+def same(a: Any, b: Any, names_a: Names, names_b: Names, strict: bool = False, seen: set[int] | None = None) -> bool:
+    """Say whether `a`, found in one model, means what `b` means in another.
+
+    Args:
+        a, b: the two values.
+        names_a, names_b: the modules and tensors that each model registers, which are compared elsewhere.
+        strict: whether equal lists and dicts that functions hold on to count as different, because a function that
+            runs once for all models would fill only one of them.
+        seen: what is being compared further up, so that cycles end.
+    """
+    seen = set() if seen is None else seen
+    if a is b or id(a) in seen:
+        return True
+    if isinstance(a, type):
+        return isinstance(b, type) and same_class(a, b, names_a, names_b, strict, seen | {id(a)})
+    if type(a) is not type(b) and not isinstance(a, nn.Module):
+        return False
+    seen = seen | {id(a)}
+
+    def again(x: Any, y: Any) -> bool:
+        return same(x, y, names_a, names_b, strict, seen)
+
+    if isinstance(a, nn.Module):
+        if id(a) in names_a or id(b) in names_b:
+            return names_a.get(id(a)) == names_b.get(id(b))
+        return again(type(a), type(b)) and again(vars(a), vars(b))
+    if isinstance(a, Tensor):
+        alike = (a.shape, a.dtype, a.device, a.layout) == (b.shape, b.dtype, b.device, b.layout)
+        return id(a) not in names_a and id(b) not in names_b and alike and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(again(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple, deque)):
+        return len(a) == len(b) and all(again(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, weakref.ReferenceType):
+        return again(a(), b())
+    if inspect.ismethod(a):
+        return again(a.__func__, b.__func__) and again(a.__self__, b.__self__)
+    if inspect.isfunction(a):
+        return _same_function(a, b, again, strict)
+    return _same_object(a, b, again)
+
+
+def same_class(a: type, b: type, names_a: Names, names_b: Names, strict: bool = False, seen: Any = None) -> bool:
+    """Say whether two classes are one, or one definition that ran twice (a class made inside a function)."""
+    if a is b:
+        return True
+    if (a.__module__, a.__qualname__, len(a.__bases__)) != (b.__module__, b.__qualname__, len(b.__bases__)):
+        return False
+    seen = (seen or set()) | {id(a)}
+    mine, others = vars(a), vars(b)
+    methods = [name for name, value in mine.items() if inspect.isfunction(value)]
+    return (
+        mine.keys() == others.keys()
+        and all(same(x, y, names_a, names_b, strict, seen) for x, y in zip(a.__bases__, b.__bases__, strict=True))
+        and all(same(mine[name], others[name], names_a, names_b, strict, seen) for name in methods)
+    )
+
+
+def _same_function(a: Any, b: Any, again: Any, strict: bool) -> bool:
+    if a.__code__ != b.__code__:
+        return False
+    held = [[*_cells(f), *(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values(), vars(f)] for f in (a, b)]
+    for x, y in zip(*held, strict=True):
+        if not again(x, y):
+            return False
+        if strict and x is not y and isinstance(x, (list, dict, set, deque)) and x is not held[0][-1]:
+            return False
+    return True
+
+
+def _cells(function: Any) -> list[Any]:
+    """The values that a function closes over; an empty cell is one of a name not assigned yet."""
+    contents = []
+    for cell in function.__closure__ or ():
+        try:
+            contents.append(cell.cell_contents)
+        except ValueError:
+            contents.append(None)
+    return contents
+
+
+def _same_object(a: Any, b: Any, again: Any) -> bool:
+    """Ask the objects themselves, or else compare what pickle would save of them."""
+    if type(a).__eq__ is not object.__eq__:
+        try:
+            equal = a == b
+            if isinstance(equal, bool):
+                return equal or (a != a and b != b)  # two NaNs
+            return bool(equal.all())  # numpy
+        except Exception:  # a field that cannot be compared this way, such as a tensor
+            pass
+    try:
+        parts = [x.__reduce_ex__(4) for x in (a, b)]
+    except Exception:  # nothing that could be compared: a file, a lock, a random generator
+        return False
+    if isinstance(parts[0], str):
+        return parts[0] == parts[1]
+    return again(*([list(part) if hasattr(part, "__next__") else part for part in whole] for whole in parts))
