@@ -133,6 +133,7 @@ def test_every_way_to_write_a_number_is_noticed(cls: type, write) -> None:
         for m in range(M):
             step_alone(lone[m], models[m], m, steps)
         assert optimizer.param_groups[2]["lr"] == value
+        assert cls is optim.ASGD or type(optimizer.param_groups[2]["lr"]) is float
     assert largest_difference(batch, models) == 0
 
 
@@ -151,11 +152,13 @@ def test_settings_switched_on_mid_run(name: str) -> None:
     assert largest_difference(batch, models) == 0
 
 
-@pytest.mark.parametrize(("before", "after"), [(0.0, 0.9), (0.9, 0.0)])
-def test_momentum_switched_on_and_off(before: float, after: float) -> None:
-    hyperparameters = {"momentum": [before, 0.5, before, 0.0], "dampening": 0.5}
-    models, batch, optimizer = start(optim.SGD, hyperparameters)
-    lone = [optim.SGD(models[m].parameters(), **config_of(hyperparameters, m)) for m in range(M)]
+@pytest.mark.parametrize(
+    ("cls", "before", "after"), [(optim.SGD, 0.0, 0.9), (optim.SGD, 0.9, 0.0), (optim.RMSprop, 0.9, 0.0)]
+)
+def test_momentum_switched_on_and_off(cls: type, before: float, after: float) -> None:
+    hyperparameters = {"momentum": [before, 0.5, before, 0.0]} | ({"dampening": 0.5} if cls is optim.SGD else {})
+    models, batch, optimizer = start(cls, hyperparameters)
+    lone = [cls(models[m].parameters(), **config_of(hyperparameters, m)) for m in range(M)]
     for steps, momentum in ((range(3), after), (range(3, 6), before), (range(6, 9), after)):
         step_batch(optimizer, batch, steps)
         for m in range(M):

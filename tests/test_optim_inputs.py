@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_optim_rules import M, Shapes
+from test_optim_rules import M, shapes
 from test_optim_views import GlobalNorm
 from torch import nn, optim
 
@@ -20,7 +20,7 @@ LR = [0.1, 0.03, 0.01, 0.003]
 
 
 def test_configs_keywords_and_base_config_say_the_same() -> None:
-    models = [Shapes(torch.float32) for _ in range(M)]
+    models = shapes(torch.float32)
     batches = [ModelBatch(models) for _ in range(4)]
     optimizers = [
         OptimizerFactory(optim.Adam).create_optimizer(batches[0], lr=LR, eps=1e-3, betas=(0.8, 0.9)),

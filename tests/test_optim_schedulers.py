@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from test_optim_rules import M, Shapes, largest_difference, step_alone, step_batch
+from test_optim_rules import M, largest_difference, shapes, step_alone, step_batch
 from torch import nn, optim
 from torch.optim import lr_scheduler as sched
 
@@ -54,7 +54,7 @@ def step(scheduler: sched.LRScheduler, epoch: int, m: int = 0) -> None:
 
 
 def start(cls: type, **hyperparameters) -> tuple[list[nn.Module], ModelBatch, optim.Optimizer, list[optim.Optimizer]]:
-    models = [Shapes(torch.float32) for _ in range(M)]
+    models = shapes(torch.float32)
     batch = ModelBatch(models)
     optimizer = OptimizerFactory(cls, hyperparameters).create_optimizer(batch, lr=LR)
     lone = [cls(model.parameters(), lr=lr, **hyperparameters) for model, lr in zip(models, LR, strict=True)]
@@ -160,7 +160,7 @@ def test_a_function_makes_composed_schedulers(make) -> None:
 
 @pytest.mark.parametrize("cls", [optim.Adam, optim.ASGD])
 def test_schedulers_follow_the_optimizer_through_loading(cls: type) -> None:
-    models = [Shapes(torch.float32) for _ in range(M)]
+    models = shapes(torch.float32)
     rates = []
     for resumed in (False, True):
         batch = ModelBatch(models)

@@ -18,8 +18,7 @@ from mbkit.optim import OptimizerFactory
 LR = [0.1, 0.03, 0.01, 0.003]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("through_file", [False, True])
+@pytest.mark.parametrize(("dtype", "through_file"), [(torch.float32, False), (torch.float64, True)], ids=str)
 @every_class
 def test_resumes_to_the_same_bits(
     case: tuple[type, dict], dtype: torch.dtype, through_file: bool, tmp_path: Path
@@ -61,7 +60,7 @@ def test_copies_go_on_by_themselves(case: tuple[type, dict], copied) -> None:
     assert same(batch, batch2)
 
 
-@pytest.mark.parametrize("m", range(M))
+@pytest.mark.parametrize("m", [0, 1])  # their flags differ
 @every_class
 def test_unstacked_model_goes_on_alone(case: tuple[type, dict], m: int) -> None:
     cls, hyperparameters = case

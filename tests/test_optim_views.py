@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_optim_rules import TABLE, M, Shapes, config_of, largest_difference, step_alone, step_batch
+from test_optim_rules import TABLE, M, config_of, largest_difference, shapes, step_alone, step_batch
 from torch import nn, optim
 
 from mbkit import ModelBatch
@@ -72,7 +72,7 @@ def lone_of(cls: type, hyperparameters: dict, models: list[nn.Module]) -> list[o
 
 def start(cls: type, hyperparameters: dict, dtype: torch.dtype = torch.float32):
     """Return M models, a batch of them, and its optimizer."""
-    models = [Shapes(dtype) for _ in range(M)]
+    models = shapes(dtype)
     batch = ModelBatch(models)
     return models, batch, OptimizerFactory(cls).create_optimizer(batch, **hyperparameters)
 

@@ -41,11 +41,10 @@ def sgd(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> 
     grads = _decay(params, _ascend(grads, h), h)
     uses = h.on("momentum")
     if uses is not False:
+        # The first momentum is the gradient itself, undampened; the buffer is zero until then. A model without
+        # momentum keeps its buffer as it is: 1 * buffer + 0 * gradient.
         first = _count(states, "momentum_steps", h, by=h["momentum"] != 0) == 1
-        # The first momentum is the gradient itself, undampened: 0 * buffer + 1 * gradient. Without momentum the
-        # buffer of earlier steps is kept: 1 * buffer + 0 * gradient.
-        keep = torch.where(first, 0, h["momentum"])
-        take = torch.where(first, 1, 1 - h["dampening"])
+        keep, take = h["momentum"], torch.where(first, 1, 1 - h["dampening"])
         if uses is not True:
             keep, take = torch.where(uses, keep, 1), torch.where(uses, take, 0)
         columns = zip(h.spread(keep), h.spread(take), h.spread(h["momentum"]), strict=True)
