@@ -1,7 +1,37 @@
 """mbkit: train many models at once, each exactly as if it were trained alone."""
 
-from .model_batch import ModelBatch
-from .operators import BatchingError
+__version__ = "0.1.0"  # first, because a benchmark's room asks for it
 
-__version__ = "0.1.0"
-__all__ = ["BatchingError", "ModelBatch"]
+from .data import Batches, ImageData, load_cifar10, load_digits, load_images
+from .equivalence import EquivalenceReport, compare
+from .history import History, Step
+from .model_batch import ModelBatch
+from .models import MLP, LeNet5, TinyMLP
+from .operators import BatchingError
+from .optim import OptimizerFactory, create_adam_configs, create_lr_sweep_configs, create_sgd_configs
+from .training import evaluate, fit, fit_alone, train_steps
+
+__all__ = [
+    "MLP",
+    "Batches",
+    "BatchingError",
+    "EquivalenceReport",
+    "History",
+    "ImageData",
+    "LeNet5",
+    "ModelBatch",
+    "OptimizerFactory",
+    "Step",
+    "TinyMLP",
+    "compare",
+    "create_adam_configs",
+    "create_lr_sweep_configs",
+    "create_sgd_configs",
+    "evaluate",
+    "fit",
+    "fit_alone",
+    "load_cifar10",
+    "load_digits",
+    "load_images",
+    "train_steps",
+]

@@ -1,0 +1,93 @@
+"""python -m mbkit: what it prints, and what it answers to a wrong argument."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mbkit.__main__ import main
+from mbkit.benchmark_result import BenchmarkResult
+
+
+def test_consistency_prints_the_published_table(capsys):
+    assert main(["consistency"]) == 0
+    printed = capsys.readouterr().out
+    assert "ModelBatch       50.7%    76.7%    80.7%" in printed
+    assert "DIVERGENT" in printed
+
+
+def test_consistency_without_faults_is_consistent_for_each_seed(capsys):
+    assert (
+        main(["consistency", "--preset", "quick", "--lrs", "0.003", "0.3", "--seeds", "1", "2", "--fault", "none"]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert printed.count("CONSISTENT") == 2
+    assert "DIVERGENT" not in printed
+    assert "seed: 1" in printed
+    assert "seed: 2" in printed
+
+
+def test_consistency_plants_only_the_faults_it_is_asked_for(capsys):
+    assert main(["consistency", "--fault", "stale-gradients"]) == 0
+    assert "Stale gradients, same initial weights, same order of batches" in capsys.readouterr().out
+
+
+def test_dissect_shows_eight_rows(capsys):
+    assert main(["consistency", "--dissect"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("DIVERGENT") == 7
+    assert printed.count("CONSISTENT") == 1
+
+
+def test_benchmark_measures_saves_and_draws(capsys, tmp_path):
+    files = ["--save", str(tmp_path / "runs.json"), "--figure", str(tmp_path / "benchmark.png")]
+    size = ["--dataset", "digits", "--models", "2", "--images", "300", "--batch-size", "32", "--threads", "1"]
+    assert main(["benchmark", *size, *files]) == 0
+    printed = capsys.readouterr().out
+    assert "2 x LeNet5" in printed
+    assert "speed-up" in printed
+    assert BenchmarkResult.load(tmp_path / "runs.json").alone_seconds.shape == (9 - 5, 2)  # full batches, less warm-up
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["consistency", "--preset", "publisched"], "Did you mean 'published'?"),
+        (["consistency", "--fault", "stale-gradient"], "Did you mean 'stale-gradients'?"),
+        (["consistency", "--lrs", "-1"], "learning rates of 0 or more"),
+        (["consistency", "--lrs", "fast"], "invalid float value: 'fast'"),
+        (["consistency", "--optimizer", "Adamm"], "Did you mean 'Adam'?"),
+        (["benchmark", "--models", "0"], "num_models"),
+        (["benchmark", "--dataset", "mnist"], "invalid choice: 'mnist'"),
+        (["benchmark", "--threads", "0"], "at least 1 thread"),
+        (["benchmrk"], "invalid choice"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_status_2(arguments, words, capsys):
+    try:
+        status = main(arguments)
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr().err
+    assert status == 2
+    assert said.count("\n") == 1
+    assert words in said
+
+
+@pytest.mark.parametrize("command", [[], ["consistency"], ["benchmark"], ["lab"]])
+def test_help_names_the_options(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    assert "usage: python -m mbkit" in capsys.readouterr().out
+
+
+def test_import_is_quick_and_light():
+    code = (
+        "import time, torch; start = time.process_time(); import mbkit; print(time.process_time() - start);"
+        "import sys; print([m for m in ('matplotlib', 'ipywidgets', 'IPython') if m in sys.modules])"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    assert min(float(run.stdout.split()[0]) for run in runs) < 0.1  # seconds of work; the least, as machines are shared
+    assert all(run.stdout.split("\n")[1] == "[]" for run in runs)
