@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["same", "same_class"]
+__all__ = ["held_by", "same", "same_class"]
 
 Names = dict[int, str]  # from the id of a module or tensor that a model registers to its dotted name
 
@@ -76,18 +76,15 @@ def same_class(a: type, b: type, names_a: Names, names_b: Names, strict: bool = 
 def _same_function(a: Any, b: Any, again: Any, strict: bool) -> bool:
     if a.__code__ != b.__code__:
         return False
-    held = [[*_cells(f), *(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values(), vars(f)] for f in (a, b)]
-    for x, y in zip(*held, strict=True):
-        if not again(x, y):
+    for x, y in zip(held_by(a), held_by(b), strict=True):
+        if not again(x, y) or (strict and x is not y and isinstance(x, (list, dict, set, deque))):
             return False
-        if strict and x is not y and isinstance(x, (list, dict, set, deque)) and x is not held[0][-1]:
-            return False
-    return True
+    return again(vars(a), vars(b))
 
 
-def _cells(function: Any) -> list[Any]:
-    """The values that a function closes over; an empty cell is one of a name not assigned yet."""
-    contents = []
+def held_by(function: Any) -> list[Any]:
+    """The values that a function closes over or has as defaults; an empty cell is of a name not assigned yet."""
+    contents = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for cell in function.__closure__ or ():
         try:
             contents.append(cell.cell_contents)
