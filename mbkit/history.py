@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .tables import html_table, text_table
 
-__all__ = ["History", "Step"]
+__all__ = ["History", "Step", "plain_numbers"]
 
 _ROWS_SHOWN = 20
 
@@ -106,10 +106,10 @@ class History:
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists, fit for JSON; what is not finite becomes None."""
         return {
-            "loss": _plain(self.loss),
-            "accuracy": None if self.accuracy is None else _plain(self.accuracy),
+            "loss": plain_numbers(self.loss),
+            "accuracy": None if self.accuracy is None else plain_numbers(self.accuracy),
             "seconds": self.seconds,
-            "step_seconds": _plain(self.step_seconds),
+            "step_seconds": plain_numbers(self.step_seconds),
             "epoch": self.epoch.tolist(),
             "steps_done": list(self.steps_done),
             "interrupted": self.interrupted,
@@ -150,10 +150,10 @@ class History:
         return rows
 
 
-def _plain(values: Tensor) -> list[Any]:
-    """Nested lists of a tensor's numbers, None for those that JSON has no word for."""
+def plain_numbers(values: Tensor) -> list[Any]:
+    """Return nested lists of a tensor's numbers, None for those that JSON has no word for."""
     if values.ndim > 1:
-        return [_plain(row) for row in values]
+        return [plain_numbers(row) for row in values]
     return [number if math.isfinite(number) else None for number in values.tolist()]
 
 

@@ -38,9 +38,9 @@ class Progress:
         self._drawn = 0.0
         self._bar = _make_bar(total, label) if enabled else None
 
-    def advance(self, text: Callable[[], str] | None = None) -> None:
-        """Count one step; `text` is called only when the bar is redrawn, so it may cost a device's answer."""
-        self.done += 1
+    def advance(self, text: Callable[[], str] | None = None, steps: int = 1) -> None:
+        """Count steps; `text` is called only when the bar is redrawn, so it may cost a device's answer."""
+        self.done += steps
         if self._bar is None:
             return
         now = time.perf_counter()

@@ -1,0 +1,189 @@
+"""What a benchmark measured, as numbers, as a table and as a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .history import plain_numbers
+from .tables import html_table, text_table
+
+__all__ = ["BenchmarkResult", "Timing"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A median and the quartiles around it, in seconds a model and step.
+
+    Example:
+        >>> Timing.of(torch.tensor([0.001, 0.002, 0.003, 0.004, 0.005]))
+        Timing(median=0.003, low=0.002, high=0.004)
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, seconds: Tensor) -> Timing:
+        """Return the median and quartiles of raw times [steps]."""
+        levels = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
+        return cls(*(round(value, 9) for value in seconds.double().quantile(levels).tolist()))
+
+    def __str__(self) -> str:
+        return f"{1e3 * self.median:.3g} ({1e3 * self.low:.3g} to {1e3 * self.high:.3g})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BenchmarkResult:
+    """M models trained alone and in a batch on the same batches: times, accuracies, differences; it prints as tables.
+
+    All tensors are on the CPU. What was not measured, because the models were not trained alone as well, is None.
+
+    Attributes:
+        learning_rates: M numbers.
+        seeds: M numbers; models of one seed start from the same weights.
+        batched_seconds: [steps], raw times of one step of all models, warm-up excluded.
+        alone_seconds: [steps, M], raw times of one step of each model, warm-up excluded.
+        batched_loss, alone_loss: [all steps, M], before each update, warm-up included.
+        batched_accuracy, alone_accuracy: [M], on the test set, from 0 to 1.
+        parameter_difference: [M], the largest absolute difference between a model's parameters alone and in the batch.
+        batched_memory, alone_memory: peak bytes above what the process held before: M models, their optimizers'
+            states, and the step under way.
+        setup: what was trained on what, as plain values.
+        machine: device, threads and versions, as plain values.
+    """
+
+    learning_rates: list[float]
+    seeds: list[int]
+    batched_seconds: Tensor
+    alone_seconds: Tensor | None
+    batched_loss: Tensor
+    alone_loss: Tensor | None
+    batched_accuracy: Tensor
+    alone_accuracy: Tensor | None
+    parameter_difference: Tensor | None
+    batched_memory: int | None
+    alone_memory: int | None
+    setup: dict[str, Any]
+    machine: dict[str, Any]
+
+    @property
+    def num_models(self) -> int:
+        """M."""
+        return len(self.learning_rates)
+
+    @property
+    def batched(self) -> Timing:
+        """Seconds a model and step in the batch."""
+        return Timing.of(self.batched_seconds / self.num_models)
+
+    @property
+    def alone(self) -> Timing | None:
+        """Seconds a model and step alone, averaged over the models at each step."""
+        return None if self.alone_seconds is None else Timing.of(self.alone_seconds.mean(1))
+
+    @property
+    def speedup(self) -> float | None:
+        """The median time alone over the median time in the batch."""
+        return None if self.alone is None else self.alone.median / self.batched.median
+
+    @property
+    def accuracy_difference(self) -> Tensor | None:
+        """[M], absolute."""
+        return None if self.alone_accuracy is None else (self.alone_accuracy - self.batched_accuracy).abs()
+
+    @property
+    def best(self) -> int:
+        """The model with the highest test accuracy in the batch."""
+        return int(self.batched_accuracy.argmax())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists with the raw runs, fit for JSON; what is not finite becomes None."""
+        summary = {"speedup": self.speedup, "batched": vars(self.batched), "alone": self.alone and vars(self.alone)}
+        raw = {name: plain_numbers(v) if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+        return {"summary": summary, **raw}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BenchmarkResult:
+        """Return the result that `to_dict` was called on, with NaN for what was not finite."""
+        fields = {name: value for name, value in values.items() if name != "summary"}
+        plain = ("learning_rates", "seeds", "setup", "machine", "batched_memory", "alone_memory")
+        return cls(**{name: v if name in plain or v is None else _tensor(v) for name, v in fields.items()})
+
+    def save(self, path: str | Path) -> None:
+        """Write everything, raw runs included, as JSON; folders are made, and an old file is replaced as a whole."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".part")
+        partial.write_text(json.dumps(self.to_dict(), allow_nan=False) + "\n")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> BenchmarkResult:
+        """Read what `save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    def __str__(self) -> str:
+        return "\n\n".join([self._title(), text_table(self._sides()), text_table(self._models()), self._note()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(self._sides(), self._title()) + html_table(self._models()) + html_table([], self._note())
+
+    def _title(self) -> str:
+        s, m = self.setup, self.machine
+        return (
+            f"{self.num_models} x {s['model']} ({s['parameters']:,} parameters each) on {s['dataset']}\n"
+            f"{s['optimizer']}, batches of {s['batch_size']}, {s['steps']} steps, {s['dtype']}\n"
+            f"{m['device']}, {m['threads']} of {m['cores']} threads, torch {m['torch']}, mbkit {m['mbkit']}"
+        )
+
+    def _sides(self) -> list[list[str]]:
+        times = ["ms a model and step, median (quartiles)", str(self.alone or "-"), str(self.batched)]
+        speed = ["speed-up", "1", "-" if self.speedup is None else f"{self.speedup:.2f}"]
+        memory = ["peak memory, MB", _megabytes(self.alone_memory), _megabytes(self.batched_memory)]
+        best = None if self.alone_accuracy is None else self.alone_accuracy.max()
+        accuracy = ["best test accuracy", _percent(best), _percent(self.batched_accuracy[self.best])]
+        return [["", "alone", "in the batch"], times, speed, memory, accuracy]
+
+    def _models(self) -> list[list[str]]:
+        rows = [["model", "learning rate", "seed", "test alone", "test in the batch", "largest parameter difference"]]
+        for m, (rate, seed) in enumerate(zip(self.learning_rates, self.seeds, strict=True)):
+            alone = _percent(None if self.alone_accuracy is None else self.alone_accuracy[m])
+            gap = "-" if self.parameter_difference is None else f"{self.parameter_difference[m].item():.1e}"
+            rows.append([str(m), f"{rate:.3g}", str(seed), alone, _percent(self.batched_accuracy[m]), gap])
+        return rows
+
+    def _note(self) -> str:
+        timed = len(self.batched_seconds)
+        note = f"{timed} steps timed, after {self.setup['warmup']} for warm-up; {self.setup['timing']}."
+        if self.parameter_difference is not None and self.setup["dtype"] == "float32":
+            note += (
+                "\nIn float32 rounding grows as training goes on: plain PyTorch with another number of threads drifts "
+                "from itself as well.\nWith dtype=torch.float64 the same comparison has no room for such drift."
+            )
+        return f"{note}\n{self.setup['dataset_note']}"
+
+
+def _tensor(values: Any) -> Tensor:
+    def numbers(value: Any) -> Any:
+        return [numbers(v) for v in value] if isinstance(value, list) else math.nan if value is None else value
+
+    return torch.tensor(numbers(values), dtype=torch.float64)
+
+
+def _percent(share: Tensor | None) -> str:
+    return "-" if share is None else f"{100 * share.item():.1f} %"
+
+
+def _megabytes(count: int | None) -> str:
+    return "not measured" if count is None else f"{count / 1e6:.0f}"

@@ -1,0 +1,128 @@
+"""The two sides of a benchmark: the same steps by the same clock, alone and in the batch."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .alone import lone_step
+from .loop import walk
+from .machine import measure_peak_memory, synchronize
+from .model_batch import ModelBatch
+from .optim import OptimizerFactory
+from .training import batch_step
+
+__all__ = ["BLOCK", "Alone", "Batched", "Block", "blocks"]
+
+BLOCK = 10  # steps that a model or the batch makes before it is another's turn
+
+Block = list[tuple[Tensor, Tensor]]
+
+
+class Side:
+    """One of the two ways to train. It is built in the first block, so that its state counts as memory."""
+
+    def __init__(self, models: list, optimizer_cls: Any, configs: list, seeds: list, device: torch.device):
+        self._given = (models, optimizer_cls, configs, seeds)
+        self._device = device
+        self.sizes: list[int] = []  # B, step by step
+        self.memory: int | None = None
+
+    def train(self, block: Block, measure: bool) -> None:
+        """Make the steps of one block."""
+        self.sizes += [len(y) for _, y in block]
+        if not measure:
+            return self._train(block)
+        with measure_peak_memory(self._device) as peak:
+            self._build(*self._given)
+            self._train(block)
+        self.memory = peak.bytes
+
+    def _clock(self, step: Callable[..., tuple[Tensor, Any]], *args: Any) -> tuple[Tensor, float]:
+        synchronize(self._device)
+        start = time.perf_counter()
+        loss, _ = step(*args)
+        synchronize(self._device)
+        return loss, time.perf_counter() - start
+
+
+class Alone(Side):
+    def _build(self, models: list, optimizer_cls: Any, configs: list, seeds: list) -> None:
+        self.models = copy.deepcopy(models)
+        self._optimizers = [optimizer_cls(m.parameters(), **c) for m, c in zip(self.models, configs, strict=True)]
+        self._draws = [_Draws(seed, self._device) for seed in seeds]
+        self._runs: list[list[tuple[Tensor, float]]] = [[] for _ in models]
+
+    def _train(self, block: Block) -> None:
+        for m, model in enumerate(self.models):
+            with self._draws[m].current():
+                for x, y in block:
+                    self._runs[m].append(self._clock(lone_step, model, self._optimizers[m], x, y, cross_entropy))
+
+    def seconds(self) -> Tensor:
+        """[steps, M]"""
+        return torch.tensor([[seconds for _, seconds in run] for run in self._runs], dtype=torch.float64).T
+
+    def loss(self) -> Tensor:
+        """[steps, M]"""
+        return torch.stack([torch.stack([loss for loss, _ in run]) for run in self._runs], dim=1).cpu()
+
+
+class Batched(Side):
+    def _build(self, models: list, optimizer_cls: Any, configs: list, seeds: list) -> None:
+        self.batch = ModelBatch(models, seeds=seeds)
+        self._optimizer = OptimizerFactory(optimizer_cls).create_optimizer(self.batch, configs)
+        self._runs: list[tuple[Tensor, float]] = []
+
+    def _train(self, block: Block) -> None:
+        for x, y in block:
+            self._runs.append(self._clock(batch_step, self.batch, self._optimizer, x, y, cross_entropy))
+
+    def seconds(self) -> Tensor:
+        """[steps]"""
+        return torch.tensor([seconds for _, seconds in self._runs], dtype=torch.float64)
+
+    def loss(self) -> Tensor:
+        """[steps, M]"""
+        return torch.stack([loss for loss, _ in self._runs]).cpu()
+
+
+class _Draws:
+    """The random state of one model alone, while others take their turns in between."""
+
+    def __init__(self, seed: int, device: torch.device):
+        self._devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(self._devices):
+            torch.manual_seed(seed)
+            self._save()
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        with torch.random.fork_rng(self._devices):
+            torch.set_rng_state(self._cpu)
+            for gpu, state in zip(self._devices, self._gpus, strict=True):
+                torch.cuda.set_rng_state(state, gpu)
+            yield
+            self._save()
+
+    def _save(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._gpus = [torch.cuda.get_rng_state(gpu) for gpu in self._devices]
+
+
+def blocks(batches: Any, epochs: int, steps: int, warmup: int, device: torch.device) -> Iterator[Block]:
+    """Cut the walk into the warm-up and then blocks of equal size."""
+    pairs = itertools.chain.from_iterable(walk(batches, epoch, device) for epoch in range(epochs))
+    pairs = itertools.islice(pairs, steps)
+    block = list(itertools.islice(pairs, warmup or BLOCK))
+    while block:
+        yield block
+        block = list(itertools.islice(pairs, BLOCK))

@@ -1,0 +1,103 @@
+"""The machine that is measured: what it is, when it is done, and how much memory it has taken."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["PeakMemory", "describe_machine", "measure_peak_memory", "synchronize"]
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all it was given; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return the device's name, thread and core counts, and versions, as plain values.
+
+    Example:
+        >>> describe_machine(torch.device("cpu"))["torch"] == torch.__version__
+        True
+    """
+    from . import __version__  # not above: the package is not complete while this room is imported
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "mbkit": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+    }
+
+
+class PeakMemory:
+    """`bytes` that a `with measure_peak_memory(...)` block took at its worst, None where that can't be told."""
+
+    bytes: int | None = None
+
+
+@contextlib.contextmanager
+def measure_peak_memory(device: torch.device) -> Iterator[PeakMemory]:
+    """Measure how far memory rises inside a `with` block above where it stood at the start.
+
+    On CUDA this is what torch allocates. On a CPU under Linux it is the process's resident memory, after memory that
+    is free has been handed back to the system; elsewhere nothing is measured.
+
+    Example:
+        >>> with measure_peak_memory(torch.device("cpu")) as peak:
+        ...     numbers = torch.ones(10_000_000)
+        >>> peak.bytes is None or 38e6 <= peak.bytes < 60e6
+        True
+    """
+    peak = PeakMemory()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = _resident("VmRSS") if device.type == "cpu" and _reset_high_water() else None
+    yield peak
+    after = _resident("VmHWM")
+    if before is not None and after is not None:
+        peak.bytes = max(0, after - before)
+
+
+def _reset_high_water() -> bool:
+    try:
+        _RESET.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident(field: str) -> int | None:
+    """A line of /proc/self/status in bytes."""
+    with contextlib.suppress(OSError, StopIteration):
+        return next(int(line.split()[1]) * 1024 for line in _STATUS.read_text().splitlines() if line.startswith(field))
+    return None
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
