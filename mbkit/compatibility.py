@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .checks import did_you_mean
 from .sameness import Names, same, same_class
@@ -20,6 +23,7 @@ Settings = dict[str, dict[str, list[float]]]  # module path -> attribute -> one 
 
 _KEPT_BY_TORCH = {"_parameters", "_buffers", "_modules", "training"}  # compared as tensors, children and flags
 _HOOKS = {name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))}
+_EMPTY_CELL = types.CellType()
 _REBUILT = ("_flat_weights", "_flat_weight_refs")  # what torch's RNNs derive from their parameters
 
 
@@ -53,10 +57,10 @@ def check_models(models: Iterable[nn.Module]) -> tuple[list[nn.Module], Settings
         raise ValueError("Expected M different models, got the same object twice: build each, or copy.deepcopy it.")
 
     first = models[0]
-    _refuse_what_vmap_ignores(first)
     modules, tensors = _modules(first), _tensors(first)
-    _refuse_shared_memory(modules, tensors)
     names = _names(modules, tensors)
+    _refuse_what_vmap_ignores(first)
+    _refuse_shared_memory(modules, tensors)
     settings: Settings = {}
     for m, model in enumerate(models[1:], 1):
         if not same_class(type(model), type(first), {}, {}):
@@ -122,40 +126,62 @@ def _refuse_what_vmap_ignores(model: nn.Module) -> None:
             raise ValueError(f"{where} asks for sparse gradients, which cannot be stacked: build it with sparse=False.")
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{where} keeps extra state outside tensors, which cannot be stacked: use buffers.")
-        registered = {id(t): name for name, t in (*module.named_parameters(), *module.named_buffers())}
         for name, value in vars(module).items():
             if name in _KEPT_BY_TORCH or (name in _REBUILT and isinstance(module, nn.RNNBase)):
                 continue
-            held = next((registered[id(t)] for t in _held(value) if id(t) in registered), None)
-            if held is not None:
-                raise ValueError(
-                    f"{where} keeps its own '{held}' a second time, in the {type(value).__name__} {name!r}, where a "
-                    "batch cannot replace it: read it from where it is registered."
-                )
             if isinstance(value, Tensor) and not value.is_leaf and not _recomputed(module, name):
                 raise ValueError(
                     f"{where} keeps in {name!r} a tensor that carries the gradient of an earlier computation: "
                     "compute it in forward, detach it, or set it to None before making the batch."
                 )
+    _refuse_what_no_copy_follows(model)
     for name, parameter in model.named_parameters():
-        _refuse_gradient_hook(name, parameter)
+        _refuse_late_hook(name, parameter)
         if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
             raise ValueError(f"parameter '{name}' is not built yet: run each model once, then make the batch.")
 
 
-def _refuse_gradient_hook(name: str, parameter: Tensor) -> None:
-    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-        raise ValueError(f"parameter '{name}' has a gradient hook, which would see all models at once: remove it.")
+def _refuse_late_hook(name: str, parameter: Tensor) -> None:
+    if getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise ValueError(
+            f"parameter '{name}' has a hook that runs once its gradient is there, which would see all models at once: "
+            "use register_hook, which sees each model's own."
+        )
 
 
-def _held(value: Any) -> Iterator[Tensor]:
-    """The tensors inside nested lists and dicts."""
-    if isinstance(value, (list, tuple, dict, set, deque)):
-        for item in value.values() if isinstance(value, dict) else value:
-            if isinstance(item, Tensor):
-                yield item
-            else:
-                yield from _held(item)
+def _refuse_what_no_copy_follows(model: nn.Module) -> None:
+    """Refuse functions that hold on to the model itself, and generators, which are no model's own stream."""
+    own = set(map(id, (*model.modules(), *model.parameters(), *model.buffers())))
+
+    def holds_the_model(function: Any) -> bool:
+        if isinstance(function, functools.partial):
+            held = [function.func, *function.args, *function.keywords.values()]
+        elif inspect.isfunction(function):
+            held = [cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY_CELL]
+            held += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        else:
+            return False
+        return any(id(getattr(value, "__self__", value)) in own or holds_the_model(value) for value in held)
+
+    attributes = [
+        (f"module '{path}'" if path else "the model", name, value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if name not in _KEPT_BY_TORCH
+    ]
+    hooks = [(f"parameter '{name}'", "_backward_hooks", p._backward_hooks) for name, p in model.named_parameters()]
+    for where, name, value in (*attributes, *hooks):
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, torch.Generator):
+                raise ValueError(
+                    f"{where} keeps a torch.Generator in {name!r}, which the models would share: draw from the default "
+                    "generator, which is each model's own, seeded with seeds[m]."
+                )
+            if holds_the_model(leaf):
+                raise ValueError(
+                    f"{where} keeps in {name!r} a function that holds on to the model itself (a lambda over self, "
+                    "say), and would do so in every copy: make it a method, or pass what it needs as an argument."
+                )
 
 
 def _recomputed(module: nn.Module, name: str) -> bool:
@@ -200,7 +226,7 @@ def _compare_tensors(m: int, got: dict[str, Tensor], expected: dict[str, Tensor]
         if (tensor.dtype, tensor.device) != (reference.dtype, reference.device):
             mine, other = f"{tensor.dtype} on {tensor.device}", f"{reference.dtype} on {reference.device}"
             _refuse(m, f"has '{name}' as another dtype or on another device", mine, other)
-        _refuse_gradient_hook(name, tensor)
+        _refuse_late_hook(name, tensor)
         if tensor.requires_grad != reference.requires_grad:
             flags = f"requires_grad={tensor.requires_grad}", f"requires_grad={reference.requires_grad}"
             _refuse(m, f"has '{name}' frozen where another is not", *flags)

@@ -18,6 +18,7 @@ from .operators import (
     State,
     call_in_turn,
     fill,
+    flattened,
     is_folded,
     loop_inside,
     merge,
@@ -33,10 +34,11 @@ from .operators import (
 if TYPE_CHECKING:
     from .model_batch import ModelBatch
 
-__all__ = ["PLAIN_ERRORS", "at_once", "call_models"]
+__all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "call_models"]
 
 # Errors that can be raised again under the same name with a longer text.
 PLAIN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+NO_FAULT_OF_VMAP = (torch.OutOfMemoryError, Warning)
 
 
 def call_models(
@@ -75,9 +77,9 @@ def call_models(
             batch.__dict__["folding"] = False
         except Exception as error:
             memory.undo()
-            unit = None if isinstance(error, torch.OutOfMemoryError) else _next_slower(error, slow)
+            unit = None if isinstance(error, NO_FAULT_OF_VMAP) else _next_slower(error, slow)
             if unit is None:
-                slow -= reasons.keys()
+                slow.difference_update(reasons)
                 raise _named(error, batch.num_models) from error
             slow.add(unit)
             reasons[unit] = str(error).strip().split("\n")[0]
@@ -153,7 +155,7 @@ def _attempt(
             slow = [twin.get_submodule(path) for path in batch.model_by_model]
             for module in slow:
                 vars(module)["_call_impl"] = loop_inside(mode, module)
-            given = {key: tree_flatten(value) for key, value in read_state(twin).items()}
+            given = flattened(twin)
             my_args, my_kwargs = tree_unflatten(mine, spec)
             output = twin(*my_args, **my_kwargs)
             for module in slow:  # a circle, which would keep tensors alive
@@ -183,8 +185,13 @@ def at_once(
         with Interception(index, batch.num_models, batch.streams, device, bool(batch.settings), batch.folding) as mode:
             return function(mode, *own)
 
-    # "error": a random operator that no rule covers raises here, where "different" would draw wrong numbers.
-    return torch.vmap(with_rules, in_dims=(0, *in_dims), randomness="error")(index, *tensors)
+    # vmap's own remark that it loops over the models for some operator is on by default, and nothing to act upon.
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        # "error": a random operator that no rule covers raises here, where "different" would draw wrong numbers.
+        return torch.vmap(with_rules, in_dims=(0, *in_dims), randomness="error")(index, *tensors)
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
 
 
 class Memory:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .model_call import PLAIN_ERRORS, at_once
+from .model_call import NO_FAULT_OF_VMAP, PLAIN_ERRORS, at_once
 
 if TYPE_CHECKING:
     from .model_batch import ModelBatch
@@ -68,7 +68,7 @@ def call_losses(
     if slow not in batch._slow_losses:
         try:
             return at_once(batch, one_model, tensors, in_dims)[0]
-        except torch.OutOfMemoryError:
+        except NO_FAULT_OF_VMAP:
             raise
         except Exception as error:
             undo()

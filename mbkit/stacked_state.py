@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,10 +41,23 @@ def stack_models(models: Sequence[nn.Module]) -> tuple[nn.Module, list[Tensor]]:
                 stack = stack_alike([t.detach() for t in own])
                 if kind == "_parameters":
                     stack = nn.Parameter(stack, requires_grad=tensor.requires_grad)
+                    hooks = [getattr(modules[path], kind)[name]._backward_hooks or {} for modules in sources]
+                    if any(hooks):
+                        stack.register_hook(partial(_each_through_its_hooks, hooks))
                 replaced[id(tensor)] = stack
                 if plain:
                     attributes.append(stack.requires_grad_(tensor.requires_grad and tensor.is_leaf))
     return copy.deepcopy(models[0], replaced), attributes
+
+
+def _each_through_its_hooks(hooks: Sequence[dict[int, Callable]], gradient: Tensor) -> Tensor:
+    rows = []
+    for own, row in zip(hooks, gradient, strict=True):
+        for hook in own.values():
+            changed = hook(row)
+            row = row if changed is None else changed
+        rows.append(row)
+    return torch.stack(rows)
 
 
 def unstack_model(template: nn.Module, attributes: Sequence[Tensor], m: int) -> nn.Module:

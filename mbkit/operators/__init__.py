@@ -10,7 +10,7 @@ from .convolution import LayoutMatters, is_folded
 from .interception import Interception
 from .locate import BatchingError, module_path, running_modules
 from .randomness import Streams
-from .replica import State, fill, merge, outcome, read_state, replica, write_state
+from .replica import State, fill, flattened, merge, outcome, read_state, replica, write_state
 from .settings import PerModel
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Streams",
     "call_in_turn",
     "fill",
+    "flattened",
     "is_folded",
     "loop_inside",
     "merge",

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .convolution import check_order
 from .locate import BatchingError
 from .physical import on_stacks, stack_alike
-from .replica import fill, merge, outcome, read_state, replica, write_state
+from .replica import fill, flattened, merge, outcome, read_state, replica, write_state
 
 if TYPE_CHECKING:
     from .interception import Interception
@@ -85,7 +85,7 @@ def call_in_turn(
                 mine[place] = tensor
             twin = replica(module, {id(t): o for t, o in zip(kept, own, strict=False)}, m)
             alive.append(twin)  # for as long as other copies are made, so that none gets its id
-            given = {key: tree_flatten(value) for key, value in read_state(twin).items()}
+            given = flattened(twin)
             my_args, my_kwargs = tree_unflatten(mine, spec)
             output = twin(*my_args, **my_kwargs)
             edited = set()
@@ -96,7 +96,7 @@ def call_in_turn(
                     edited.add(id(tensor))
                 if i in edited_inputs:
                     edited_inputs[i].append(tensor)
-            records.append(outcome(twin, given, before, edited, output))
+            records.append(outcome(twin, given, before, edited, output, m))
             origins = {id(t): t for t in kept}
             known.append(origins | {id(o): t for t, o in zip(kept, own, strict=False) if id(o) not in edited})
             anything |= edited

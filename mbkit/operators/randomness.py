@@ -138,6 +138,14 @@ RULES |= {torch.rrelu: model_by_model, torch._C._nn.rrelu_with_noise: model_by_m
 RULES[torch.dropout] = _dropout
 
 
+def _rrelu_in_place(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tensor:
+    """`rrelu_` keeps its result for its backward, so the models cannot edit one stack in turn."""
+    return args[0].copy_(model_by_model(mode, torch.rrelu, (args[0].clone(), *args[1:]), kwargs))
+
+
+RULES[torch.rrelu_] = _rrelu_in_place
+
+
 def _attention(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
     """`scaled_dot_product_attention`: random only where it drops something."""
     rate = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)

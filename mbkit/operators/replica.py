@@ -17,12 +17,13 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .locate import PATH, BatchingError
 from .settings import PerModel
 
-__all__ = ["State", "fill", "merge", "outcome", "read_state", "replica", "write_state"]
+__all__ = ["State", "fill", "flattened", "merge", "outcome", "read_state", "replica", "write_state"]
 
 State = dict[tuple[str, str, str], Any]  # (module path, "_parameters", "_buffers" or "__dict__", name) -> value
 
 _OF_TORCH = set(vars(nn.Module())) | {"_call_impl", PATH}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FOLLOWED = (Tensor, nn.Module, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
 _PLAIN = (int, float, bool, str, type(None))
 
 
@@ -120,20 +121,43 @@ def _is_method(value: Any) -> bool:
     return isinstance(value, types.MethodType)
 
 
-def outcome(twin: nn.Module, given: State, before: State, edited: set[int], output: Any) -> State:
+def flattened(twin: nn.Module) -> dict[tuple[str, str, str], tuple[list, Any, list]]:
+    """Return a replica's state, each value as its leaves, its structure, and what objects of the user's hold."""
+    flat = {key: tree_flatten(value) for key, value in read_state(twin).items()}
+    return {key: (leaves, spec, _inside(leaves)) for key, (leaves, spec) in flat.items()}
+
+
+def _inside(leaves: list) -> list:
+    objects = (leaf for leaf in leaves if hasattr(leaf, "__dict__") and not isinstance(leaf, _FOLLOWED))
+    return [leaf for found in objects for leaf in tree_flatten(vars(found))[0]]
+
+
+def outcome(twin: nn.Module, given: dict, before: State, edited: set[int], output: Any, m: int | None = None) -> State:
     """Return the state after a replica's call with its output; what the call left alone is the template's own.
 
     Args:
         twin: the replica, after its call.
-        given: its state before, each value flattened.
+        given: its state before, `flattened`.
         before: the state of the module that it copies.
         edited: the ids of copies of constants that were edited in place, and so are constants no more.
         output: what it returned.
+        m: the model's number; None under vmap, where all models make the same of an object of the user's, if it is
+            no tensor.
+
+    Raises:
+        BatchingError: the call kept something in an object that the models share.
     """
     after = read_state(twin)
     for key, value in after.items():
         leaves, spec = tree_flatten(value)
-        leaves_given, spec_given = given.get(key, ((), None))
+        leaves_given, spec_given, inside = given.get(key, ((), None, []))
+        now = _inside(leaves)
+        changed = [v for v in now if not any(v is w for w in inside)]
+        if len(now) != len(inside) or (changed if m is not None else any(isinstance(v, Tensor) for v in changed)):
+            raise BatchingError(
+                f"'{'.'.join(part for part in (key[0], key[2]) if part)}' holds an object of another kind than lists "
+                "and dicts, and a call keeps something in it, which the models would share: keep it in the module"
+            )
         if spec == spec_given and all(
             a is b and id(a) not in edited for a, b in zip(leaves, leaves_given, strict=True)
         ):
