@@ -11,6 +11,7 @@ from torch import Tensor
 from .checks import did_you_mean
 from .demo import PRESETS, Demo
 from .faults import FAULTS
+from .tables import html_table, text_table
 
 __all__ = ["PUBLISHED", "SWITCHES", "Dissection", "Outcome", "switches"]
 
@@ -178,24 +179,8 @@ def _small(value: float) -> str:
 
 
 def _text(tables: list[tuple[str, list[list[str]]]]) -> str:
-    parts = []
-    for title, rows in tables:
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [title]
-        for row in rows:
-            numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            lines.append("  ".join([row[0].ljust(widths[0]), *numbers]).rstrip())
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    return "\n\n".join(f"{title}\n{text_table(rows)}" if rows else title for title, rows in tables)
 
 
 def _html(tables: list[tuple[str, list[list[str]]]]) -> str:
-    parts = []
-    for title, rows in tables:
-        parts.append(f"<p>{title}</p>".replace("\n", "<br>"))
-        if rows:
-            header, *body = rows  # our own words and numbers: nothing to escape
-            lines = [f"<tr><th>{'</th><th>'.join(header)}</th></tr>"]
-            lines += [f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in body]
-            parts.append(f"<table>{''.join(lines)}</table>")
-    return "".join(parts)
+    return "".join(html_table(rows, title) for title, rows in tables)
