@@ -148,19 +148,22 @@ class BenchmarkResult:
         )
 
     def _sides(self) -> list[list[str]]:
-        times = ["ms a model and step, median (quartiles)", str(self.alone or "-"), str(self.batched)]
-        speed = ["speed-up", "1", "-" if self.speedup is None else f"{self.speedup:.2f}"]
-        memory = ["peak memory, MB", _megabytes(self.alone_memory), _megabytes(self.batched_memory)]
-        best = None if self.alone_accuracy is None else self.alone_accuracy.max()
-        accuracy = ["best test accuracy", _percent(best), _percent(self.batched_accuracy[self.best])]
-        return [["", "alone", "in the batch"], times, speed, memory, accuracy]
+        names = ["", "ms a model and step, median (quartiles)", "peak memory, MB", "best test accuracy", "speed-up"]
+        batched = ["in the batch", str(self.batched), _megabytes(self.batched_memory)]
+        batched.append(_percent(self.batched_accuracy.max()))
+        if self.alone is None:
+            return [list(row) for row in zip(names, batched, strict=False)]  # without a speed-up
+        alone = ["alone", str(self.alone), _megabytes(self.alone_memory), _percent(self.alone_accuracy.max()), "1"]
+        return [list(row) for row in zip(names, alone, [*batched, f"{self.speedup:.2f}"], strict=True)]
 
     def _models(self) -> list[list[str]]:
-        rows = [["model", "learning rate", "seed", "test alone", "test in the batch", "largest parameter difference"]]
+        rows = [["model", "learning rate", "seed", "test in the batch"]]
         for m, (rate, seed) in enumerate(zip(self.learning_rates, self.seeds, strict=True)):
-            alone = _percent(None if self.alone_accuracy is None else self.alone_accuracy[m])
-            gap = "-" if self.parameter_difference is None else f"{self.parameter_difference[m].item():.1e}"
-            rows.append([str(m), f"{rate:.3g}", str(seed), alone, _percent(self.batched_accuracy[m]), gap])
+            rows.append([str(m), f"{rate:.3g}", str(seed), _percent(self.batched_accuracy[m])])
+        if self.alone is not None:
+            rows[0] += ["test alone", "largest parameter difference"]
+            for m, row in enumerate(rows[1:]):
+                row += [_percent(self.alone_accuracy[m]), f"{self.parameter_difference[m].item():.1e}"]
         return rows
 
     def _note(self) -> str:
@@ -181,8 +184,8 @@ def _tensor(values: Any) -> Tensor:
     return torch.tensor(numbers(values), dtype=torch.float64)
 
 
-def _percent(share: Tensor | None) -> str:
-    return "-" if share is None else f"{100 * share.item():.1f} %"
+def _percent(share: Tensor) -> str:
+    return f"{100 * share.item():.1f} %"
 
 
 def _megabytes(count: int | None) -> str:
