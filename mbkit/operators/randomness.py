@@ -98,11 +98,11 @@ def _dropout(mode: Interception, function: Any, args: tuple, kwargs: dict) -> An
     memory order. Other devices use fused kernels with counters of their own, so they go model by model.
     """
     x, p, train = args
-    if not train:
-        return x
+    rates = p.values if isinstance(p, PerModel) else [p] * mode.num_models
+    if not train or not any(rates):
+        return x  # as torch does
     if mode.device.type != "cpu" or kwargs:
         return model_by_model(mode, function, args, kwargs)
-    rates = p.values if isinstance(p, PerModel) else [p] * mode.num_models
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
         (x,) = stacks
