@@ -140,16 +140,28 @@ def save_streams(streams: Streams, prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}{_STREAMS}{name}": rows for name, rows in states.items()}
 
 
-def take_streams(state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-    """Take what `save_streams` put into a state_dict out of it."""
+def take_streams(
+    state_dict: dict[str, Any], prefix: str, errors: list[str]
+) -> tuple[dict[str, Tensor], str, list[str]]:
+    """Take what `save_streams` put into a state_dict out of it, and keep it with what `load_streams` has to know."""
     head = prefix + _STREAMS
-    return {key[len(head) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(head)}
+    return {key[len(head) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(head)}, prefix, errors
 
 
-def load_streams(streams: Streams, saved: dict[str, Tensor]) -> None:
-    """Put the streams where they were when `save_streams` ran; without entries, back to their seeds."""
+def load_streams(batch: Any, keys: Any) -> None:
+    """Put the streams where they were when the state was saved, once everything else has been loaded.
+
+    A whole state without streams is one from before the first draw, so they go back to their seeds; part of one, such
+    as pretrained weights, leaves them as they are.
+    """
+    saved, prefix, errors = batch.__dict__.pop("_loading")
+    if any(len(rows) != batch.num_models for rows in saved.values()):
+        errors.append(f"expected the random streams of {batch.num_models} models: load it into a batch of as many.")
+    if errors or (not saved and any(key.startswith(prefix) for key in keys.missing_keys)):
+        return
     if "seeds" in saved:
-        streams.seeds = saved["seeds"].tolist()
+        batch.__dict__["seeds"] = saved.pop("seeds").tolist()
+        batch.streams.seeds = list(batch.seeds)
     # Where there is no GPU its streams cannot be kept; should there be one again, they start from the seeds.
     gone = () if torch.cuda.is_available() else ("cuda",)
-    streams.load_state({name: rows for name, rows in saved.items() if name != "seeds" and not name.startswith(gone)})
+    batch.streams.load_state({device: rows for device, rows in saved.items() if not device.startswith(gone)})

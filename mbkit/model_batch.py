@@ -22,7 +22,7 @@ from .stacked_state import set_memory_format, stack_models, unstack_model
 __all__ = ["ModelBatch"]
 
 _TAKEN_OVER = """_parameters _buffers _modules _non_persistent_buffers_set _state_dict_hooks _state_dict_pre_hooks
-    _load_state_dict_pre_hooks _load_state_dict_post_hooks""".split()
+    _load_state_dict_pre_hooks""".split()
 
 
 class ModelBatch(nn.Module):
@@ -86,6 +86,8 @@ class ModelBatch(nn.Module):
         # Past nn.Module.__setattr__ here and below: the user's own names, whatever they are, stay the user's.
         self.__dict__ |= {"_template": template, "_attributes": attributes, "_version": template._version}
         self.__dict__ |= {name: template.__dict__[name] for name in _TAKEN_OVER}
+        self._load_state_dict_post_hooks.update(template._load_state_dict_post_hooks)
+        self.register_load_state_dict_post_hook(checkpoint.load_streams)
         self.__dict__ |= {"model_by_model": check_paths(template, model_by_model), "_steady": {}, "_slow_losses": set()}
 
     # ------------------------------------------------------------------ what is inside
@@ -119,7 +121,6 @@ class ModelBatch(nn.Module):
             raise TypeError(f"Expected a model's number from 0 to {self.num_models - 1}, got {m!r}.") from None
         if not -self.num_models <= m < self.num_models:
             raise IndexError(f"Expected a model's number from 0 to {self.num_models - 1}, got {m}.")
-        m %= self.num_models
         return unstack_model(self._template, self._attributes, m)
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -190,9 +191,8 @@ class ModelBatch(nn.Module):
 
     def metrics(self) -> dict[str, float]:
         """Return the latest loss of each model as plain numbers, `{"loss_model_0": …}`; empty before the first."""
-        if self.latest_losses is None:
-            return {}
-        return {f"loss_model_{m}": loss for m, loss in enumerate(self.latest_losses.tolist())}
+        losses = [] if self.latest_losses is None else self.latest_losses.tolist()
+        return {f"loss_model_{m}": loss for m, loss in enumerate(losses)}
 
     # ------------------------------------------------------------------ gradients
 
@@ -223,8 +223,7 @@ class ModelBatch(nn.Module):
         Example:
             >>> batch = ModelBatch([nn.Linear(2, 1) for _ in range(3)])
             >>> batch(torch.ones(4, 2)).sum().backward()
-            >>> norms = batch.clip_grad_norm_(1.0)
-            >>> tuple(norms.shape)
+            >>> tuple(batch.clip_grad_norm_(1.0).shape)
             (3,)
         """
         limits = per_model(list(max_norm) if isinstance(max_norm, tuple) else max_norm, self.num_models, "norms")
@@ -296,11 +295,6 @@ class ModelBatch(nn.Module):
         self._template._save_to_state_dict(destination, prefix, keep_vars)
         destination.update(checkpoint.save_streams(self.streams, prefix))
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, metadata: dict, strict: bool, *lists: list) -> None:
-        streams, errors = checkpoint.take_streams(state_dict, prefix), lists[-1]
-        self._template._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-        if any(len(rows) != self.num_models for rows in streams.values()):
-            errors.append(f"expected the random streams of {self.num_models} models: load it into a batch of as many.")
-        elif not errors and (streams or strict):  # a whole state without streams is from before the first draw
-            checkpoint.load_streams(self.streams, streams)
-            self.__dict__["seeds"] = list(self.streams.seeds)
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        self.__dict__["_loading"] = checkpoint.take_streams(state_dict, prefix, errors=rest[-1])
+        self._template._load_from_state_dict(state_dict, prefix, *rest)
