@@ -1,83 +1,31 @@
 """fit and fit_alone against loops written out by hand, in float64 to 1e-10: room for rounding in another order."""
 
 import copy
-import random
 import signal
 
-import numpy
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, mse_loss
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.nn.functional import cross_entropy
+from training_by_hand import (
+    CONFIGS,
+    RATES,
+    SEEDS,
+    SGD,
+    M,
+    assert_same_parameters,
+    batched,
+    build,
+    by_hand,
+    points,
+)
 
-from mbkit.model_batch import ModelBatch
-from mbkit.optim import OptimizerFactory
 from mbkit.training import fit, fit_alone, train_steps
-
-M, B, SEEDS, RATES = 3, 5, [11, 22, 33], [0.1, 0.05, 0.2]
-CONFIGS = [{"lr": lr} for lr in RATES]
-SGD = torch.optim.SGD
 
 
 @pytest.fixture(autouse=True)
 def _float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def build(dropout=0.5):
-    return [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)) for _ in range(M)]
-
-
-def points(batches=4):
-    return [(torch.randn(B, 4), torch.randint(3, (B,))) for _ in range(batches)]
-
-
-def loader(**kwargs):
-    data = TensorDataset(torch.randn(22, 4), torch.randint(3, (22,)))
-    return DataLoader(data, batch_size=B, **({"shuffle": True} | kwargs))
-
-
-def by_hand(models, epochs_of_pairs, optimizer_cls=SGD, schedule=None, every="epoch", max_norm=None):
-    """Train copies of the models by the plainest loop; return them, their losses and their accuracies [steps, M]."""
-    models, losses, hits = copy.deepcopy(models), [], []
-    for m, model in enumerate(models):
-        torch.manual_seed(SEEDS[m])
-        optimizer = optimizer_cls(model.parameters(), lr=RATES[m])
-        scheduler = schedule(optimizer) if schedule else None
-        model.train()
-        losses.append([])
-        hits.append([])
-        for pairs in epochs_of_pairs:
-            for x, y in pairs:
-                optimizer.zero_grad()
-                out = model(x)
-                loss = cross_entropy(out, y)
-                loss.backward()
-                if max_norm:
-                    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-                optimizer.step()
-                losses[m].append(loss.item())
-                hits[m].append((out.argmax(1) == y).double().mean().item())
-                if scheduler and every == "step":
-                    scheduler.step()
-            if scheduler and every == "epoch":
-                scheduler.step()
-    return models, torch.tensor(losses).T, torch.tensor(hits).T
-
-
-def batched(models, optimizer_cls=SGD, **kwargs):
-    batch = ModelBatch(models, seeds=SEEDS, **kwargs)
-    return batch, OptimizerFactory(optimizer_cls).create_optimizer(batch, CONFIGS)
-
-
-def assert_same_parameters(got, expected, atol=1e-10):
-    for one, other in zip(got, expected, strict=True):
-        for p, q in zip(one.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=0, atol=atol)
+    torch.set_default_dtype(torch.float64)  # conftest.py puts it back
 
 
 SETTINGS = {
@@ -142,173 +90,6 @@ def test_going_on_with_the_next_epoch():
     assert_same_parameters(parts.models, whole.models, atol=0)
     assert_same_parameters(whole.models, by_hand(models, [pairs[e:] + pairs[:e] for e in range(3)])[0])
     assert (history.epochs, history.epoch.unique().tolist()) == (2, [1, 2])
-
-
-# ------------------------------------------------------------------ the same data for all
-
-
-class Augmented(Dataset):
-    """Draws from every global generator there is, as augmentations do."""
-
-    def __len__(self):
-        return 12
-
-    def __getitem__(self, i):
-        noise = torch.rand(()).item() + random.random() + numpy.random.rand()
-        return torch.full((4,), i + noise), i % 3
-
-
-LOADERS = {
-    "shuffle": lambda: loader(),
-    "a generator": lambda: loader(generator=torch.Generator().manual_seed(5)),
-    "a sampler's generator": lambda: loader(
-        shuffle=False, sampler=RandomSampler(range(22), generator=torch.Generator().manual_seed(5))
-    ),
-    "a batch sampler": lambda: DataLoader(
-        TensorDataset(torch.randn(22, 4), torch.randint(3, (22,))),
-        batch_sampler=BatchSampler(RandomSampler(range(22)), B, drop_last=False),
-    ),
-    "augmentation": lambda: DataLoader(Augmented(), batch_size=4, shuffle=True),
-}
-
-
-@pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
-def test_random_draws_of_models_and_data_leave_each_other_alone(make):
-    def start():
-        torch.manual_seed(1)
-        random.seed(1)
-        numpy.random.seed(1)
-
-    def state():
-        return torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist(), torch.rand(3)
-
-    models = build(dropout=0.5)
-    torch.manual_seed(9)
-    data = make()
-    start()
-    epochs = [list(data) for _ in range(2)]  # what anybody who walks through the loader twice gets to see
-    after = state()
-    expected, losses, _ = by_hand(models, epochs)
-
-    torch.manual_seed(9)
-    data = make()
-    batch, optimizer = batched(models)
-    start()
-    history = fit(batch, optimizer, data, cross_entropy, 2)
-    assert_same_parameters(batch.models, expected)
-    torch.testing.assert_close(history.loss, losses, rtol=0, atol=1e-10)
-    now = state()
-    assert torch.equal(now[0], after[0])
-    assert now[1:3] == after[1:3]
-
-    torch.manual_seed(9)
-    data = make()
-    start()
-    history = fit_alone(models, SGD, CONFIGS, data, cross_entropy, 2, seeds=SEEDS)
-    assert_same_parameters(models, expected, atol=0)
-    now = state()
-    assert torch.equal(now[0], after[0])
-    assert now[1:3] == after[1:3]
-    assert torch.equal(now[3], after[3])
-
-
-def test_seeds_are_drawn_as_the_batch_draws_them():
-    models, data = build(), loader()
-    torch.manual_seed(3)
-    batch = ModelBatch(models)
-    fit(batch, OptimizerFactory(SGD).create_optimizer(batch, CONFIGS), data, cross_entropy)
-    torch.manual_seed(3)
-    fit_alone(models, SGD, CONFIGS, data, cross_entropy)
-    assert_same_parameters(batch.models, models)
-
-
-def test_what_a_callback_draws_changes_the_data_alike_and_no_mask():
-    models, data = build(), loader()
-
-    def callback(step):
-        torch.rand(7)
-
-    batch, optimizer = batched(models)
-    torch.manual_seed(3)
-    fit(batch, optimizer, data, cross_entropy, 2, callback=callback)
-    torch.manual_seed(3)
-    fit_alone(models, SGD, CONFIGS, data, cross_entropy, 2, seeds=SEEDS, callback=callback)
-    assert_same_parameters(batch.models, models)
-
-
-def test_data_that_cannot_be_drawn_again_is_refused():
-    class Unknown:
-        source = numpy.random.default_rng(0)
-
-        def __iter__(self):
-            yield torch.from_numpy(self.source.random((B, 4))), torch.zeros(B, dtype=torch.int64)
-
-    with pytest.raises(ValueError, match="another first batch") as caught:
-        fit_alone(build(), SGD, CONFIGS, Unknown(), cross_entropy, seeds=SEEDS)
-    assert caught.value.history.steps_done == [1, 0, 0]
-
-
-@pytest.mark.parametrize("each_targets", [False, True])
-@pytest.mark.parametrize("each_input", [False, True])
-def test_batches_for_all_models_or_for_each(each_input, each_targets):
-    models = build(dropout=0.0)
-    xs, ys = torch.randn(4, M, B, 4), torch.randint(3, (4, M, B))
-    pairs = [(x if each_input else x[0], y if each_targets else y[0]) for x, y in zip(xs, ys, strict=True)]
-    expected = []
-    for m in range(M):
-        own = [(x[m if each_input else 0], y[m if each_targets else 0]) for x, y in zip(xs, ys, strict=True)]
-        expected.append(by_hand(models, [own])[0][m])
-    batch, optimizer = batched(models, shared_input=not each_input)
-    together = fit(batch, optimizer, pairs, cross_entropy)
-    alone = fit_alone(models, SGD, CONFIGS, pairs, cross_entropy, seeds=SEEDS, shared_input=not each_input)
-    assert_same_parameters(batch.models, expected)
-    assert_same_parameters(models, expected, atol=0)
-    assert torch.equal(together.accuracy, alone.accuracy)
-
-
-def test_targets_that_could_be_either_have_to_be_named():
-    models, x, y = [nn.Linear(4, M) for _ in range(M)], torch.randn(M, 4), torch.randn(M, M)
-
-    def error(outputs, targets):
-        return (outputs - targets).square().mean()
-
-    with pytest.raises(ValueError, match="shared_targets"):
-        fit_alone(models, SGD, CONFIGS, [(x, y)], error)
-    for shared in (True, False):
-        expected = torch.stack([error(model(x), y if shared else y[m]).detach() for m, model in enumerate(models)])
-        batch, optimizer = batched(models)
-        together = fit(batch, optimizer, [(x, y)], error, shared_targets=shared)
-        alone = fit_alone(copy.deepcopy(models), SGD, CONFIGS, [(x, y)], error, shared_targets=shared)
-        torch.testing.assert_close(together.loss[0], expected, rtol=0, atol=1e-12)
-        torch.testing.assert_close(alone.loss[0], expected, rtol=0, atol=1e-12)
-
-
-class TwoInputs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 3)
-
-    def forward(self, x, shift):
-        return self.layer(x) + shift, x.sum()
-
-
-@pytest.mark.parametrize("pack", [lambda x, s: (x, s), lambda x, s: [x, s], lambda x, s: {"x": x, "shift": s}])
-def test_several_inputs_and_nested_outputs(pack):
-    models = [TwoInputs() for _ in range(M)]
-    x, shift, y = torch.randn(B, 4), torch.randn(B, 1), torch.randn(B, 3)
-    first = torch.stack([mse_loss(model(x, shift)[0], y) for model in models]).detach()
-
-    def loss_fn(outputs, target):
-        return mse_loss(outputs[0], target) + 0 * outputs[1]
-
-    batch, optimizer = batched(models)
-    together = fit(batch, optimizer, [(pack(x, shift), y)] * 3, loss_fn)
-    alone = fit_alone(models, SGD, CONFIGS, [(pack(x, shift), y)] * 3, loss_fn)
-    assert_same_parameters(batch.models, models)
-    torch.testing.assert_close(together.loss, alone.loss, rtol=0, atol=1e-10)
-    torch.testing.assert_close(alone.loss[0], first, rtol=0, atol=1e-12)
-    assert together.accuracy is None
-    assert alone.accuracy is None
 
 
 # ------------------------------------------------------------------ modes
@@ -468,91 +249,3 @@ def test_train_steps_can_be_paused_between_updates():
 def test_nothing_is_written_where_nobody_watches(capfd):
     both(build(), points(), progress=True)
     assert capfd.readouterr() == ("", "")
-
-
-# ------------------------------------------------------------------ input that is refused
-
-
-def _plateau(optimizer):
-    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-
-
-# What is wrong -> (error, what it says, what to pass instead of the right thing).
-REFUSED_BY_BOTH = {
-    "no epochs": (ValueError, "at least 1 epoch", lambda: {"epochs": 0}),
-    "half an epoch": (TypeError, "whole number of epochs", lambda: {"epochs": 1.5}),
-    "no batch": (ValueError, "at least one batch", lambda: {"batches": []}),
-    "no iterable": (TypeError, "iterable of", lambda: {"batches": 5}),
-    "a used-up iterator": (TypeError, "used up", lambda: {"batches": iter(points()), "epochs": 2}),
-    "a generator": (TypeError, "used up", lambda: {"batches": (pair for pair in points()), "epochs": 2}),
-    "no pairs": (TypeError, r"pair \(inputs, targets\), got a Tensor", lambda: {"batches": torch.randn(3, 2)}),
-    "three things": (TypeError, "got a tuple of 3", lambda: {"batches": [(1, 2, 3)]}),
-    "no loss": (TypeError, "loss_fn", lambda: {"loss_fn": None}),
-    "another rhythm": (ValueError, "scheduler_every", lambda: {"scheduler_every": "batch"}),
-    "no scheduler": (TypeError, "callable that makes", lambda: {"scheduler": 0.1}),
-    "a callable of something else": (TypeError, "callable that makes", lambda: {"scheduler": lambda optimizer: 0.1}),
-    "a plateau": (TypeError, "ReduceLROnPlateau", lambda: {"scheduler": _plateau}),
-}
-REFUSED_BY_FIT = {
-    "no batch of models": (TypeError, "Expected a ModelBatch, got Sequential", lambda: {"batch": build()[0]}),
-    "a class": (TypeError, "create one by OptimizerFactory", lambda: {"optimizer": SGD}),
-    "a factory": (TypeError, "create one by OptimizerFactory", lambda: {"optimizer": OptimizerFactory(SGD)}),
-}
-REFUSED_BY_FIT_ALONE = {
-    "no models": (ValueError, "one or more modules", lambda: {"models": []}),
-    "one model": (TypeError, r"pass \[model\]", lambda: {"models": build()[0]}),
-    "no modules": (TypeError, "one or more modules, got .'int'", lambda: {"models": [1]}),
-    "too few configs": (ValueError, r"3 configs \(one per model\), got 2", lambda: {"configs": CONFIGS[:2]}),
-    "too few seeds": (ValueError, "3 seeds", lambda: {"seeds": [1, 2]}),
-    "too few schedulers": (ValueError, "3 schedulers", lambda: {"scheduler": [None]}),
-    "an iterator for three": (TypeError, "used up", lambda: {"batches": iter(points())}),
-    "a ready scheduler": (TypeError, "callable that makes", lambda: {"scheduler": _ready_scheduler()}),
-}
-
-
-def _ready_scheduler():
-    return torch.optim.lr_scheduler.StepLR(SGD(build()[0].parameters(), 0.1), 1)
-
-
-@pytest.mark.parametrize("case", [*REFUSED_BY_BOTH, *REFUSED_BY_FIT])
-def test_fit_refuses(case):
-    error, text, changes = (REFUSED_BY_BOTH | REFUSED_BY_FIT)[case]
-    batch, optimizer = batched(build())
-    right = {"batch": batch, "optimizer": optimizer, "batches": points(), "loss_fn": cross_entropy}
-    with pytest.raises(error, match=text):
-        fit(**(right | changes()))
-
-
-@pytest.mark.parametrize("case", [*REFUSED_BY_BOTH, *REFUSED_BY_FIT_ALONE])
-def test_fit_alone_refuses(case):
-    error, text, changes = (REFUSED_BY_BOTH | REFUSED_BY_FIT_ALONE)[case]
-    right = {"models": build(), "optimizer_cls": SGD, "configs": CONFIGS, "batches": points(), "loss_fn": cross_entropy}
-    with pytest.raises(error, match=text):
-        fit_alone(**(right | changes()))
-
-
-def test_an_iterator_is_enough_where_it_is_needed_once():
-    models, pairs = build(), points()
-    batch, optimizer = batched(models)
-    assert fit(batch, optimizer, iter(pairs), cross_entropy).steps == 4
-    assert fit_alone(models[:1], SGD, {"lr": 0.1}, iter(pairs), cross_entropy).steps == 4
-
-
-def test_a_loader_that_starts_again_by_itself_is_accepted():
-    class Again:
-        def __iter__(self):
-            self.left = list(pairs)
-            return self
-
-        def __next__(self):
-            if not self.left:
-                raise StopIteration
-            return self.left.pop(0)
-
-        def __len__(self):
-            return len(pairs)
-
-    models, pairs = build(), points()
-    expected = by_hand(models, [pairs] * 2)[0]
-    fit_alone(models, SGD, CONFIGS, Again(), cross_entropy, 2, seeds=SEEDS)
-    assert_same_parameters(models, expected, atol=0)

@@ -1,0 +1,99 @@
+"""What fit and fit_alone refuse, and what they only seem to have to."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from training_by_hand import CONFIGS, SEEDS, SGD, assert_same_parameters, batched, build, by_hand, points
+
+from mbkit.optim import OptimizerFactory
+from mbkit.training import fit, fit_alone
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)  # conftest.py puts it back
+
+
+def _plateau(optimizer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
+# What is wrong -> (error, what it says, what to pass instead of the right thing).
+REFUSED_BY_BOTH = {
+    "no epochs": (ValueError, "at least 1 epoch", lambda: {"epochs": 0}),
+    "half an epoch": (TypeError, "whole number of epochs", lambda: {"epochs": 1.5}),
+    "no batch": (ValueError, "at least one batch", lambda: {"batches": []}),
+    "no iterable": (TypeError, "iterable of", lambda: {"batches": 5}),
+    "a used-up iterator": (TypeError, "used up", lambda: {"batches": iter(points()), "epochs": 2}),
+    "a generator": (TypeError, "used up", lambda: {"batches": (pair for pair in points()), "epochs": 2}),
+    "no pairs": (TypeError, r"pair \(inputs, targets\), got a Tensor", lambda: {"batches": torch.randn(3, 2)}),
+    "three things": (TypeError, "got a tuple of 3", lambda: {"batches": [(1, 2, 3)]}),
+    "no loss": (TypeError, "loss_fn", lambda: {"loss_fn": None}),
+    "another rhythm": (ValueError, "scheduler_every", lambda: {"scheduler_every": "batch"}),
+    "no scheduler": (TypeError, "callable that makes", lambda: {"scheduler": 0.1}),
+    "a callable of something else": (TypeError, "callable that makes", lambda: {"scheduler": lambda optimizer: 0.1}),
+    "a plateau": (TypeError, "ReduceLROnPlateau", lambda: {"scheduler": _plateau}),
+}
+REFUSED_BY_FIT = {
+    "no batch of models": (TypeError, "Expected a ModelBatch, got Sequential", lambda: {"batch": build()[0]}),
+    "a class": (TypeError, "create one by OptimizerFactory", lambda: {"optimizer": SGD}),
+    "a factory": (TypeError, "create one by OptimizerFactory", lambda: {"optimizer": OptimizerFactory(SGD)}),
+}
+REFUSED_BY_FIT_ALONE = {
+    "no models": (ValueError, "one or more modules", lambda: {"models": []}),
+    "one model": (TypeError, r"pass \[model\]", lambda: {"models": build()[0]}),
+    "no modules": (TypeError, "one or more modules, got .'int'", lambda: {"models": [1]}),
+    "too few configs": (ValueError, r"3 configs \(one per model\), got 2", lambda: {"configs": CONFIGS[:2]}),
+    "too few seeds": (ValueError, "3 seeds", lambda: {"seeds": [1, 2]}),
+    "too few schedulers": (ValueError, "3 schedulers", lambda: {"scheduler": [None]}),
+    "an iterator for three": (TypeError, "used up", lambda: {"batches": iter(points())}),
+    "a ready scheduler": (TypeError, "callable that makes", lambda: {"scheduler": _ready_scheduler()}),
+}
+
+
+def _ready_scheduler():
+    return torch.optim.lr_scheduler.StepLR(SGD(build()[0].parameters(), 0.1), 1)
+
+
+@pytest.mark.parametrize("case", [*REFUSED_BY_BOTH, *REFUSED_BY_FIT])
+def test_fit_refuses(case):
+    error, text, changes = (REFUSED_BY_BOTH | REFUSED_BY_FIT)[case]
+    batch, optimizer = batched(build())
+    right = {"batch": batch, "optimizer": optimizer, "batches": points(), "loss_fn": cross_entropy}
+    with pytest.raises(error, match=text):
+        fit(**(right | changes()))
+
+
+@pytest.mark.parametrize("case", [*REFUSED_BY_BOTH, *REFUSED_BY_FIT_ALONE])
+def test_fit_alone_refuses(case):
+    error, text, changes = (REFUSED_BY_BOTH | REFUSED_BY_FIT_ALONE)[case]
+    right = {"models": build(), "optimizer_cls": SGD, "configs": CONFIGS, "batches": points(), "loss_fn": cross_entropy}
+    with pytest.raises(error, match=text):
+        fit_alone(**(right | changes()))
+
+
+def test_an_iterator_is_enough_where_it_is_needed_once():
+    models, pairs = build(), points()
+    batch, optimizer = batched(models)
+    assert fit(batch, optimizer, iter(pairs), cross_entropy).steps == 4
+    assert fit_alone(models[:1], SGD, {"lr": 0.1}, iter(pairs), cross_entropy).steps == 4
+
+
+def test_a_loader_that_starts_again_by_itself_is_accepted():
+    class Again:
+        def __iter__(self):
+            self.left = list(pairs)
+            return self
+
+        def __next__(self):
+            if not self.left:
+                raise StopIteration
+            return self.left.pop(0)
+
+        def __len__(self):
+            return len(pairs)
+
+    models, pairs = build(), points()
+    expected = by_hand(models, [pairs] * 2)[0]
+    fit_alone(models, SGD, CONFIGS, Again(), cross_entropy, 2, seeds=SEEDS)
+    assert_same_parameters(models, expected, atol=0)
