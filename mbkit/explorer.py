@@ -1,0 +1,136 @@
+"""What all explorers share: controls, a picture, a line under it, and a thread that trains and draws."""
+
+from __future__ import annotations
+
+import base64
+import html
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ipywidgets as ipw
+import torch
+from IPython.display import Image, display
+
+from .plots import LearningRates, palette_png
+from .training import Step
+from .worker import Worker
+
+__all__ = ["WIDE", "Explorer", "choice", "live_curves", "log_range", "spread"]
+
+_STYLE = "<style>.mbkit-outdated { opacity: 0.35; } .mbkit-status code { user-select: all; }</style>"
+WIDE = {"description_width": "7.5em"}
+
+
+class Explorer(ipw.VBox):
+    """Controls, a picture, and a line that says what it shows; a subclass says how to train and how to draw.
+
+    A subclass gives `_start(**params)`, an iterator of training steps, `_picture()`, a PNG, `_facts()`, what the status
+    line says, and `call`, the code that reproduces the picture.
+
+    Attributes:
+        worker: the thread, with `state`, `generation` and `error`. image: the picture. status: the line under it.
+    """
+
+    worker: Any = None  # a widget is closed when it is collected, also one that was never finished
+
+    def __init__(self, controls: Sequence[Sequence[ipw.Widget]], width: int, height: int) -> None:
+        size = {"width": f"{width}px", "height": f"{height}px"}  # or the page jumps when the first picture comes
+        self.image = ipw.Image(format="png", layout=ipw.Layout(**size))
+        self.status = ipw.HTML()
+        rows = [ipw.HBox(list(row), layout=ipw.Layout(flex_flow="row wrap")) for row in controls]
+        self.worker, self._dimming = Worker(self._start, self._show, self._say), threading.Lock()
+        super().__init__([ipw.HTML(_STYLE), *rows, self.image, self.status])
+
+    def request(self, **params: Any) -> None:
+        """Train anew; what is seen meanwhile is dimmed."""
+        with self._dimming:
+            self.worker.request(**params)
+            self.image.add_class("mbkit-outdated")
+        self._say()
+
+    def wait(self, timeout: float | None = 60) -> Explorer:
+        """Wait until the picture shows what the controls say; return the explorer, so that a cell can end with it.
+
+        Raises:
+            TimeoutError: it did not get there in `timeout` seconds.
+            Exception: what went wrong in training.
+        """
+        if not self.worker.wait(timeout):
+            raise TimeoutError(f"Expected the picture within {timeout} s: lower the number of models or steps.")
+        return self
+
+    def close(self) -> None:
+        """End the thread and take the widget off the page."""
+        if self.worker is not None:
+            self.worker.close()
+        super().close()
+
+    @property
+    def png(self) -> bytes:
+        """The picture as a small PNG."""
+        return palette_png(self.image.value)
+
+    def _show(self) -> None:
+        self.image.value = self._picture()
+        with self._dimming:
+            if self.worker.drawn == self.worker.generation:
+                self.image.remove_class("mbkit-outdated")
+
+    def _say(self) -> None:
+        worker, facts = self.worker, self._facts()
+        data = {"state": worker.state, "generation": worker.generation, "drawn": worker.drawn, **facts}
+        attributes = " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in data.items())
+        said = ", ".join(f"{name.replace('-', ' ')}: {value}" for name, value in facts.items())
+        if worker.error is not None:
+            said = f"<b>{type(worker.error).__name__}</b>: {html.escape(str(worker.error))}"
+        text = f"<b>{worker.state}</b> · {said}<br>The same in a line of code: <code>{html.escape(self.call)}</code>"
+        self.status.value = f'<div class="mbkit-status" {attributes}>{text}</div>'
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """Add a picture for pages where no kernel runs; it is worth a wait, and shows what training ends with."""
+        self.worker.wait(timeout=30)
+        bundle = super()._repr_mimebundle_(**kwargs)
+        if self.image.value:
+            bundle["image/png"] = base64.b64encode(self.png).decode()
+        return bundle
+
+
+def choice(name: str, options: Sequence[str], value: str) -> ipw.Dropdown:
+    if value not in options:
+        raise ValueError(f"Expected {' or '.join(options)} as {name}, got {value!r}.")
+    return ipw.Dropdown(options=list(options), value=value, description=name, style=WIDE)
+
+
+def log_range(name: str, low: float, high: float) -> ipw.SelectionRangeSlider:
+    ticks = {float(f"{10 ** (n / 4):.2g}") for n in range(-20, 5)} | {float(low), float(high)}
+    options = [(f"{rate:.3g}", rate) for rate in sorted(ticks)]
+    wide = ipw.Layout(width="24em")
+    return ipw.SelectionRangeSlider(options=options, value=(low, high), description=name, style=WIDE, layout=wide)
+
+
+def spread(low: float, high: float, number: int) -> tuple[float, ...]:
+    """Return rates from low to high, evenly spaced on a log scale and rounded to three digits."""
+    return tuple(float(f"{low * (high / low) ** (n / max(1, number - 1)):.3g}") for n in range(number))
+
+
+def live_curves(rates: Sequence[float], steps: int) -> Callable[[Step], None]:
+    """Return a callback for `fit` that draws every model's loss in the cell's output while the cell trains.
+
+    Args:
+        rates: M learning rates, which color the curves.
+        steps: how many updates will be made.
+    """
+    curves, losses, drawn = LearningRates(rates, steps), [], 0.0
+    shown = display(display_id=True)
+
+    def show(step: Step) -> None:
+        nonlocal drawn
+        losses.append(step.losses.cpu())
+        if time.perf_counter() - drawn > 0.2 or len(losses) == steps:
+            curves.update(torch.stack(losses))
+            shown.update(Image(palette_png(curves.frame())))
+            drawn = time.perf_counter()
+
+    return show

@@ -1,0 +1,161 @@
+"""One thread that trains and draws, so that a slider's callback never has to."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+__all__ = ["Worker"]
+
+_FRAME_SECONDS = 0.05
+_DONE = object()
+_OPEN: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """End the threads before Python does: one that is killed inside torch takes the process down with it."""
+    for worker in list(_OPEN):
+        worker.close()
+
+
+class Worker:
+    """A daemon thread that owns models, generators and figures; everybody else only posts wishes, and returns at once.
+
+    A wish is a new run: `request(**params)` raises the generation, and the run under way is dropped after the step that
+    it is in. Of many requests the newest wins and the others never start, so nothing queues.
+
+    Args:
+        start: called in the thread with the newest request's params; returns an iterator that makes one step a `next`.
+        draw: called in the thread to show what there is: after the first step, then 20 times a second, and at the end.
+        changed: called in the thread whenever `state` may have changed, after `draw`.
+
+    Attributes:
+        state: "idle" (nothing to do), "running", "paused", "stopped" or "failed".
+        generation: the number of requests so far. drawn: the generation that the last picture is of.
+        error: the exception that ended the last run, or None.
+
+    Example:
+        >>> seen = []
+        >>> worker = Worker(lambda n: (seen.append(n) for _ in range(n)), draw=lambda: None)
+        >>> worker.request(n=3)
+        >>> worker.wait(timeout=10), worker.state, seen
+        (True, 'idle', [3, 3, 3])
+        >>> worker.close()
+    """
+
+    def __init__(
+        self,
+        start: Callable[..., Iterator[Any]],
+        draw: Callable[[], None],
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._start, self._draw, self._changed = start, draw, changed
+        self.state, self.generation, self.drawn = "idle", 0, 0
+        self.error: Exception | None = None
+        self._params: dict[str, Any] = {}
+        self._redraw = self._step_once = self._closed = False
+        self._condition = threading.Condition()
+        self._thread = threading.Thread(target=self._loop, name="mbkit explorer", daemon=True)
+        self._thread.start()
+        _OPEN.add(self)
+
+    def request(self, **params: Any) -> None:
+        """Begin anew with `params`, or with the last ones where there are none; the run under way is dropped."""
+        with self._condition:
+            self._params = params or self._params
+            self.generation += 1
+            self.state, self.error, self._step_once = "running", None, False
+            self._condition.notify_all()
+
+    def redraw(self) -> None:
+        """Draw again without training."""
+        self._tell(_redraw=True)
+
+    def pause(self, paused: bool) -> None:
+        """Hold the run under way after its present step, or let it go on."""
+        now, then = ("running", "paused") if paused else ("paused", "running")
+        if self.state == now:
+            self._tell(state=then, _redraw=True)
+
+    def step(self) -> None:
+        """Make one step of a paused run; pause one that is running."""
+        if self.state in ("running", "paused"):
+            self._tell(state="paused", _step_once=True)
+
+    def stop(self) -> None:
+        """Give up the run under way; the last picture stays."""
+        if self.state in ("running", "paused"):
+            self._tell(state="stopped", _redraw=True)
+
+    def close(self) -> None:
+        """End the thread, after the step that it is in."""
+        self._tell(_closed=True, state="stopped")
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=10)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is left to do or to draw, a paused run included; return False if time ran out first.
+
+        Raises:
+            Exception: the one that ended the last run.
+        """
+        with self._condition:
+            done = self._condition.wait_for(lambda: self._closed or not self._busy(), timeout)
+            if self.error is not None:
+                raise self.error
+            return done
+
+    def _tell(self, **wishes: Any) -> None:
+        with self._condition:
+            for name, value in wishes.items():
+                setattr(self, name, value)
+            self._condition.notify_all()
+
+    def _busy(self) -> bool:
+        return self.state == "running" or self._redraw or self._step_once or self._working
+
+    _working = False  # between taking a wish and having shown what came of it
+
+    def _loop(self) -> None:
+        steps: Iterator[Any] = iter(())
+        begun, frame, news = 0, 0.0, False
+        while True:
+            with self._condition:
+                self._working = False
+                self._condition.notify_all()
+                self._condition.wait_for(lambda: self._closed or self._busy())
+                if self._closed:
+                    return
+                self._working = True
+                generation, redraw, single = self.generation, self._redraw, self._step_once
+                advance = single or self.state == "running"
+                self._redraw = self._step_once = False
+                params = self._params
+            over, error = False, None
+            try:
+                if advance:
+                    if begun != generation:
+                        steps, begun = self._start(**params), generation
+                    over = next(steps, _DONE) is _DONE
+                    news = news or not over
+                if self.generation != generation:
+                    continue  # nobody waits for this picture any more
+                due = single or over or self.drawn != begun or time.perf_counter() - frame > _FRAME_SECONDS
+                if redraw or (news and due):
+                    self.drawn = begun
+                    self._draw()
+                    frame, news = time.perf_counter(), False
+            except Exception as problem:  # shown by whoever listens, raised by wait()
+                error, steps = problem, iter(())
+            with self._condition:
+                if generation == self.generation:
+                    if error is not None:
+                        self.state, self.error = "failed", error
+                    elif over and self.state in ("running", "paused"):
+                        self.state = "idle"
+            self._changed()

@@ -1,0 +1,162 @@
+"""Figures show the numbers that they are given, and nothing else."""
+
+import io
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from mbkit import consistency, plots
+from mbkit.benchmark_result import Timing
+
+
+@pytest.fixture(scope="module")
+def dissection():
+    return consistency.dissect("published")
+
+
+def lines(axes):
+    return {line.get_label(): torch.as_tensor(line.get_ydata(), dtype=torch.float64) for line in axes.lines}
+
+
+def result(**changes):
+    return SimpleNamespace(
+        **{
+            "num_models": 2,
+            "learning_rates": [0.01, 0.1],
+            "alone": Timing(0.008, 0.007, 0.009),
+            "batched": Timing(0.004, 0.003, 0.006),
+            "speedup": 2.0,
+            "alone_accuracy": torch.tensor([0.5, 0.4]),
+            "batched_accuracy": torch.tensor([0.5, 0.3]),
+            "setup": {"model": "LeNet5", "dataset": "digits", "steps": 1000},
+            **changes,
+        }
+    )
+
+
+def test_accuracy_bars_are_the_outcomes_accuracies(dissection):
+    (axes,) = plots.accuracy(dissection[0]).axes
+    heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
+    expected = [dissection[0].accuracy_alone, dissection[0].accuracy_batched]
+    assert heights == [pytest.approx((100 * values).tolist()) for values in expected]
+    assert "9.3" in axes.get_title() and axes.get_ylabel() == "accuracy (%)"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.01", "0.1"]
+
+
+def test_combinations_mark_what_is_wrong_and_how_far_it_leads(dissection):
+    causes, accuracies, parameters = plots.combinations(dissection).axes
+    filled = [[tuple(color[:3]) != (1, 1, 1) for color in dots.get_facecolors()] for dots in causes.collections]
+    assert [sum(row) for row in zip(*filled, strict=True)] == [len(outcome.faults) for outcome in dissection]
+    widths = [bar.get_width() for bar in accuracies.containers[0]]
+    assert widths == pytest.approx([100 * outcome.max_difference for outcome in dissection])
+    ends = [outcome.parameter_difference[-1].max().item() for outcome in dissection]
+    assert [bar.get_width() for bar in parameters.containers[0]] == pytest.approx(ends)
+
+
+def test_differences_give_exactly_zero_a_place_of_its_own_and_leave_infinity_out():
+    gap = torch.tensor([0.0, 1e-7, 1e-3, math.inf, math.nan])
+    (axes,) = plots.differences({"a": gap}).axes
+    drawn = lines(axes)["a"]
+    assert drawn[0] < 1e-7 and drawn[0] == axes.get_yticks()[0]
+    assert [label.get_text() for label in axes.get_yticklabels()][0] == "exactly 0"
+    assert drawn[1:3].tolist() == pytest.approx([1e-7, 1e-3]) and drawn[3:].isnan().all()
+
+
+def test_differences_that_are_all_zero_are_drawn_too():
+    (axes,) = plots.differences({"a": torch.zeros(5)}).axes
+    assert set(lines(axes)["a"].tolist()) == {axes.get_yticks()[0]}
+
+
+def test_learning_rates_leave_out_what_diverged_and_mark_it():
+    loss = torch.tensor([[2.0, 2.0, 2.0], [1.5, 2.4, 9.0], [1.0, 1.0, math.nan]])
+    left, right = plots.learning_rates(loss, [0.1, 1.0, 10.0]).axes
+    (curves,) = left.collections
+    paths = [torch.tensor(path) for path in curves.get_segments()]
+    assert paths[0][:, 1].tolist() == [2.0, 1.5, 1.0]
+    assert paths[2][:, 1].tolist()[:1] == [2.0] and paths[2][1:, 1].isnan().all()
+    (dots,) = right.collections
+    assert dots.get_offsets()[:2, 1].tolist() == [1.0, 1.0] and not dots.get_offsets()[2, 1] > 0
+    (cross,) = [line for line in right.lines if line.get_label() == "diverged"]
+    assert list(cross.get_xdata()) == [10.0] and cross.get_ydata()[0] == right.get_ylim()[1]
+    assert "1 of 3 models diverged" in left.texts[0].get_text()
+
+
+def test_colors_follow_the_learning_rate_and_models_of_one_rate_share_theirs():
+    curves = plots.LearningRates([0.1, 0.1, 1.0], 5)
+    assert (curves.colors[0] == curves.colors[1]).all() and (curves.colors[0] != curves.colors[2]).any()
+
+
+def test_accuracy_takes_the_place_of_the_loss_at_the_right():
+    picture = plots.learning_rates(torch.ones(3, 2), [0.1, 1.0], accuracy=torch.tensor([0.2, 0.6]))
+    _, right = picture.axes
+    assert right.collections[0].get_offsets()[:, 1].tolist() == pytest.approx([20, 60])
+    assert "test set (%)" in right.get_ylabel()
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ([[2.0], [2.4]], False),  # noise around where it began
+        ([[2.0], [2.6]], True),  # a quarter above
+        ([[2.0], [math.nan]], True),
+        ([[2.0], [math.inf]], True),
+        ([[math.nan], [math.nan]], True),
+    ],
+)
+def test_diverged(loss, expected):
+    assert plots.diverged(torch.tensor(loss)).tolist() == [expected]
+
+
+def test_one_model_that_is_lost_does_not_hide_another():
+    assert plots.diverged(torch.tensor([[math.inf, 2.0], [math.nan, 1.0]])).tolist() == [True, False]
+
+
+def test_smooth_is_the_mean_of_the_last_steps():
+    loss = torch.rand(20, 3, dtype=torch.float64)
+    expected = torch.stack([loss[max(0, t - 3) : t + 1].mean(0) for t in range(20)])
+    torch.testing.assert_close(plots.smooth(loss, 4), expected, rtol=0, atol=1e-12)
+    spike = torch.tensor([[1.0], [1e30], [1.0], [1.0]])
+    assert plots.smooth(spike, 2)[-1].item() == pytest.approx(1.0)  # one spike does not spoil what follows
+
+
+def test_benchmark_shows_times_in_milliseconds_and_both_accuracies():
+    left, right = plots.benchmark(result()).axes
+    assert [bars[0].get_width() for bars in left.containers if hasattr(bars[0], "get_width")] == pytest.approx([8, 4])
+    assert "2.00 times" in left.get_title() and "(ms)" in left.get_xlabel()
+    drawn = lines(right)
+    assert drawn["alone"].tolist() == pytest.approx([50, 40])
+    assert drawn["in the batch"].tolist() == pytest.approx([50, 30])
+
+
+def test_benchmark_of_the_batch_only():
+    left, right = plots.benchmark(result(alone=None, alone_accuracy=None, speedup=None)).axes
+    assert "times" not in left.get_title() and "alone" not in lines(right)
+
+
+def test_the_story_has_all_its_parts(dissection):
+    assert len(plots.story_figure(dissection[0], dissection).axes) == 5
+    assert len(plots.story_figure(dissection[0], dissection, result()).axes) == 7
+
+
+def test_a_picture_shows_itself_as_a_small_png_that_keeps_rare_colors():
+    picture = plots.Picture(4, 2)
+    picture.subplots().plot([0.5], [0.5], "x", color=plots.WRONG)
+    data, size = picture._repr_png_()
+    image = Image.open(io.BytesIO(data))
+    assert image.mode == "P" and image.size == (560, 280) and size == {"width": 400} and len(data) < 10_000
+    wanted = tuple(int(plots.WRONG[i : i + 2], 16) for i in (1, 3, 5))
+    gaps = [sum(abs(a - b) for a, b in zip(wanted, c, strict=True)) for _, c in image.convert("RGB").getcolors()]
+    assert min(gaps) < 10
+
+
+def test_a_frame_paints_what_changed_over_the_same_background():
+    curves = plots.LearningRates([0.1, 1.0], 10)
+    loss = torch.linspace(2, 1, 10)[:, None].expand(-1, 2)
+    frames = []
+    for steps, marked in ((5, None), (10, None), (10, 1), (10, None)):
+        curves.update(loss[:steps], marked)
+        frames.append(curves.frame())
+    assert len(set(frames)) == 3 and frames[1] == frames[3]  # what was marked leaves no trace
