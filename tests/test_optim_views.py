@@ -28,6 +28,10 @@ class SignAdam(optim.Adam):
                     p.sub_(p.grad.sign(), alpha=group["lr"])
 
 
+class SubNAdam(optim.NAdam):
+    """A subclass of a class that keeps a float32 number beside float64 parameters."""
+
+
 class GlobalNorm(optim.Optimizer):
     """Its step size depends on all groups at once, and it writes what it found into its group."""
 
@@ -59,6 +63,7 @@ VIEWED = [
     (optim.Rprop, {**LR, "etas": [(0.5, 1.2), (0.3, 1.5), (0.9, 1.1), (0.5, 2.0)], "maximize": [True, False] * 2}),
     (optim.Adafactor, {**LR, "weight_decay": [0.0, 0.1, 0.2, 0.3], "d": [1.0, 4.0, 2.0, 1.5]}),
     (SignAdam, LR),
+    (SubNAdam, {**LR, "momentum_decay": [4e-3, 0.0, 0.1, 1.0]}),
     (GlobalNorm, {**LR, "norm_type": [2.0, 1.0, math.inf, 3.0]}),
 ]
 
@@ -138,10 +143,14 @@ def test_follows_the_batch_to_another_dtype(case: tuple[type, dict]) -> None:
     assert largest_difference(batch, other.models) == 0
 
 
-def test_autograd_notices_the_update() -> None:
+@pytest.mark.parametrize("moved", [False, True])
+def test_autograd_notices_the_update(moved: bool) -> None:
     batch = ModelBatch([nn.Linear(2, 1) for _ in range(2)])
     optimizer = OptimizerFactory(optim.Rprop).create_optimizer(batch)
-    loss = (batch(torch.ones(3, 2)) ** 2 * batch.stacked_params["weight"].square().sum()).sum()
+    x = torch.ones(3, 2)
+    if moved:
+        batch, x = batch.double(), x.double()
+    loss = (batch(x) ** 2 * batch.stacked_params["weight"].square().sum()).sum()
     loss.backward(retain_graph=True)
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -120,7 +120,6 @@ class BatchOptimizer(torch.optim.Optimizer):
         """
         if not -self.num_models <= m < self.num_models:
             raise IndexError(f"Expected a model from 0 to {self.num_models - 1}, got {m}.")
-        m %= self.num_models
         model = self.batch[m] if model is None else model
         own = {name: p.shape for name, p in model.named_parameters()}
         expected = {name: p.shape[1:] for name, p in self.batch.stacked_params.items()}

@@ -192,6 +192,4 @@ def _numeric(value: Any) -> bool:
 
 
 def _move(column: Tensor, device: torch.device) -> Tensor:
-    # A copy also on the CPU: the column there is written in place. MPS has no float64.
-    dtype = torch.float32 if device.type == "mps" else column.dtype
-    return column.to(device, dtype, copy=True)
+    return column.to(device, torch.float32 if device.type == "mps" else column.dtype)  # MPS has no float64

@@ -35,10 +35,6 @@ class StackedOptimizer(BatchOptimizer):
             batch, optimizer_cls, configs, [construct(optimizer_cls, probe, c, m) for m, c in enumerate(configs)]
         )
         self._adopt_groups()
-        if optimizer_cls is torch.optim.Adagrad:  # alone among the classes it makes its state before the first step
-            self._columns.refresh()
-            for param in self._params():
-                self._prepare(param)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # also called by torch's load_state_dict, with new groups that are plain dicts
@@ -93,7 +89,6 @@ class StackedOptimizer(BatchOptimizer):
     def _fill_state(self, lone: torch.optim.Optimizer, m: int) -> None:
         group, rule = self.param_groups[m], self._rule
         self._columns.refresh()
-        lone.state.clear()
         for param, own in zip(self._params(), lone.param_groups[0]["params"], strict=True):
             state = self._prepare(param) if param in self.state else {}
             if "momentum_steps" in state:  # SGD counts nothing of its own, and has a buffer from its first momentum on

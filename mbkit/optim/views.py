@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from .base import BatchOptimizer, construct, numbers_of
 
@@ -50,7 +49,6 @@ class ViewsOptimizer(BatchOptimizer):
                 for view in own["params"]:
                     view.grad = None
             group.update(numbers_of(own))  # some classes write their own step size there
-        increment_version(params)  # views keep their own count of changes; autograd watches the parameter's
 
     def _follow(self, params: list[nn.Parameter]) -> None:
         """Point the views at the parameters' present memory: `batch.to()` and `batch.double()` give them another."""
