@@ -1,4 +1,4 @@
-"""The reference of the ModelBatch tests: M models, each trained by itself in plain PyTorch, and the networks to try."""
+"""The reference of the ModelBatch tests: M models, each trained by itself in plain PyTorch, and networks to try."""
 
 from __future__ import annotations
 
@@ -61,6 +61,49 @@ def frozen() -> nn.Module:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     net[0].requires_grad_(False)
     return net
+
+
+class Holds(nn.Module):
+    """A layer, and plain attributes."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+class Config:
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+def hooked(count: int) -> nn.Module:
+    net = nn.Linear(3, 2)
+    for _ in range(count):
+        net.register_forward_hook(lambda module, inputs, output: output)
+    return net
+
+
+def local(slope: float) -> nn.Module:
+    """A class made inside a function, one a call, under one name."""
+
+    class Local(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.leaky_relu(self.fc(x), slope)
+
+    return Local()
+
+
+def local_lambda(scale: float) -> nn.Module:
+    return Holds(act=lambda x: x * scale)
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
