@@ -40,6 +40,11 @@ def test_configs_keywords_and_base_config_say_the_same() -> None:
     assert groups[0][1] == {k: v for k, v in lone.items() if k != "params"}
 
 
+def test_what_is_not_said_is_the_default_of_the_class() -> None:
+    optimizer = create(configs=[{"lr": 0.5}, {}, {"eps": 1e-3}])
+    assert [(g["lr"], g["eps"]) for g in optimizer.param_groups] == [(0.5, 1e-8), (1e-3, 1e-8), (1e-3, 1e-3)]
+
+
 def test_create_configs() -> None:
     assert create_sgd_configs((0.1, 0.2)) == [{"lr": lr, "momentum": 0.9, "weight_decay": 1e-4} for lr in (0.1, 0.2)]
     assert create_adam_configs(np.array([0.5]), eps=1e-3) == [

@@ -28,7 +28,8 @@ class BatchOptimizer(torch.optim.Optimizer):
         batch: the `ModelBatch`.
         optimizer_cls: the torch.optim class to follow.
         configs: M dicts of keyword arguments for `optimizer_cls`.
-        lone: M optimizers made from them, over whatever parameters; their groups are where the numbers come from.
+        groups: M dicts, the group of the lone optimizer that each config makes.
+        defaults: a lone optimizer's `defaults`.
     """
 
     def __init__(
@@ -36,12 +37,13 @@ class BatchOptimizer(torch.optim.Optimizer):
         batch: ModelBatch,
         optimizer_cls: type[torch.optim.Optimizer],
         configs: Sequence[dict[str, Any]],
-        lone: Sequence[torch.optim.Optimizer],
+        groups: Sequence[dict[str, Any]],
+        defaults: dict[str, Any],
     ) -> None:
         params = list(batch.stacked_params.values())
         # torch's add_param_group compares a group with all before it: quadratic in M, so it sees the first only.
-        super().__init__([{"params": params}], dict(lone[0].defaults))
-        self.param_groups = [{**one.param_groups[0], "params": [] if m else params} for m, one in enumerate(lone)]
+        super().__init__([{"params": params}], dict(defaults))
+        self.param_groups = [{**group, "params": [] if m else params} for m, group in enumerate(groups)]
         self.batch = batch
         self.optimizer_cls = optimizer_cls
         self._configs = [dict(config) for config in configs]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -188,7 +189,7 @@ def check_names(
         ValueError: an unknown name, "params", or an implementation switch that is on.
     """
     name_of = getattr(callee, "__name__", repr(callee))
-    taken = inspect.signature(callee).parameters
+    taken = _arguments(callee)
     known = [name for name in taken if name not in skip]
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
     for name, value in config.items():
@@ -220,7 +221,7 @@ def check_lr(lr: Any, whose: str) -> None:
 def _check_values(optimizer_cls: type[torch.optim.Optimizer], config: dict[str, Any], m: int) -> None:
     if "lr" in config:
         check_lr(config["lr"], f" of model {m}")
-    taken = inspect.signature(optimizer_cls).parameters
+    taken = _arguments(optimizer_cls)
     for name, value in config.items():
         usual = taken[name].default if name in taken else None
         if isinstance(usual, tuple) and isinstance(value, (int, float)):
@@ -233,6 +234,11 @@ def _check_values(optimizer_cls: type[torch.optim.Optimizer], config: dict[str, 
                 raise ValueError(
                     f"Expected a number as {name!r} of model {m}, got {value}: NaN would spread to its weights."
                 )
+
+
+@functools.lru_cache(maxsize=64)  # asked once a model; 16,384 answers took 3 seconds
+def _arguments(callee: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(callee).parameters
 
 
 def _plural(name: str) -> str:

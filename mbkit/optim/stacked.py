@@ -30,10 +30,17 @@ class StackedOptimizer(BatchOptimizer):
     def __init__(
         self, batch: Any, optimizer_cls: type[torch.optim.Optimizer], configs: Sequence[dict[str, Any]]
     ) -> None:
-        probe = [nn.Parameter(torch.zeros(1))]
-        super().__init__(
-            batch, optimizer_cls, configs, [construct(optimizer_cls, probe, c, m) for m, c in enumerate(configs)]
-        )
+        # The class itself fills in and checks the numbers. Learning rates have been checked, so models that differ in
+        # nothing else share one lone optimizer.
+        made: dict[str, torch.optim.Optimizer] = {}
+        groups = []
+        for m, config in enumerate(configs):
+            but_lr = repr(sorted((name, "lr" if name == "lr" else value) for name, value in config.items()))
+            if but_lr not in made:
+                made[but_lr] = construct(optimizer_cls, [nn.Parameter(torch.zeros(1))], config, m)
+            groups.append({**made[but_lr].param_groups[0], **config})
+        lone = next(iter(made.values()))
+        super().__init__(batch, optimizer_cls, configs, groups, lone.defaults)
         self._adopt_groups()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ class ViewsOptimizer(BatchOptimizer):
         self, batch: Any, optimizer_cls: type[torch.optim.Optimizer], configs: Sequence[dict[str, Any]]
     ) -> None:
         lone = _over_views(list(batch.stacked_params.values()), optimizer_cls, configs)
-        super().__init__(batch, optimizer_cls, configs, lone)
+        super().__init__(batch, optimizer_cls, configs, [one.param_groups[0] for one in lone], lone[0].defaults)
         self.lone = lone
 
     def _update(self) -> None:
