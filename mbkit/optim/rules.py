@@ -157,15 +157,8 @@ def nadam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -
     mu = beta1 * (1 - 0.5 * 0.96 ** (steps * h["momentum_decay"]))
     mu_next = beta1 * (1 - 0.5 * 0.96 ** ((steps + 1) * h["momentum_decay"]))
     product = _multiply(states, "mu_product", h, by=mu)
-    columns = (
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        1 - beta2**steps,
-        h["eps"],
-        -h["lr"] * (1 - mu) / (1 - product),
-        -h["lr"] * mu_next / (1 - product * mu_next),
-    )
+    rate, rate_next = -h["lr"] * (1 - mu) / (1 - product), -h["lr"] * mu_next / (1 - product * mu_next)
+    columns = (1 - beta1, beta2, 1 - beta2, 1 - beta2**steps, h["eps"], rate, rate_next)
     for i, (take1, keep2, take2, correction2, eps, rate, rate_next) in enumerate(
         zip(*map(h.spread, columns), strict=True)
     ):
@@ -288,6 +281,7 @@ _STEP = {"step": 0.0}
 _ADAM = ("exp_avg", "exp_avg_sq")
 _AMSGRAD = {"max_exp_avg_sq": "amsgrad"}
 
+# The classes with a stacked rule. A subclass is not taken for its parent: it may have a step of its own.
 RULES: dict[type[torch.optim.Optimizer], Rule] = {
     torch.optim.SGD: Rule(sgd, {"momentum_steps": 0.0}, (), {"momentum_buffer": "momentum"}),
     torch.optim.Adam: Rule(adam, _STEP, _ADAM, _AMSGRAD),
@@ -299,4 +293,3 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
     torch.optim.NAdam: Rule(nadam, {"step": 0.0, "mu_product": 1.0}, _ADAM),
     torch.optim.RAdam: Rule(radam, _STEP, _ADAM),
 }
-"""The classes with a stacked rule. A subclass is not taken for its parent: it may have a step of its own."""
