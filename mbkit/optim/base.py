@@ -112,8 +112,7 @@ class BatchOptimizer(torch.optim.Optimizer):
 
         Example:
             >>> import torch
-            >>> from mbkit import ModelBatch
-        >>> from mbkit.optim import OptimizerFactory
+            >>> from mbkit import ModelBatch, OptimizerFactory
             >>> batch = ModelBatch([torch.nn.Linear(3, 1) for _ in range(2)])
             >>> optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=[0.1, 0.01])
             >>> lone = optimizer.unstack(1)

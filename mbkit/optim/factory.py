@@ -37,8 +37,7 @@ class OptimizerFactory:
 
     Example:
         >>> import torch
-        >>> from mbkit import ModelBatch
-        >>> from mbkit.optim import OptimizerFactory
+        >>> from mbkit import ModelBatch, OptimizerFactory
         >>> batch = ModelBatch([torch.nn.Linear(3, 1) for _ in range(2)])
         >>> optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=[0.1, 0.01], eps=1e-6)
         >>> batch(torch.ones(4, 3)).square().sum().backward()
@@ -115,8 +114,7 @@ class OptimizerFactory:
 
         Example:
             >>> import torch
-            >>> from mbkit import ModelBatch
-        >>> from mbkit.optim import OptimizerFactory
+            >>> from mbkit import ModelBatch, OptimizerFactory
             >>> batch = ModelBatch([torch.nn.Linear(3, 1) for _ in range(2)])
             >>> factory = OptimizerFactory(torch.optim.SGD)
             >>> optimizer = factory.create_optimizer(batch, lr=1.0)
