@@ -112,7 +112,6 @@ class ModelBatch(nn.Module):
             m: the model's number; negative numbers count from the end.
 
         Raises:
-            TypeError: something else than a whole number.
             IndexError: no such model.
         """
         try:
@@ -180,8 +179,7 @@ class ModelBatch(nn.Module):
             One number, or `[M]` for "none". The losses are kept in `latest_losses`, detached.
 
         Raises:
-            ValueError: targets that fit neither form or could be both; a loss that is not one number a model;
-                an unknown reduction.
+            ValueError: targets that fit neither form or could be both; a loss of many numbers; a wrong reduction.
         """
         if reduction not in ("sum", "mean", "none"):
             raise ValueError(f"Expected reduction 'sum', 'mean' or 'none', got {reduction!r}: choose one of them.")
@@ -199,8 +197,7 @@ class ModelBatch(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the stacked parameters, the only gradients there are.
 
-        A step of training adds to these very tensors. Clearing anything else, such as copies of single models'
-        gradients, leaves the last step's gradient in place and every step after the first goes wrong.
+        Clearing anything else, such as copies of single models' gradients, would leave the last step's in place.
 
         Args:
             set_to_none: drop the gradients (as torch does by default) instead of filling them with zeros.
@@ -286,6 +283,9 @@ class ModelBatch(nn.Module):
         if memory_format is not None:
             set_memory_format(self._template, memory_format)
         return super().to(device, dtype, non_blocking)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_steady": {}, "_slow_losses": set()}  # learnt about these very tensors and functions
 
     def _apply(self, fn: Callable, recurse: bool = True) -> ModelBatch:
         self._template._apply(fn)  # .to(), .double() and the rest, through the model's own

@@ -225,3 +225,15 @@ def test_a_copy_of_an_lstm_after_a_call() -> None:
         assert torch.equal(twin(x)[0], expected)
     model = batch[1]
     assert all(w is p for w, p in zip(model._flat_weights, model.parameters(), strict=True))
+
+
+def test_a_copy_forgets_what_was_learnt_about_the_original() -> None:
+    def branches(out: Tensor, y: Tensor) -> Tensor:
+        return (out - y).abs().mean() if out.sum() > y.sum() else (out - y).square().mean()
+
+    batch, (x, y) = ModelBatch(build("mlp")), batches(own=False)[0]
+    with pytest.warns(UserWarning, match="The loss function runs model by model"):
+        expected = batch.compute_loss(batch(x), y, branches)
+    for twin in copies(batch):
+        with pytest.warns(UserWarning, match="The loss function runs model by model"):
+            assert torch.equal(twin.compute_loss(twin(x), y, branches), expected)
