@@ -1,0 +1,72 @@
+"""The committed notebooks are complete: executed, without errors, with their pictures, and small.
+
+That they run is tested by nbmake, which plain `pytest` uses on notebooks/.
+"""
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from PIL import Image
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+MOST_BYTES = 300_000
+
+pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code(path):
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def outputs(path):
+    return [output for cell in code(path) for output in cell.outputs]
+
+
+def test_it_is_valid_and_small(path):
+    nbformat.validate(read(path))
+    assert path.stat().st_size < MOST_BYTES
+
+
+def test_it_is_executed_from_top_to_bottom(path):
+    assert [cell.execution_count for cell in code(path)] == list(range(1, len(code(path)) + 1))
+
+
+def test_it_carries_nothing_of_the_machine_it_ran_on(path):
+    notebook = read(path)
+    assert "widgets" not in notebook.metadata and "language_info" not in notebook.metadata
+    assert not any("execution" in cell.metadata for cell in notebook.cells)
+    assert not re.search(r"/(home|root|tmp|work)/", path.read_text())
+
+
+def test_nothing_went_wrong_in_it(path):
+    kinds = {(output.output_type, output.get("name")) for output in outputs(path)}
+    assert not any(kind == "error" or name == "stderr" for kind, name in kinds)
+
+
+def test_its_figures_are_there_without_a_kernel(path):
+    pictures = [output.data["image/png"] for output in outputs(path) if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 3
+    for picture in pictures:
+        image = Image.open(io.BytesIO(base64.b64decode(picture)))
+        assert image.width >= 600 and len(image.convert("L").getcolors()) > 10  # not a blank
+    explorers = [cell for cell in code(path) if "widgets.explore" in cell.source]
+    assert explorers and all("image/png" in cell.outputs[-1].data for cell in explorers)
+
+
+def test_it_teaches_as_the_others_do(path):
+    cells = read(path).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert cells[0].source.startswith("# ") and "## Exercises" in text
+    assert "Predict" in text and text.count("<details>") == text.count("</details>") >= 3
+    assert sum("assert " in cell.source for cell in code(path)) >= 5
+    assert max(len(cell.source.splitlines()) for cell in code(path)) <= 40
+    first = next(cell for cell in code(path))
+    assert "torch.__version__" in first.source and "seed" in first.source
