@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +73,12 @@ def call_models(
             output, after, kept = _attempt(batch, template, before, attributes, inputs, kwargs, shared)
             write_state(template, before, after)
             break
-        except LayoutMatters:
-            memory.undo()
+        except LayoutMatters as error:
+            memory.undo(error)
             batch.__dict__["folding"] = False
         except Exception as error:
-            memory.undo()
-            unit = None if isinstance(error, NO_FAULT_OF_VMAP) else _next_slower(error, slow)
+            undone = memory.undo(error)
+            unit = _next_slower(error, slow) if undone and not isinstance(error, NO_FAULT_OF_VMAP) else None
             if unit is None:
                 slow.difference_update(reasons)
                 raise _named(error, batch.num_models) from error
@@ -202,28 +203,46 @@ class Memory:
 
     def __init__(self, batch: ModelBatch, before: State) -> None:
         flags = tuple(module.training for module in batch._template.modules())
-        steady = batch._steady.setdefault(flags, set())
-        self.steady = steady
+        self.steady: dict[int, weakref.ref] = batch._steady.setdefault(flags, {})
         self.streams = batch.streams.remember()
-        self.tensors = [(t, _version(t), None if id(t) in steady else t.detach().clone()) for t in tensors_in(before)]
+        self.tensors = [
+            (t, _version(t), None if self._is_steady(t) else t.detach().clone()) for t in tensors_in(before)
+        ]
 
-    def undo(self) -> None:
+    def _is_steady(self, tensor: Tensor) -> bool:
+        known = self.steady.get(id(tensor))  # an id may be that of a tensor long gone
+        return known is not None and known() is tensor
+
+    def undo(self, error: Exception) -> bool:
+        """Put everything back, or say that an error of the user's own came after an edit, which stays, as alone.
+
+        Raises:
+            RuntimeError: an edit cannot be undone, and the error may not be the user's own.
+        """
         self.streams()
+        undone = True
         for tensor, version, copied in self.tensors:
             if copied is not None:
                 tensor.data.copy_(copied)
-            elif _version(tensor) != version:
-                raise RuntimeError(
-                    f"A call failed after it had edited a tensor {list(tensor.shape)} that no call before had: "
-                    "load the last checkpoint, and name the layer in model_by_model."
-                )
+            else:
+                undone = undone and _version(tensor) == version
+        if not undone and isinstance(error, (RuntimeError, LayoutMatters)):
+            raise RuntimeError(
+                f"A call failed after it had edited a tensor that no call before had ({error}): "
+                "load the last checkpoint, and name the layer in model_by_model."
+            ) from error
+        return undone
 
     def learn(self) -> None:
         for tensor, version, copied in self.tensors:
             if _version(tensor) != version:
-                self.steady.discard(id(tensor))
-            elif copied is not None and torch.equal(tensor, copied):  # BatchNorm's kernels count no versions
-                self.steady.add(id(tensor))
+                self.steady.pop(id(tensor), None)
+            elif copied is not None and _can_compare(tensor) and torch.equal(tensor, copied):
+                self.steady[id(tensor)] = weakref.ref(tensor)  # compared, for BatchNorm's kernels count no versions
+
+
+def _can_compare(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta
 
 
 def _version(tensor: Tensor) -> int:

@@ -236,6 +236,47 @@ def test_a_failed_call_changes_nothing() -> None:
         assert torch.equal(batch.stacked_buffers[name], buffer), name
 
 
+def test_an_error_after_an_edit_is_still_the_users_own() -> None:
+    """Of a tensor that no call before edited, so that no copy of it was made: what happens alone happens here."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor, late: bool = False) -> Tensor:
+            if late:
+                self.calls += 1
+                raise ValueError("late")
+            return self.fc(x)
+
+    models = [Late() for _ in range(M)]
+    batch, x = ModelBatch(models), torch.randn(4, 3)
+    batch(x), batch(x)
+    with pytest.raises(ValueError, match=r"the model itself \(Late\): late"):
+        batch(x, late=True)
+    assert torch.equal(batch.stacked_buffers["calls"], torch.ones(M))
+    close(batch(x)[1], models[1](x), 1e-6)
+
+
+def test_sparse_and_meta_tensors() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self.register_buffer("edges", torch.eye(4).to_sparse())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(self.edges, self.fc(x))
+
+    models, x = [Graph() for _ in range(M)], torch.randn(4, 3)
+    batch = ModelBatch(models)
+    for _ in range(2):
+        close(batch(x), torch.stack([model(x) for model in models]), 1e-6)
+    assert ModelBatch([nn.Linear(3, 2, device="meta") for _ in range(M)])(x.to("meta")).shape == (M, 4, 2)
+
+
 def test_what_cannot_be_done_for_many_models_is_a_batching_error() -> None:
     """Not with words about batching dimensions, but with the place, and before anything goes wrong in silence."""
 
