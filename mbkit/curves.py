@@ -104,7 +104,7 @@ class LearningRates:
         last = last.masked_fill(gone, math.nan)
         dots.set_offsets(torch.stack([self.rates, last], 1).numpy())
         rates = self.rates.unique()
-        median.set_data(rates.tolist(), [last[self.rates == rate].nanmedian().item() for rate in rates])
+        median.set_data(rates.tolist(), [last[self.rates == rate].nanquantile(0.5).item() for rate in rates])
         edge = self.right.get_ylim()[self.accuracy is None]  # where losses are worst, or accuracies
         lost.set_data(self.rates[gone].tolist(), [edge] * int(gone.sum()))
         place = edge if highlight is not None and gone[highlight] else last[highlight or 0]

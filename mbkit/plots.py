@@ -168,7 +168,9 @@ def _differences(axes: Axes, named: Mapping[str, Tensor], title: str, quantity: 
     zero = 10.0 ** (low - every)  # where exactly zero is drawn, a tick below the smallest number
     for n, (label, gap) in enumerate(values.items()):
         gap = gap.masked_fill(~gap.isfinite(), math.nan).masked_fill(gap == 0, zero)
-        style = {"linestyle": "--", "linewidth": 1.3} if n % 2 else {"linewidth": 2.6}  # one on another: both are seen
+        style = (
+            {"linestyle": "--", "linewidth": 1.3, "zorder": 3} if n % 2 else {"linewidth": 2.6}
+        )  # one on another: both are seen
         marks = {"marker": "o", "markersize": 3.5, "linewidth": 1.4} if len(gap) <= 60 else style
         axes.plot(range(1, len(gap) + 1), gap.tolist(), color=LINES[n % len(LINES)], label=label, **marks)
     ticks = range(low, high + 1, every)

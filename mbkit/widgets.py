@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from . import consistency, plots
 from .data import Batches, demo_points
 from .explorer import WIDE, Explorer, choice, live_curves, log_range, spread
-from .faults import FAULTS
 from .model_batch import ModelBatch
 from .models import MLP
 from .optim import OptimizerFactory
@@ -99,7 +98,7 @@ class ConsistencyExplorer(Explorer):
     def _facts(self) -> dict[str, Any]:
         if self.outcome is None:
             return {}
-        faults = "; ".join(FAULTS[name] for name in self.outcome.faults) or "none"
+        faults = ", ".join(self.outcome.faults) or "none"
         ends = {"largest-difference": f"{self.outcome.max_difference:.1%}", "verdict": self.outcome.verdict}
         return {**ends, "faults": faults}
 

@@ -92,7 +92,8 @@ def page(request):
 def open_and_run(page, address, name):
     page.goto(f"{address}/doc/tree/{name}?reset&token=test")
     page.wait_for_function(KERNEL)
-    page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.locator(".jp-CodeCell").first.wait_for()
+    page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
 
 
 class Explorer:
@@ -137,7 +138,8 @@ def test_lesson_1_answers_to_keyboard_and_mouse(lab, page):
     open_and_run(page, address, "01_stale_gradients.ipynb")
     explorer = Explorer(page)
     first = explorer.settled()
-    assert explorer["verdict"] == "DIVERGENT" and explorer["largest-difference"] == "9.3%"
+    assert explorer["verdict"] == "DIVERGENT"
+    assert explorer["largest-difference"] == "9.3%"
 
     before = int(explorer["generation"])
     explorer.handle("seed").focus()
@@ -154,7 +156,8 @@ def test_lesson_1_answers_to_keyboard_and_mouse(lab, page):
         before = int(explorer["generation"])
         page.locator(f'.widget-dropdown:has(label:text-is("{name}")) select').select_option(value)
         explorer.settled(before)
-    assert explorer["faults"] == "none" and explorer["verdict"] == "CONSISTENT"
+    assert explorer["faults"] == "none"
+    assert explorer["verdict"] == "CONSISTENT"
 
 
 def test_a_grid_is_trained_anew_while_it_trains(lab, page):

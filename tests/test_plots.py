@@ -42,7 +42,8 @@ def test_accuracy_bars_are_the_outcomes_accuracies(dissection):
     heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
     expected = [dissection[0].accuracy_alone, dissection[0].accuracy_batched]
     assert heights == [pytest.approx((100 * values).tolist()) for values in expected]
-    assert "9.3" in axes.get_title() and axes.get_ylabel() == "accuracy (%)"
+    assert "9.3" in axes.get_title()
+    assert axes.get_ylabel() == "accuracy (%)"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.01", "0.1"]
 
 
@@ -60,9 +61,11 @@ def test_differences_give_exactly_zero_a_place_of_its_own_and_leave_infinity_out
     gap = torch.tensor([0.0, 1e-7, 1e-3, math.inf, math.nan])
     (axes,) = plots.differences({"a": gap}).axes
     drawn = lines(axes)["a"]
-    assert drawn[0] < 1e-7 and drawn[0] == axes.get_yticks()[0]
-    assert [label.get_text() for label in axes.get_yticklabels()][0] == "exactly 0"
-    assert drawn[1:3].tolist() == pytest.approx([1e-7, 1e-3]) and drawn[3:].isnan().all()
+    assert drawn[0] < 1e-7
+    assert drawn[0] == axes.get_yticks()[0]
+    assert next(label.get_text() for label in axes.get_yticklabels()) == "exactly 0"
+    assert drawn[1:3].tolist() == pytest.approx([1e-7, 1e-3])
+    assert drawn[3:].isnan().all()
 
 
 def test_differences_that_are_all_zero_are_drawn_too():
@@ -76,17 +79,27 @@ def test_learning_rates_leave_out_what_diverged_and_mark_it():
     (curves,) = left.collections
     paths = [torch.tensor(path) for path in curves.get_segments()]
     assert paths[0][:, 1].tolist() == [2.0, 1.5, 1.0]
-    assert paths[2][:, 1].tolist()[:1] == [2.0] and paths[2][1:, 1].isnan().all()
+    assert paths[2][:, 1].tolist()[:1] == [2.0]
+    assert paths[2][1:, 1].isnan().all()
     (dots,) = right.collections
-    assert dots.get_offsets()[:2, 1].tolist() == [1.0, 1.0] and not dots.get_offsets()[2, 1] > 0
+    assert dots.get_offsets()[:2, 1].tolist() == [1.0, 1.0]
+    assert not dots.get_offsets()[2, 1] > 0
     (cross,) = [line for line in right.lines if line.get_label() == "diverged"]
-    assert list(cross.get_xdata()) == [10.0] and cross.get_ydata()[0] == right.get_ylim()[1]
+    assert list(cross.get_xdata()) == [10.0]
+    assert cross.get_ydata()[0] == right.get_ylim()[1]
     assert "1 of 3 models diverged" in left.texts[0].get_text()
+
+
+def test_the_line_goes_through_the_medians_of_those_that_did_not_diverge():
+    loss = torch.tensor([[2.0] * 6, [1.0, 1.2, 1.4, 1.6, 1.8, math.nan]])
+    _, right = plots.learning_rates(loss, [0.1] * 4 + [1.0] * 2).axes
+    assert lines(right)["median of the seeds"].tolist() == pytest.approx([1.3, 1.8])
 
 
 def test_colors_follow_the_learning_rate_and_models_of_one_rate_share_theirs():
     curves = plots.LearningRates([0.1, 0.1, 1.0], 5)
-    assert (curves.colors[0] == curves.colors[1]).all() and (curves.colors[0] != curves.colors[2]).any()
+    assert (curves.colors[0] == curves.colors[1]).all()
+    assert (curves.colors[0] != curves.colors[2]).any()
 
 
 def test_accuracy_takes_the_place_of_the_loss_at_the_right():
@@ -125,7 +138,8 @@ def test_smooth_is_the_mean_of_the_last_steps():
 def test_benchmark_shows_times_in_milliseconds_and_both_accuracies():
     left, right = plots.benchmark(result()).axes
     assert [bars[0].get_width() for bars in left.containers if hasattr(bars[0], "get_width")] == pytest.approx([8, 4])
-    assert "2.00 times" in left.get_title() and "(ms)" in left.get_xlabel()
+    assert "2.00 times" in left.get_title()
+    assert "(ms)" in left.get_xlabel()
     drawn = lines(right)
     assert drawn["alone"].tolist() == pytest.approx([50, 40])
     assert drawn["in the batch"].tolist() == pytest.approx([50, 30])
@@ -133,7 +147,8 @@ def test_benchmark_shows_times_in_milliseconds_and_both_accuracies():
 
 def test_benchmark_of_the_batch_only():
     left, right = plots.benchmark(result(alone=None, alone_accuracy=None, speedup=None)).axes
-    assert "times" not in left.get_title() and "alone" not in lines(right)
+    assert "times" not in left.get_title()
+    assert "alone" not in lines(right)
 
 
 def test_the_story_has_all_its_parts(dissection):
@@ -146,7 +161,10 @@ def test_a_picture_shows_itself_as_a_small_png_that_keeps_rare_colors():
     picture.subplots().plot([0.5], [0.5], "x", color=plots.WRONG)
     data, size = picture._repr_png_()
     image = Image.open(io.BytesIO(data))
-    assert image.mode == "P" and image.size == (560, 280) and size == {"width": 400} and len(data) < 10_000
+    assert image.mode == "P"
+    assert image.size == (560, 280)
+    assert size == {"width": 400}
+    assert len(data) < 10_000
     wanted = tuple(int(plots.WRONG[i : i + 2], 16) for i in (1, 3, 5))
     gaps = [sum(abs(a - b) for a, b in zip(wanted, c, strict=True)) for _, c in image.convert("RGB").getcolors()]
     assert min(gaps) < 10
@@ -159,4 +177,5 @@ def test_a_frame_paints_what_changed_over_the_same_background():
     for steps, marked in ((5, None), (10, None), (10, 1), (10, None)):
         curves.update(loss[:steps], marked)
         frames.append(curves.frame())
-    assert len(set(frames)) == 3 and frames[1] == frames[3]  # what was marked leaves no trace
+    assert len(set(frames)) == 3
+    assert frames[1] == frames[3]

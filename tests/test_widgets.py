@@ -75,7 +75,8 @@ def test_of_many_requests_the_newest_wins_and_the_others_never_start(worker):
         worker.request(number=number)
         time.sleep(0.001)
     gate.set()
-    assert worker.wait(10) and worker.state == "idle"
+    assert worker.wait(10)
+    assert worker.state == "idle"
     assert [step for number, step in seen if number == 19] == [0, 1, 2, 3, 4]
     dropped = [number for number, _ in seen if number != 19]
     assert len(dropped) <= 1  # the one that was held when the others came, for the one step that it was in
@@ -94,7 +95,9 @@ def test_a_request_returns_at_once_and_training_is_in_another_thread(worker):
     assert worker.state == "running"  # so the request did not wait for the gate
     assert not worker.wait(0.05)
     gate.set()
-    assert worker.wait(10) and threads[0] is not threading.current_thread() and threads[0].daemon
+    assert worker.wait(10)
+    assert threads[0] is not threading.current_thread()
+    assert threads[0].daemon
 
 
 def test_pause_step_go_on_and_stop(worker):
@@ -113,16 +116,23 @@ def test_pause_step_go_on_and_stop(worker):
     until(lambda: len(seen) == 1)
     worker.pause(True)
     allowed.release()  # the step that it is in
-    assert worker.wait(10) and worker.state == "paused" and len(seen) == 2
+    assert worker.wait(10)
+    assert worker.state == "paused"
+    assert len(seen) == 2
     allowed.release(50)
-    assert worker.wait(10) and len(seen) == 2
+    assert worker.wait(10)
+    assert len(seen) == 2
     worker.step()
-    assert worker.wait(10) and worker.state == "paused" and len(seen) == 3
+    assert worker.wait(10)
+    assert worker.state == "paused"
+    assert len(seen) == 3
     worker.pause(False)
     until(lambda: len(seen) > 10)
     worker.stop()
     allowed.release()
-    assert worker.wait(10) and worker.state == "stopped" and len(seen) < 100
+    assert worker.wait(10)
+    assert worker.state == "stopped"
+    assert len(seen) < 100
 
 
 def test_an_exception_is_kept_and_the_next_request_starts_clean(worker):
@@ -137,16 +147,22 @@ def test_an_exception_is_kept_and_the_next_request_starts_clean(worker):
         worker.wait(10)
     assert worker.state == "failed"
     worker.request(good=True)
-    assert worker.wait(10) and worker.state == "idle" and worker.error is None
+    assert worker.wait(10)
+    assert worker.state == "idle"
+    assert worker.error is None
 
 
 def test_the_last_step_is_always_drawn(worker):
     seen, drawn = [], []
     worker = worker(lambda: (seen.append(step) for step in range(200)), lambda: drawn.append(len(seen)))
     worker.request()
-    assert worker.wait(10) and drawn[0] == 1 and drawn[-1] == 200
+    assert worker.wait(10)
+    assert drawn[0] == 1
+    assert drawn[-1] == 200
     worker.redraw()
-    assert worker.wait(10) and len(seen) == 200 and drawn[-2:] == [200, 200]
+    assert worker.wait(10)
+    assert len(seen) == 200
+    assert drawn[-2:] == [200, 200]
 
 
 # explore_consistency
@@ -155,7 +171,8 @@ def test_the_last_step_is_always_drawn(worker):
 def test_it_opens_on_the_published_table(show):
     explorer = show(widgets.explore_consistency).wait()
     assert explorer.outcome.table() == consistency.PUBLISHED
-    assert facts(explorer)["verdict"] == "DIVERGENT" and facts(explorer)["largest-difference"] == "9.3%"
+    assert facts(explorer)["verdict"] == "DIVERGENT"
+    assert facts(explorer)["largest-difference"] == "9.3%"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +203,8 @@ def test_its_drop_downs_take_the_causes_away_one_by_one(show):
         assert facts(explorer)["faults"] != "none"
         explorer.switches[name].value = value
         explorer.wait()
-    assert facts(explorer)["faults"] == "none" and explorer.outcome.verdict == "CONSISTENT"
+    assert facts(explorer)["faults"] == "none"
+    assert explorer.outcome.verdict == "CONSISTENT"
 
 
 def test_the_line_under_the_picture_reproduces_it(show):
@@ -212,11 +230,13 @@ def test_an_exception_is_shown_and_goes_away(show, monkeypatch):
     explorer.seed.value = 1
     with pytest.raises(RuntimeError, match="full"):
         explorer.wait()
-    assert facts(explorer)["state"] == "failed" and "the disk is &lt;full&gt;" in explorer.status.value
+    assert facts(explorer)["state"] == "failed"
+    assert "the disk is &lt;full&gt;" in explorer.status.value
     monkeypatch.undo()
     explorer.seed.value = 2
     explorer.wait()
-    assert facts(explorer)["state"] == "idle" and "RuntimeError" not in explorer.status.value
+    assert facts(explorer)["state"] == "idle"
+    assert "RuntimeError" not in explorer.status.value
 
 
 def test_what_is_out_of_date_is_dimmed(show, monkeypatch):
@@ -225,7 +245,8 @@ def test_what_is_out_of_date_is_dimmed(show, monkeypatch):
     monkeypatch.setattr(consistency, "run", lambda *args: gate.wait(10) and run(*args))
     assert "mbkit-outdated" not in explorer.image._dom_classes
     explorer.seed.value = 1
-    assert "mbkit-outdated" in explorer.image._dom_classes and facts(explorer)["state"] == "running"
+    assert "mbkit-outdated" in explorer.image._dom_classes
+    assert facts(explorer)["state"] == "running"
     gate.set()
     explorer.wait()
     assert "mbkit-outdated" not in explorer.image._dom_classes
@@ -281,8 +302,10 @@ def test_highlighting_does_not_train_again(show):
     explorer.rate.index = 0
     explorer.seed.value = 1
     explorer.wait()
-    assert explorer.worker.generation == generation and torch.equal(explorer.loss, loss)
-    assert explorer.chosen == 1 and explorer.image.value != before
+    assert explorer.worker.generation == generation
+    assert torch.equal(explorer.loss, loss)
+    assert explorer.chosen == 1
+    assert explorer.image.value != before
     assert facts(explorer)["loss"] == f"{loss[-1, 1].item():.4g}"
 
 
@@ -304,9 +327,11 @@ def test_changing_the_grid_trains_anew(show):
     explorer.rates.value = (0.01, 1.0)
     explorer.optimizer.value = "Adam"
     explorer.wait()
-    assert explorer.loss.shape == (10, 20) and explorer.seed.max == 3
+    assert explorer.loss.shape == (10, 20)
+    assert explorer.seed.max == 3
     assert [rate for _, rate in explorer.rate.options] == [0.01, 0.0316, 0.1, 0.316, 1.0]
-    assert facts(explorer)["models"] == "20" and "'Adam'" in explorer.call
+    assert facts(explorer)["models"] == "20"
+    assert "'Adam'" in explorer.call
 
 
 def test_pause_step_reset_and_stop(show):
@@ -315,7 +340,8 @@ def test_pause_step_reset_and_stop(show):
     explorer.pause.value = True
     explorer.wait()
     done = explorer.done
-    assert facts(explorer)["state"] == "paused" and facts(explorer)["step"] == str(done)
+    assert facts(explorer)["state"] == "paused"
+    assert facts(explorer)["step"] == str(done)
     explorer.step_button.click()
     explorer.wait()
     assert explorer.done == done + 1
@@ -323,17 +349,21 @@ def test_pause_step_reset_and_stop(show):
     until(lambda: explorer.done > done + 3)
     explorer.stop_button.click()
     explorer.wait()
-    assert facts(explorer)["state"] == "stopped" and explorer.done < 100_000
+    assert facts(explorer)["state"] == "stopped"
+    assert explorer.done < 100_000
     generation = explorer.worker.generation
     explorer.reset_button.click()
-    assert explorer.worker.generation == generation + 1 and explorer.worker.state == "running"
+    assert explorer.worker.generation == generation + 1
+    assert explorer.worker.state == "running"
     explorer.stop_button.click()
 
 
 def test_what_diverged_is_counted(show):
     explorer = show(widgets.explore_learning_rates, rates=(0.001, 10.0), num_rates=2, num_seeds=3, steps=30).wait()
     lost = plots.diverged(explorer.loss, explorer.curves.window)
-    assert not lost[:3].any() and lost[3:].any() and facts(explorer)["diverged"] == str(int(lost.sum()))
+    assert not lost[:3].any()
+    assert lost[3:].any()
+    assert facts(explorer)["diverged"] == str(int(lost.sum()))
 
 
 def test_torchs_default_generator_stays_where_it_was(show):
@@ -355,7 +385,8 @@ def test_a_page_without_a_kernel_has_the_picture(show, explore):
     bundle = explorer._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
     image = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
-    assert image.size == (860, 320) and facts(explorer)["state"] == "idle"
+    assert image.size == (860, 320)
+    assert facts(explorer)["state"] == "idle"
 
 
 def test_live_curves_draw_what_the_callback_is_given(monkeypatch):
@@ -368,4 +399,5 @@ def test_live_curves_draw_what_the_callback_is_given(monkeypatch):
     show = widgets.live_curves([0.1, 1.0], steps=3)
     for index in range(3):
         assert show(Step(index, 0, torch.tensor([1.0, 2.0]), None, 0.0)) is None  # False would end the training
-    assert len(shown) >= 2 and all(Image.open(io.BytesIO(png)).size == (860, 320) for png in shown)
+    assert len(shown) >= 2
+    assert all(Image.open(io.BytesIO(png)).size == (860, 320) for png in shown)
