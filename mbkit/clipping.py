@@ -26,5 +26,5 @@ def clip_by_norm_(grads: Sequence[Tensor], limits: Sequence[float], norm_type: f
     total = torch.linalg.vector_norm(torch.stack(norms, dim=1), norm_type, dim=1)  # [M]
     scale = (torch.tensor(limits, dtype=total.dtype, device=total.device) / (total + 1e-6)).clamp(max=1.0)
     for g in grads:
-        g.mul_(scale.to(g.dtype).view(-1, *[1] * (g.dim() - 1)))
+        g.mul_(scale.view(-1, *[1] * (g.dim() - 1)))
     return total

@@ -106,7 +106,7 @@ def test_seeds_that_are_none(seeds: object, kind: type[Exception], text: str) ->
 
 
 def test_did_you_mean() -> None:
-    options = ["lr", "momentum", "weight_decay"]
+    options = ["weight_decay", "lr", "momentum"]
     assert did_you_mean("weight_dacay", options) == " Did you mean 'weight_decay'?"
     assert did_you_mean("momentun", iter(options)) == " Did you mean 'momentum'?"
     assert did_you_mean("xyz", options) == " Choose from: lr, momentum, weight_decay."

@@ -112,7 +112,13 @@ def test_the_state_has_the_users_names(name: str) -> None:
     lone = models[0].state_dict()
     assert list(state) == list(lone)
     assert [tuple(t.shape) for t in state.values()] == [(M, *t.shape) for t in lone.values()]
-    assert state._metadata.keys() == lone._metadata.keys()
+    assert state._metadata == lone._metadata
+
+
+def test_the_state_carries_the_layers_versions() -> None:
+    """torch loads a state of an older version of a layer in another way, also where the layer is the whole model."""
+    state = ModelBatch([nn.BatchNorm1d(3) for _ in range(M)]).state_dict()
+    assert state._metadata == nn.BatchNorm1d(3).state_dict()._metadata == {"": {"version": 2}}
 
 
 @pytest.mark.parametrize("name", NETS)
