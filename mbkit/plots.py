@@ -180,7 +180,7 @@ def _differences(axes: Axes, named: Mapping[str, Tensor], title: str, quantity: 
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_yticklabels(["exactly 0", *("10" + str(tick).translate(RAISED) for tick in ticks)])
     axes.set_title(title, fontsize=10, y=1.01)
-    axes.legend(fontsize=8, frameon=False, loc="best")
+    axes.legend(fontsize=8, frameon=False, loc="best", ncols=1 if len(values) <= 4 else 2)
     tidy(axes)
 
 

@@ -158,13 +158,14 @@ def test_the_story_has_all_its_parts(dissection):
 
 def test_a_picture_shows_itself_as_a_small_png_that_keeps_rare_colors():
     picture = plots.Picture(4, 2)
-    picture.subplots().plot([0.5], [0.5], "x", color=plots.WRONG)
+    picture.subplots().plot([0.5], [0.5], "x", color=plots.WRONG, markersize=6)
+    picture.axes[0].imshow(torch.arange(1000.0).view(20, 50).numpy(), extent=(0, 1, 0, 1))  # 256 other colors
     data, size = picture._repr_png_()
     image = Image.open(io.BytesIO(data))
     assert image.mode == "P"
     assert image.size == (560, 280)
     assert size == {"width": 400}
-    assert len(data) < 10_000
+    assert len(data) < 20_000
     wanted = tuple(int(plots.WRONG[i : i + 2], 16) for i in (1, 3, 5))
     gaps = [sum(abs(a - b) for a, b in zip(wanted, c, strict=True)) for _, c in image.convert("RGB").getcolors()]
     assert min(gaps) < 10

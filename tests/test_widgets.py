@@ -82,6 +82,18 @@ def test_of_many_requests_the_newest_wins_and_the_others_never_start(worker):
     assert len(dropped) <= 1  # the one that was held when the others came, for the one step that it was in
 
 
+def test_a_run_that_was_dropped_is_not_drawn_any_more(worker):
+    gate, seen, drawn = threading.Event(), [], []
+    worker = worker(held(gate, seen), lambda: drawn.append(seen[-1][0]))
+    worker.request(number=1)
+    time.sleep(0.05)
+    worker.request(number=2)
+    gate.set()
+    assert worker.wait(10)
+    assert seen[0] == (1, 0)
+    assert set(drawn) == {2}
+
+
 def test_a_request_returns_at_once_and_training_is_in_another_thread(worker):
     gate, threads = threading.Event(), []
 
