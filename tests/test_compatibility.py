@@ -120,6 +120,13 @@ DIFFER: dict[str, Pair] = {
         lambda: nn.Conv2d(1, 1, 3, stride=2),
         r"has another 'stride' at its top: got \(2, 2\), expected \(1, 1\)",
     ),
+    "another whole number of torch's": (
+        lambda: nn.PixelShuffle(2),
+        lambda: nn.PixelShuffle(3),
+        "has another 'upscale_factor' at its top: got 3, expected 2",
+    ),
+    "a type": (lambda: Holds(deep=1), lambda: Holds(deep=True), "another 'deep' at its top: got True, expected 1"),
+    "a lambda": (lambda: Holds(act=lambda x: x + 1), lambda: Holds(act=lambda x: x - 1), "has another 'act'"),
     "a word of torch's": (
         lambda: nn.GELU(),
         lambda: nn.GELU(approximate="tanh"),
