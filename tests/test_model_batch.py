@@ -249,3 +249,23 @@ def test_streams_do_not_depend_on_the_other_models() -> None:
     together = ModelBatch(models, seeds=SEEDS)(x)
     pair = ModelBatch(models[1:3], seeds=SEEDS[1:3])(x)
     close(pair, together[1:3], 1e-14)
+
+
+def test_a_parameter_keeps_the_memory_order_that_it_has_alone() -> None:
+    """Masks are drawn in memory order, and a model may drop weights."""
+
+    class DropConnect(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 5).t())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, nn.functional.dropout(self.weight, 0.5))
+
+    models, x = [DropConnect() for _ in range(M)], torch.randn(4, 3)
+    batch = ModelBatch(models, seeds=SEEDS)
+    assert batch[1].weight.stride() == models[1].weight.stride() == (1, 5)
+    got = batch(x)
+    for m, model in enumerate(models):
+        torch.manual_seed(SEEDS[m])
+        close(got[m], model(x), 1e-6)
