@@ -32,6 +32,7 @@ class Worker:
     Args:
         start: called in the thread with the newest request's params; returns an iterator that makes one step a `next`.
         draw: called in the thread to show what there is: after the first step, then 20 times a second, and at the end.
+            Never before a first step; a run that is paused at once makes that step, so that there is something to see.
         changed: called in the thread whenever `state` may have changed, after `draw`.
 
     Attributes:
@@ -56,6 +57,7 @@ class Worker:
     ) -> None:
         self._start, self._draw, self._changed = start, draw, changed
         self.state, self.generation, self.drawn = "idle", 0, 0
+        self._begun = 0  # the generation that the last step was of
         self.error: Exception | None = None
         self._params: dict[str, Any] = {}
         self._redraw = self._step_once = self._closed = False
@@ -117,13 +119,17 @@ class Worker:
             self._condition.notify_all()
 
     def _busy(self) -> bool:
-        return self.state == "running" or self._redraw or self._step_once or self._working
+        return self._advances() or self._redraw or self._working
+
+    def _advances(self) -> bool:
+        first = self.state == "paused" and self._begun != self.generation
+        return self.state == "running" or first or self._step_once
 
     _working = False  # between taking a wish and having shown what came of it
 
     def _loop(self) -> None:
         steps: Iterator[Any] = iter(())
-        begun, frame, news = 0, 0.0, False
+        frame, news = 0.0, False
         while True:
             with self._condition:
                 self._working = False
@@ -133,21 +139,22 @@ class Worker:
                     return
                 self._working = True
                 generation, redraw, single = self.generation, self._redraw, self._step_once
-                advance = single or self.state == "running"
+                advance = self._advances()
                 self._redraw = self._step_once = False
                 params = self._params
             over, error = False, None
             try:
                 if advance:
-                    if begun != generation:
-                        steps, begun = self._start(**params), generation
+                    if self._begun != generation:
+                        self._begun = generation
+                        steps = self._start(**params)
                     over = next(steps, _DONE) is _DONE
                     news = news or not over
                 if self.generation != generation:
                     continue  # nobody waits for this picture any more
-                due = single or over or self.drawn != begun or time.perf_counter() - frame > _FRAME_SECONDS
-                if redraw or (news and due):
-                    self.drawn = begun
+                due = single or over or self.drawn != generation or time.perf_counter() - frame > _FRAME_SECONDS
+                if (news and (due or redraw)) or (redraw and self.drawn and self.state != "failed"):
+                    self.drawn = self._begun
                     self._draw()
                     frame, news = time.perf_counter(), False
             except Exception as problem:  # shown by whoever listens, raised by wait()

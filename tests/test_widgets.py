@@ -232,6 +232,15 @@ def test_pause_step_reset_and_stop(show):
     explorer.stop_button.click()
 
 
+def test_an_explorer_that_is_paused_at_once_shows_its_first_step(show):
+    explorer = show(widgets.explore_learning_rates, num_rates=2, num_seeds=1, steps=100_000)
+    explorer.pause.value = True
+    explorer.wait()
+    assert facts(explorer)["state"] == "paused"
+    assert int(facts(explorer)["step"]) >= 1
+    assert "image/png" in explorer._repr_mimebundle_()
+
+
 def test_what_diverged_is_counted(show):
     explorer = show(widgets.explore_learning_rates, rates=(0.001, 10.0), num_rates=2, num_seeds=3, steps=30).wait()
     lost = plots.diverged(explorer.loss, explorer.curves.window)

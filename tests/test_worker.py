@@ -147,3 +147,33 @@ def test_the_last_step_is_always_drawn(worker):
     assert worker.wait(10)
     assert len(seen) == 200
     assert drawn[-2:] == [200, 200]
+
+
+def test_a_run_that_is_paused_at_once_makes_the_one_step_that_there_is_to_show(worker):
+    gate, seen, drawn = threading.Event(), [], []
+    worker = worker(held(gate, seen), lambda: drawn.append(seen[-1]))
+    worker.request(number=1)
+    worker.pause(True)
+    gate.set()
+    assert worker.wait(10)
+    assert worker.state == "paused"
+    assert seen == [(1, 0)]
+    assert set(drawn) == {(1, 0)}
+    assert worker.drawn == worker.generation == 1
+
+
+def test_nothing_is_drawn_where_nothing_was_trained(worker):
+    def fail():
+        raise RuntimeError("no memory")
+        yield
+
+    drawn = []
+    worker = worker(fail, lambda: drawn.append(1))
+    worker.redraw()
+    assert worker.wait(10)
+    worker.request()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no memory"):
+            worker.wait(10)
+        worker.redraw()
+    assert drawn == []
