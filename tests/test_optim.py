@@ -206,12 +206,13 @@ def test_rules_never_read_a_value_in_python(cls: type) -> None:
     hyperparameters = TABLE[cls][-1]
     _, batch, optimizer = start(cls, hyperparameters)
     step_batch(optimizer, batch, range(1))
-    optimizer._columns.refresh()
+    (columns,) = optimizer._columns
+    columns.refresh()
     params = list(batch.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        fake = {name: mode.from_tensor(column) for name, column in optimizer._columns.at(params)._columns.items()}
+        fake = {name: mode.from_tensor(column) for name, column in columns.at(params)._columns.items()}
         params = [mode.from_tensor(p.detach()) for p in params]
         states = [{k: mode.from_tensor(v) for k, v in optimizer.state[p].items()} for p in batch.parameters()]
-        h = optimizer._columns.at(params)
+        h = columns.at(params)
         h._columns = fake
         RULES[cls].update(params, [torch.ones_like(p) for p in params], states, h)

@@ -134,7 +134,7 @@ def test_a_batch_is_needed_and_must_have_parameters() -> None:
 
 
 def test_no_group_can_be_added() -> None:
-    with pytest.raises(RuntimeError, match=r"Expected 3 groups \(one per model\)"):
+    with pytest.raises(RuntimeError, match=r"Expected 3 groups \(of 3 models\)"):
         create().add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
 

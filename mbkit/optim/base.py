@@ -13,7 +13,7 @@ from .hyperparameters import SWITCHES
 if TYPE_CHECKING:
     from ..model_batch import ModelBatch
 
-__all__ = ["BatchOptimizer", "construct", "numbers_of"]
+__all__ = ["BatchOptimizer", "construct", "numbers_of", "parameters_of"]
 
 
 class BatchOptimizer(torch.optim.Optimizer):
@@ -24,11 +24,15 @@ class BatchOptimizer(torch.optim.Optimizer):
     to all models at once: so all groups together hold each parameter once, and whatever walks over them
     (`state_dict`, `GradScaler`, gradient clipping) meets it once.
 
+    Where each model's parameters are in G groups, `param_groups` holds model 0's G groups, then model 1's, and so on;
+    `groups_of(m)` are model m's, and model 0's list the stacked parameters.
+
     Args:
         batch: the `ModelBatch`.
         optimizer_cls: the torch.optim class to follow.
-        configs: M dicts of keyword arguments for `optimizer_cls`.
-        groups: M dicts, the group of the lone optimizer that each config makes.
+        configs: M lists of G dicts of keyword arguments for `optimizer_cls`.
+        names: G lists of parameters' names, each parameter in one of them.
+        groups: M x G dicts, the group of the lone optimizer that each config makes.
         defaults: a lone optimizer's `defaults`.
     """
 
@@ -36,22 +40,29 @@ class BatchOptimizer(torch.optim.Optimizer):
         self,
         batch: ModelBatch,
         optimizer_cls: type[torch.optim.Optimizer],
-        configs: Sequence[dict[str, Any]],
+        configs: Sequence[Sequence[dict[str, Any]]],
+        names: Sequence[Sequence[str]],
         groups: Sequence[dict[str, Any]],
         defaults: dict[str, Any],
     ) -> None:
-        params = list(batch.stacked_params.values())
-        # torch's add_param_group compares a group with all before it: quadratic in M, so it sees the first only.
-        super().__init__([{"params": params}], dict(defaults))
-        self.param_groups = [{**group, "params": [] if m else params} for m, group in enumerate(groups)]
+        params = [[batch.stacked_params[name] for name in group] for group in names]
+        # torch's add_param_group compares a group with all before it: quadratic in M, so it sees model 0's only.
+        super().__init__([{"params": group} for group in params], dict(defaults))
+        params += [[] for _ in range(len(groups) - len(names))]
+        self.param_groups = [{**group, "params": own} for group, own in zip(groups, params, strict=True)]
         self.batch = batch
         self.optimizer_cls = optimizer_cls
-        self._configs = [dict(config) for config in configs]
+        self._configs, self._names = configs, names
 
     @property
     def num_models(self) -> int:
         """M."""
-        return len(self.param_groups)
+        return self.batch.num_models
+
+    def groups_of(self, m: int) -> list[dict[str, Any]]:
+        """Return model m's entries of `param_groups`: one, or one for each group of its parameters."""
+        size = len(self._names)
+        return self.param_groups[m * size : (m + 1) * size]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -89,8 +100,8 @@ class BatchOptimizer(torch.optim.Optimizer):
         """Refuse: the groups are the models."""
         if "batch" in self.__dict__:
             raise RuntimeError(
-                f"Expected {self.num_models} groups (one per model), and a further one cannot be added: "
-                "build a ModelBatch with more models and a new optimizer."
+                f"Expected {len(self.param_groups)} groups (of {self.num_models} models), and a further one cannot be "
+                "added: build a ModelBatch with more models, or name the groups in create_optimizer(…, groups=[…])."
             )
         super().add_param_group(param_group)
 
@@ -121,6 +132,7 @@ class BatchOptimizer(torch.optim.Optimizer):
         """
         if not -self.num_models <= m < self.num_models:
             raise IndexError(f"Expected a model from 0 to {self.num_models - 1}, got {m}.")
+        m %= self.num_models
         model = self.batch[m] if model is None else model
         own = {name: p.shape for name, p in model.named_parameters()}
         expected = {name: p.shape[1:] for name, p in self.batch.stacked_params.items()}
@@ -129,9 +141,13 @@ class BatchOptimizer(torch.optim.Optimizer):
                 f"Expected a module with the parameters {_shapes(expected)}, got {_shapes(own)}: "
                 f"pass batch[{m}], or nothing."
             )
-        lone = self.optimizer_cls(model.parameters(), **self._configs[m])
+        params = dict(model.named_parameters())
+        lone = construct(
+            self.optimizer_cls, [[params[name] for name in group] for group in self._names], self._configs[m], m
+        )
         self._fill_state(lone, m)
-        lone.param_groups[0].update(numbers_of(self.param_groups[m]))
+        for own, group in zip(lone.param_groups, self.groups_of(m), strict=True):
+            own.update(numbers_of(group))
         lone.model = model  # type: ignore[attr-defined]
         return lone
 
@@ -142,8 +158,8 @@ class BatchOptimizer(torch.optim.Optimizer):
     # ---- staying whole through torch's own copying, pickling and loading
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"batch": self.batch, "optimizer_cls": self.optimizer_cls, "_configs": self._configs}
-        return {**super().__getstate__(), **own}
+        own = ("batch", "optimizer_cls", "_configs", "_names")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned; training goes on to the same bits.
@@ -155,10 +171,12 @@ class BatchOptimizer(torch.optim.Optimizer):
             ValueError: the state belongs to another number of models, another architecture or another optimizer.
         """
         groups = state_dict["param_groups"]
-        if len(groups) != self.num_models:
+        if len(groups) != len(self.param_groups):
+            size = len(self._names)
+            each = f" with {size} groups of parameters each" if size > 1 else ""
             raise ValueError(
-                f"Expected the state of {self.num_models} models, got one of {len(groups)}: load it into a batch of "
-                f"{len(groups)} models."
+                f"Expected the state of {self.num_models} models{each}, got one of {len(groups)} groups: load it into "
+                f"a batch of as many models, with the groups that it was saved from."
             )
         # Newer versions of torch give some classes another flag; a state saved before has it at its default.
         flags = {name: value for name, value in self.defaults.items() if isinstance(value, bool)}
@@ -176,11 +194,11 @@ class BatchOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _params(self) -> list[nn.Parameter]:
-        return self.param_groups[0]["params"]
+        return parameters_of(self.groups_of(0))
 
     def _check_current(self, params: list[nn.Parameter]) -> None:
         current = self.batch.stacked_params.values()
-        if len(current) != len(params) or any(p is not q for p, q in zip(params, current, strict=True)):
+        if {id(p) for p in params} != {id(p) for p in current}:
             raise RuntimeError(
                 "The batch's parameters are other objects than when this optimizer was made, so no gradient reaches "
                 "it: create a new optimizer for the batch."
@@ -196,19 +214,39 @@ def numbers_of(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
 
 
+def parameters_of(groups: Sequence[dict[str, Any]]) -> list[nn.Parameter]:
+    """Return all parameters of the groups in one list."""
+    return [param for group in groups for param in group["params"]]
+
+
 def construct(
-    optimizer_cls: type[torch.optim.Optimizer], params: Sequence[nn.Parameter], config: dict[str, Any], m: int
+    optimizer_cls: type[torch.optim.Optimizer],
+    params: Sequence[Sequence[nn.Parameter]],
+    configs: Sequence[dict[str, Any]],
+    m: int,
 ) -> torch.optim.Optimizer:
-    """Return a lone optimizer; what its class has against model m's numbers is told with the model's name."""
-    try:
-        lone = optimizer_cls(list(params), **config)
-    except (ValueError, TypeError, AssertionError) as error:
-        raise type(error)(
-            f"{optimizer_cls.__name__} refuses the hyperparameters of model {m}, {config}: {error}"
-        ) from None
-    if len(lone.param_groups) != 1:
+    """Return a lone optimizer over G groups; what its class has against model m's numbers is told with its name."""
+    groups = []
+    for group, config in zip(params, configs, strict=True):  # one by one: torch checks no numbers but the keywords
+        try:
+            lone = optimizer_cls(list(group), **config)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise type(error)(
+                f"{optimizer_cls.__name__} refuses the hyperparameters of model {m}, {config}: {error}"
+            ) from None
+        groups.extend(lone.param_groups)  # filled up with the class's own defaults
+    if len(params) > 1:
+        for name in {name for config in configs for name in config} - set(lone.defaults):
+            values = [config.get(name) for config in configs]
+            if any(value != values[0] for value in values):
+                raise ValueError(
+                    f"{optimizer_cls.__name__} keeps one {name!r} for all groups of model {m}, got "
+                    f"{' and '.join(map(str, values))}: pass it once, outside of the groups."
+                )
+        lone = optimizer_cls(groups, **configs[0])
+    if len(lone.param_groups) != len(params):
         raise TypeError(
-            f"Expected {optimizer_cls.__name__} to keep a model's parameters in one group, got "
+            f"Expected {optimizer_cls.__name__} to keep a model's parameters in {len(params)} group(s), got "
             f"{len(lone.param_groups)}: train with one optimizer a model, over batch.models."
         )
     return lone

@@ -10,6 +10,7 @@ import torch
 
 from .base import BatchOptimizer
 from .configs import check_names, merge_configs
+from .groups import split_groups
 from .rules import RULES
 from .schedulers import ModelSchedulers
 from .stacked import StackedOptimizer
@@ -60,24 +61,44 @@ class OptimizerFactory:
         self.base_config = dict(base_config or {})
 
     def create_optimizer(
-        self, batch: ModelBatch, configs: Sequence[dict[str, Any]] | None = None, **hyperparameters: Any
+        self,
+        batch: ModelBatch,
+        configs: Sequence[dict[str, Any]] | None = None,
+        *,
+        groups: Sequence[dict[str, Any]] | None = None,
+        **hyperparameters: Any,
     ) -> BatchOptimizer:
         """Return an optimizer for all models of the batch.
 
         Args:
             batch: M models.
             configs: M dicts of hyperparameters, one a model.
+            groups: for other hyperparameters in other layers, G dicts as torch.optim takes them, but with names:
+                "params" is a module's or a parameter's name, a pattern like "*.bias", or a list of these; the other
+                entries override what is said elsewhere, each one value for all models or a list of M. A parameter
+                belongs to the first group that names it, so a last `{"params": "*"}` takes the rest.
             **hyperparameters: by name, one value for all models or a list of M. A tuple is one value:
                 `betas=(0.9, 0.99)` is for all models, `betas=[(0.9, 0.99), (0.8, 0.99)]` for two.
 
         Returns:
-            A `torch.optim.Optimizer` with one `param_groups` entry a model. torch's lr_schedulers work on it as they
-            are. Its `unstack(m)` gives an `optimizer_cls` for going on alone with model m.
+            A `torch.optim.Optimizer` with one `param_groups` entry a model (with groups: model 0's G entries, then
+            model 1's …; `groups_of(m)` are model m's). torch's lr_schedulers work on it as they are. Its `unstack(m)`
+            gives an `optimizer_cls`, with the same groups, for going on alone with model m.
 
         Raises:
             TypeError: `batch` is not a ModelBatch; configs that are not a list of dicts; values of a wrong kind.
             ValueError: another number of configs or values than models, an unknown or doubled name, or a value that
-                `optimizer_cls` refuses; a learning rate that is negative or not finite. The model is named.
+                `optimizer_cls` refuses; a learning rate that is negative or not finite (the model is named); a
+                parameter that no group names, or a group that is left without one.
+
+        Example:
+            >>> import torch
+            >>> from mbkit import MLP, ModelBatch, OptimizerFactory
+            >>> batch = ModelBatch([MLP((8, 4, 2)) for _ in range(2)])
+            >>> groups = [{"params": "layers.0", "lr": [0.1, 0.2]}, {"params": "*", "weight_decay": 0.01}]
+            >>> optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, groups=groups, lr=0.3)
+            >>> [[group["lr"] for group in optimizer.groups_of(m)] for m in range(2)]
+            [[0.1, 0.3], [0.2, 0.3]]
         """
         if not hasattr(batch, "stacked_params") or not hasattr(batch, "num_models"):
             raise TypeError(
@@ -86,9 +107,10 @@ class OptimizerFactory:
         if not batch.stacked_params:
             raise ValueError("Expected models with parameters, got a batch without any: there is nothing to optimize.")
         merged = merge_configs(self.optimizer_cls, batch.num_models, self.base_config, configs, hyperparameters)
+        names, merged = split_groups(self.optimizer_cls, list(batch.stacked_params), merged, groups)
         # By identity: a subclass may have a step of its own.
         kind = StackedOptimizer if self.optimizer_cls in RULES else ViewsOptimizer
-        return kind(batch, self.optimizer_cls, merged)
+        return kind(batch, self.optimizer_cls, merged, names)
 
     @staticmethod
     def create_lr_scheduler(

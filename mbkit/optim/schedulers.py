@@ -14,7 +14,7 @@ __all__ = ["ModelOptimizer", "ModelSchedulers"]
 
 
 class ModelOptimizer(torch.optim.Optimizer):
-    """What model m's scheduler takes for its optimizer: the batch's optimizer, seen as if it had model m's group only.
+    """What model m's scheduler takes for its optimizer: the batch's optimizer, seen as if it had model m's groups only.
 
     Args:
         optimizer: the optimizer of the batch.
@@ -27,8 +27,8 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The live group: loading a state replaces the optimizer's groups, so it is looked up each time."""
-        return [self._of.param_groups[self._m]]
+        """The live groups: loading a state replaces the optimizer's, so they are looked up each time."""
+        return self._of.groups_of(self._m)
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
@@ -76,8 +76,8 @@ class ModelSchedulers(list):
                 scheduler.step(metric)
 
     def get_last_lr(self) -> list[float]:
-        """Return the M learning rates that the schedulers set last."""
-        return [scheduler.get_last_lr()[0] for scheduler in self]
+        """Return the learning rates that the schedulers set last, in the order of the optimizer's `param_groups`."""
+        return [lr for scheduler in self for lr in scheduler.get_last_lr()]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the M schedulers' states."""

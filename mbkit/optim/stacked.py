@@ -28,19 +28,23 @@ class StackedOptimizer(BatchOptimizer):
     """
 
     def __init__(
-        self, batch: Any, optimizer_cls: type[torch.optim.Optimizer], configs: Sequence[dict[str, Any]]
+        self,
+        batch: Any,
+        optimizer_cls: type[torch.optim.Optimizer],
+        configs: Sequence[Sequence[dict[str, Any]]],
+        names: Sequence[Sequence[str]],
     ) -> None:
         # The class itself fills in and checks the numbers. Learning rates have been checked, so models that differ in
         # nothing else share one lone optimizer.
         made: dict[str, torch.optim.Optimizer] = {}
         groups = []
-        for m, config in enumerate(configs):
+        for m, config in ((m, config) for m, own in enumerate(configs) for config in own):
             but_lr = repr(sorted((name, "lr" if name == "lr" else value) for name, value in config.items()))
             if but_lr not in made:
-                made[but_lr] = construct(optimizer_cls, [nn.Parameter(torch.zeros(1))], config, m)
+                made[but_lr] = construct(optimizer_cls, [[nn.Parameter(torch.zeros(1))]], [config], m)
             groups.append({**made[but_lr].param_groups[0], **config})
         lone = next(iter(made.values()))
-        super().__init__(batch, optimizer_cls, configs, groups, lone.defaults)
+        super().__init__(batch, optimizer_cls, configs, names, groups, lone.defaults)
         self._adopt_groups()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -49,31 +53,37 @@ class StackedOptimizer(BatchOptimizer):
 
     def _adopt_groups(self) -> None:
         """Turn plain dicts into groups that note what is written into them."""
-        self._columns = Columns(self.param_groups, [name for name in self.defaults if name not in SWITCHES])
-        self.param_groups = self._columns.groups
+        names, size = [name for name in self.defaults if name not in SWITCHES], len(self._names)
+        self._columns = [Columns(self.param_groups[g::size], names) for g in range(size)]
+        self.param_groups = [group for own in zip(*(c.groups for c in self._columns), strict=True) for group in own]
 
     @property
     def _rule(self) -> Rule:
         return RULES[self.optimizer_cls]
 
     def _update(self) -> None:
-        self._columns.refresh()
-        kinds: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
-        for param in self._params():
-            if param.grad is not None:
-                kinds.setdefault((param.device, param.dtype), []).append(param)
-        for params in kinds.values():
-            grads = [_gradient(param) for param in params]
-            states = [self._prepare(param) for param in params]
-            if params[0].is_complex():  # to torch.optim a complex number is a pair of real ones
-                states = [{name: _real(value) for name, value in state.items()} for state in states]
-            params, grads = [_real(param) for param in params], [_real(grad) for grad in grads]
-            self._rule.update(params, grads, states, self._columns.at(params))
+        for columns in self._columns:
+            columns.refresh()
+            kinds: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
+            for param in columns.groups[0]["params"]:
+                if param.grad is not None:
+                    kinds.setdefault((param.device, param.dtype), []).append(param)
+            for params in kinds.values():
+                self._update_alike(params, columns)
 
-    def _prepare(self, param: nn.Parameter) -> dict[str, Tensor]:
+    def _update_alike(self, params: list[nn.Parameter], columns: Columns) -> None:
+        """Update parameters of one device, dtype and group."""
+        grads = [_gradient(param) for param in params]
+        states = [self._prepare(param, columns) for param in params]
+        if params[0].is_complex():  # to torch.optim a complex number is a pair of real ones
+            states = [{name: _real(value) for name, value in state.items()} for state in states]
+        params, grads = [_real(param) for param in params], [_real(grad) for grad in grads]
+        self._rule.update(params, grads, states, columns.at(params))
+
+    def _prepare(self, param: nn.Parameter, columns: Columns) -> dict[str, Tensor]:
         """Return the parameter's state, made where it is missing and moved where the batch was moved."""
         rule = self._rule
-        optional = [name for name, needs in rule.optional.items() if self._columns.on(needs) is not False]
+        optional = [name for name, needs in rule.optional.items() if columns.on(needs) is not False]
         if not rule.state and not optional and param not in self.state:
             return {}  # SGD without momentum
         state = self.state[param]
@@ -86,7 +96,7 @@ class StackedOptimizer(BatchOptimizer):
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
                 if name == "sum":
                     real = _real(state[name])  # torch starts both parts of a complex sum from the value
-                    h = self._columns.at([real])
+                    h = columns.at([real])
                     real += h.spread(h["initial_accumulator_value"])[0]
         for name, value in state.items():
             if value.device != param.device or (name not in rule.counts and value.dtype != param.dtype):
@@ -94,20 +104,21 @@ class StackedOptimizer(BatchOptimizer):
         return state
 
     def _fill_state(self, lone: torch.optim.Optimizer, m: int) -> None:
-        group, rule = self.param_groups[m], self._rule
-        self._columns.refresh()
-        for param, own in zip(self._params(), lone.param_groups[0]["params"], strict=True):
-            state = self._prepare(param) if param in self.state else {}
-            if "momentum_steps" in state:  # SGD counts nothing of its own, and has a buffer from its first momentum on
-                names = ["momentum_buffer"] if state["momentum_steps"][m] > 0 else []
-            else:
-                names = [name for name in state if name not in rule.optional or group[rule.optional[name]]]
-            if names:
-                # torch keeps counts on the CPU, whichever device the parameters are on
-                lone.state[own] = {
-                    name: state[name].detach()[m].to("cpu" if name in rule.counts else param.device, copy=True)
-                    for name in names
-                }
+        counts, optional = self._rule.counts, self._rule.optional
+        for group, columns, alone in zip(self.groups_of(m), self._columns, lone.param_groups, strict=True):
+            columns.refresh()
+            for param, own in zip(columns.groups[0]["params"], alone["params"], strict=True):
+                state = self._prepare(param, columns) if param in self.state else {}
+                if "momentum_steps" in state:  # SGD counts nothing of its own, and has a buffer from its first momentum
+                    names = ["momentum_buffer"] if state["momentum_steps"][m] > 0 else []
+                else:
+                    names = [name for name in state if name not in optional or group[optional[name]]]
+                if names:
+                    # torch keeps counts on the CPU, whichever device the parameters are on
+                    lone.state[own] = {
+                        name: state[name].detach()[m].to("cpu" if name in counts else param.device, copy=True)
+                        for name in names
+                    }
 
     def _check_state(self, state: dict[Any, Any]) -> None:
         known = {*self._rule.counts, *self._rule.state, *self._rule.optional}

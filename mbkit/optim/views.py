@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import BatchOptimizer, construct, numbers_of
+from .base import BatchOptimizer, construct, numbers_of, parameters_of
 
 __all__ = ["ViewsOptimizer"]
 
@@ -29,35 +29,44 @@ class ViewsOptimizer(BatchOptimizer):
     lone: list[torch.optim.Optimizer]
 
     def __init__(
-        self, batch: Any, optimizer_cls: type[torch.optim.Optimizer], configs: Sequence[dict[str, Any]]
+        self,
+        batch: Any,
+        optimizer_cls: type[torch.optim.Optimizer],
+        configs: Sequence[Sequence[dict[str, Any]]],
+        names: Sequence[Sequence[str]],
     ) -> None:
-        lone = _over_views(list(batch.stacked_params.values()), optimizer_cls, configs)
-        super().__init__(batch, optimizer_cls, configs, [one.param_groups[0] for one in lone], lone[0].defaults)
+        params = [[batch.stacked_params[name] for name in group] for group in names]
+        lone = _over_views(params, optimizer_cls, configs)
+        groups = [group for one in lone for group in one.param_groups]
+        super().__init__(batch, optimizer_cls, configs, names, groups, lone[0].defaults)
         self.lone = lone
 
     def _update(self) -> None:
         params = self._params()
         self._follow(params)
-        for m, (lone, group) in enumerate(zip(self.lone, self.param_groups, strict=True)):
-            own = lone.param_groups[0]
-            own.update(numbers_of(group))
+        for m, lone in enumerate(self.lone):
+            groups, views = self.groups_of(m), parameters_of(lone.param_groups)
+            for own, group in zip(lone.param_groups, groups, strict=True):
+                own.update(numbers_of(group))
             try:
-                for view, param in zip(own["params"], params, strict=True):
+                for view, param in zip(views, params, strict=True):
                     view.grad = None if param.grad is None else param.grad[m]
                 lone.step()
             finally:
-                for view in own["params"]:
+                for view in views:
                     view.grad = None
-            group.update(numbers_of(own))  # some classes write their own step size there
+            for own, group in zip(lone.param_groups, groups, strict=True):
+                group.update(numbers_of(own))  # some classes write their own step size there
 
     def _follow(self, params: list[nn.Parameter]) -> None:
         """Point the views at the parameters' present memory: `batch.to()` and `batch.double()` give them another."""
+        views = [parameters_of(lone.param_groups) for lone in self.lone]
         for i, param in enumerate(params):
-            first = self.lone[0].param_groups[0]["params"][i]
+            first = views[0][i]
             if first.data_ptr() == param.data_ptr() and first.dtype == param.dtype and first.device == param.device:
                 continue
-            for lone, source in zip(self.lone, param.detach().unbind(0), strict=True):
-                view = lone.param_groups[0]["params"][i]
+            for lone, own, source in zip(self.lone, views, param.detach().unbind(0), strict=True):
+                view = own[i]
                 state, old = lone.state.get(view, {}), view.dtype
                 view.data = source
                 for name, value in state.items():
@@ -101,7 +110,8 @@ class ViewsOptimizer(BatchOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # also called by torch's load_state_dict
         if "lone" not in self.__dict__:  # a copy, whose parameters are not those that the original's views are of
-            self.lone = _over_views(self._params(), self.optimizer_cls, self._configs)
+            params = [group["params"] for group in self.groups_of(0)]
+            self.lone = _over_views(params, self.optimizer_cls, self._configs)
         exactly = self.state["dtypes"] == self._dtypes()  # type: ignore[index]
         for lone, saved in zip(self.lone, self.state["models"], strict=True):  # type: ignore[index]
             _load(lone, saved, exactly)
@@ -109,14 +119,14 @@ class ViewsOptimizer(BatchOptimizer):
 
 
 def _over_views(
-    params: list[nn.Parameter], optimizer_cls: type[torch.optim.Optimizer], configs: Sequence[dict[str, Any]]
+    params: list[list[nn.Parameter]],
+    optimizer_cls: type[torch.optim.Optimizer],
+    configs: Sequence[Sequence[dict[str, Any]]],
 ) -> list[torch.optim.Optimizer]:
-    return [
-        construct(
-            optimizer_cls, [nn.Parameter(p.detach()[m], requires_grad=p.requires_grad) for p in params], config, m
-        )
-        for m, config in enumerate(configs)
-    ]
+    def views(m: int) -> list[list[nn.Parameter]]:
+        return [[nn.Parameter(p.detach()[m], requires_grad=p.requires_grad) for p in group] for group in params]
+
+    return [construct(optimizer_cls, views(m), own, m) for m, own in enumerate(configs)]
 
 
 def _load(lone: torch.optim.Optimizer, saved: dict[str, Any], exactly: bool) -> None:
@@ -127,7 +137,7 @@ def _load(lone: torch.optim.Optimizer, saved: dict[str, Any], exactly: bool) -> 
     """
     saved = copy.deepcopy(saved)
     lone.load_state_dict(saved)
-    for i, view in enumerate(lone.param_groups[0]["params"] if exactly else ()):
+    for i, view in enumerate(parameters_of(lone.param_groups) if exactly else ()):
         for name, value in saved["state"].get(i, {}).items():
             if isinstance(value, Tensor):
                 lone.state[view][name] = value if name == "step" else value.to(view.device)
