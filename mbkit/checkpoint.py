@@ -17,7 +17,9 @@ __all__ = ["load_states", "load_streams", "read_folder", "save_folder", "save_st
 
 State = Mapping[str, Tensor]
 
-_STREAMS = "mbkit_streams."  # in a batch's state_dict: the seeds, and the random streams' states, one entry a device
+# In a batch's state_dict: the seeds, and the random streams' states, one entry a device; and which models are frozen.
+_STREAMS = "mbkit_streams."
+_FROZEN = "frozen"
 
 
 def split_state(stacked: dict[str, Tensor], num_models: int) -> list[dict[str, Tensor]]:
@@ -132,11 +134,16 @@ def read_folder(folder: Path, num_models: int) -> list[State]:
     return states
 
 
-def save_streams(streams: Streams, prefix: str) -> dict[str, Tensor]:
-    """Return the streams' entries of a state_dict; none before the first draw, when the seeds say everything."""
+def save_streams(streams: Streams, frozen: Tensor | None, prefix: str) -> dict[str, Tensor]:
+    """Return the streams' entries of a state_dict; none before the first draw, when the seeds say everything.
+
+    Which models are frozen goes with them, if any are.
+    """
     states = streams.state()
     if states:
         states["seeds"] = torch.tensor(streams.seeds)
+    if frozen is not None:
+        states[_FROZEN] = frozen.cpu()
     return {f"{prefix}{_STREAMS}{name}": rows for name, rows in states.items()}
 
 
@@ -159,6 +166,8 @@ def load_streams(batch: Any, keys: Any) -> None:
         errors.append(f"expected the random streams of {batch.num_models} models: load it into a batch of as many.")
     if errors or (not saved and any(key.startswith(prefix) for key in keys.missing_keys)):
         return
+    frozen = saved.pop(_FROZEN, None)
+    batch.__dict__["_frozen"] = None if frozen is None else frozen.clone()
     if "seeds" in saved:
         batch.__dict__["seeds"] = saved.pop("seeds").tolist()
         batch.streams.seeds = list(batch.seeds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Step:
         seconds: wall time of forward, backward and update, without fetching the batch. On an accelerator it is the
             time to hand the work over, because nothing here waits for the device.
         model: m where model m trains alone, None where all train together.
+        frozen: [M], True for the models that this update left as they were; None where none was frozen.
     """
 
     index: int
@@ -36,6 +37,7 @@ class Step:
     accuracy: Tensor | None
     seconds: float
     model: int | None = None
+    frozen: Tensor | None = None
 
 
 @dataclass(repr=False, eq=False)
@@ -49,8 +51,9 @@ class History:
         seconds: wall time of the whole run.
         step_seconds: [steps], a step of all models; from fit_alone [steps, M], a step of each.
         epoch: [steps], the epoch of each step, from 0.
-        steps_done: M counts, the updates that each model made.
+        steps_done: M counts, the steps up to each model's last update.
         interrupted: True where Ctrl-C ended the run.
+        frozen: for each model the step from which on it was frozen to the end, or None; [] where none ever was.
 
     Example:
         >>> history = History(loss=torch.tensor([[3.0, 6.0], [1.0, 2.0]]), accuracy=None, seconds=0.1,
@@ -71,6 +74,7 @@ class History:
     epoch: Tensor
     steps_done: list[int]
     interrupted: bool = False
+    frozen: list[int | None] = field(default_factory=list)
 
     @property
     def num_models(self) -> int:
@@ -113,6 +117,7 @@ class History:
             "epoch": self.epoch.tolist(),
             "steps_done": list(self.steps_done),
             "interrupted": self.interrupted,
+            "frozen": list(self.frozen),
         }
 
     def __len__(self) -> int:
@@ -139,12 +144,16 @@ class History:
         accuracy = self.by_epoch()["accuracy"] if self.steps else None
         if accuracy is not None:
             header.append("accuracy in the last epoch")
+        if self.frozen:
+            header.append("frozen from step")
         rows = [header]
         for m, steps in enumerate(self.steps_done[:_ROWS_SHOWN]):
             losses = [f"{self.loss[0, m].item():.4g}", f"{last[m].item():.4g}"] if steps else ["-", "-"]
             rows.append([str(m), str(steps), *losses])
             if accuracy is not None:
                 rows[-1].append(f"{100 * accuracy[-1, m].item():.1f} %")
+            if self.frozen:
+                rows[-1].append("-" if self.frozen[m] is None else str(self.frozen[m]))
         if self.num_models > _ROWS_SHOWN:
             rows.append(["..."] * len(header))
         return rows

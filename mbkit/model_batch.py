@@ -14,6 +14,7 @@ from . import checkpoint
 from .checks import check_seeds, per_model
 from .clipping import clip_by_norm_
 from .compatibility import check_models, check_paths
+from .freezing import CanFreeze, held
 from .model_call import call_models
 from .operators import PerModel, Streams
 from .stacked_call import call_losses
@@ -25,7 +26,7 @@ _TAKEN_OVER = """_parameters _buffers _modules _non_persistent_buffers_set _stat
     _load_state_dict_pre_hooks""".split()
 
 
-class ModelBatch(nn.Module):
+class ModelBatch(CanFreeze, nn.Module):
     """M models of one architecture as one module, each computing exactly what it computes alone.
 
     The batch is a module like any other: `.to()`, `.double()`, `train()`, `eval()`, `state_dict()` and
@@ -55,9 +56,8 @@ class ModelBatch(nn.Module):
         >>> tuple(losses.shape), tuple(batch.stacked_params["weight"].grad.shape)
         ((4,), (4, 2, 3))
 
-    The name and its meaning follow the library `modelbatch` 0.1.0. Where it differs: model m is exactly the
-    lone model (random masks, buffers and per-model settings included), the given models are not part of the
-    module, and gradients are never copied, so none can go stale.
+    The name is that of the library `modelbatch` 0.1.0. Here model m is exactly the lone model (masks, buffers and
+    settings included), the given models are not part of the module, and no gradient is a copy that can go stale.
     """
 
     def __init__(
@@ -89,8 +89,6 @@ class ModelBatch(nn.Module):
         self._load_state_dict_post_hooks.update(template._load_state_dict_post_hooks)
         self.register_load_state_dict_post_hook(checkpoint.load_streams)
         self.__dict__ |= {"model_by_model": check_paths(template, model_by_model), "_steady": {}, "_slow_losses": set()}
-
-    # ------------------------------------------------------------------ what is inside
 
     @property
     def stacked_params(self) -> dict[str, nn.Parameter]:
@@ -152,8 +150,9 @@ class ModelBatch(nn.Module):
             BatchingError: a layer that cannot do for M models at once what it does for one.
         """
         shared = self.shared_input if shared_input is None else shared_input
-        output, attributes = call_models(self, self._template, self._attributes, inputs, kwargs, shared)
-        self.__dict__["_attributes"] = attributes
+        with held(self):
+            output, attributes = call_models(self, self._template, self._attributes, inputs, kwargs, shared)
+            self.__dict__["_attributes"] = attributes
         return output
 
     def compute_loss(
@@ -183,7 +182,8 @@ class ModelBatch(nn.Module):
         """
         if reduction not in ("sum", "mean", "none"):
             raise ValueError(f"Expected reduction 'sum', 'mean' or 'none', got {reduction!r}: choose one of them.")
-        losses = call_losses(self, outputs, targets, loss_fn, shared_targets)
+        with held(self):
+            losses = call_losses(self, outputs, targets, loss_fn, shared_targets)
         self.__dict__["latest_losses"] = losses.detach()
         return losses if reduction == "none" else getattr(losses, reduction)()
 
@@ -293,7 +293,7 @@ class ModelBatch(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         self._template._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(checkpoint.save_streams(self.streams, prefix))
+        destination.update(checkpoint.save_streams(self.streams, self._frozen, prefix))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         self.__dict__["_loading"] = checkpoint.take_streams(state_dict, prefix, errors=rest[-1])

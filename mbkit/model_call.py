@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from .operators import (
     BatchingError,
@@ -29,6 +29,7 @@ from .operators import (
     replica,
     running_modules,
     tensors_in,
+    watch,
     write_state,
 )
 
@@ -85,6 +86,8 @@ def call_models(
             slow.add(unit)
             reasons[unit] = str(error).strip().split("\n")[0]
     memory.learn()
+    if slow:
+        watch(tree_leaves(output), batch.num_models)
     for path, reason in reasons.items():
         where = f"'{path}' ({type(template.get_submodule(path)).__name__})" if path else "The whole model"
         warnings.warn(

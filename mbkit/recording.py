@@ -89,15 +89,27 @@ class Recording:
         accuracy = _table([[s.accuracy for s in column] for column in columns], self._width) if known else None
         clocks = [[torch.tensor([s.seconds], dtype=torch.float64) for s in column] for column in columns]
         step_seconds = _table(clocks, 1)
+        done = [len(column) for column in columns for _ in range(self._width)]
+        last = done if self._alone else _last_updates(columns[0], self._width)
+        frozen = [None if a == b else a for a, b in zip(last, done, strict=True)] if last != done else []
         return History(
             loss=loss,
             accuracy=accuracy,
             seconds=time.perf_counter() - self._start,
             step_seconds=step_seconds if self._alone else step_seconds[:, 0],
             epoch=torch.tensor([s.epoch for s in max(columns, key=len)], dtype=torch.int64),
-            steps_done=[len(column) for column in columns for _ in range(self._width)],
+            steps_done=last,
             interrupted=interrupted,
+            frozen=frozen,
         )
+
+
+def _last_updates(steps: Sequence[Step], num_models: int) -> list[int]:
+    """Return for each model how many steps there are up to its last update."""
+    last = torch.zeros(num_models, dtype=torch.int64)
+    for i, step in enumerate(steps, 1):
+        last = torch.full_like(last, i) if step.frozen is None else torch.where(step.frozen.cpu(), last, i)
+    return last.tolist()
 
 
 def _table(columns: Sequence[Sequence[Tensor]], width: int) -> Tensor:

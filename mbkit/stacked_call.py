@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .model_call import NO_FAULT_OF_VMAP, PLAIN_ERRORS, at_once
+from .operators import mark_rows, watch
 
 if TYPE_CHECKING:
     from .model_batch import ModelBatch
@@ -87,7 +88,9 @@ def call_losses(
     if reason:
         batch._slow_losses.add(slow)
         warnings.warn(f"The loss function runs model by model: torch.vmap cannot run it ({reason}).", stacklevel=3)
-    return torch.stack(losses)
+    stacked = mark_rows(torch.stack(losses))
+    watch([stacked], batch.num_models)
+    return stacked
 
 
 def _check_outputs(tensor: Tensor, num_models: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .accuracy import batch_accuracy, evaluate
 from .alone import fit_alone
+from .freezing import check_on_nonfinite, stop_nonfinite
 from .history import History, Step
 from .loop import Pairs, call, check_run, check_schedule, count_steps, detach, make_schedule, walk
 from .recording import Recording
@@ -29,6 +30,7 @@ def fit(
     scheduler_every: str = "epoch",
     max_norm: float | Sequence[float] | None = None,
     shared_targets: bool | None = None,
+    on_nonfinite: str | None = None,
     callback: Callable[[Step], bool | None] | None = None,
     progress: bool = True,
 ) -> History:
@@ -51,6 +53,8 @@ def fit(
         scheduler_every: "epoch" or "step".
         max_norm: clip each model's gradient to this norm; one number or one a model.
         shared_targets: as in ModelBatch.compute_loss, where the targets' shape could mean both.
+        on_nonfinite: what to do with a model whose loss or gradient is not finite, before that update is made:
+            "freeze" stops it (see ModelBatch.freeze; the History says when), "raise" ends the run, None does nothing.
         callback: called with each Step; returning False ends the training.
         progress: show a bar on a terminal or in a notebook.
 
@@ -83,6 +87,7 @@ def fit(
         scheduler_every=scheduler_every,
         max_norm=max_norm,
         shared_targets=shared_targets,
+        on_nonfinite=on_nonfinite,
     )
     with Recording(batch.num_models, count_steps(batches, epochs), progress=progress) as run:
         for step in steps:
@@ -103,6 +108,7 @@ def train_steps(
     scheduler_every: str = "epoch",
     max_norm: float | Sequence[float] | None = None,
     shared_targets: bool | None = None,
+    on_nonfinite: str | None = None,
 ) -> Iterator[Step]:
     """Train as `fit` does, but yield a Step after each update: whoever draws the Steps can pause between them.
 
@@ -129,6 +135,7 @@ def train_steps(
             "create one by OptimizerFactory(...).create_optimizer(batch, ...)."
         )
     check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
+    check_on_nonfinite(on_nonfinite, optimizer)
     schedule = check_schedule(scheduler) if hasattr(scheduler, "step") else make_schedule(scheduler, optimizer)
 
     def steps() -> Iterator[Step]:
@@ -139,11 +146,11 @@ def train_steps(
                 if not batch.training:
                     batch.train()
                 start = time.perf_counter()
-                losses, outputs = batch_step(batch, optimizer, x, y, loss_fn, max_norm, shared_targets)
+                losses, outputs = batch_step(batch, optimizer, x, y, loss_fn, max_norm, shared_targets, on_nonfinite)
                 seconds = time.perf_counter() - start
                 if schedule and scheduler_every == "step":
                     schedule.step()
-                yield Step(index, epoch, losses, batch_accuracy(outputs, y), seconds)
+                yield Step(index, epoch, losses, batch_accuracy(outputs, y), seconds, frozen=batch._frozen)
                 index += 1
             if schedule and scheduler_every == "epoch":
                 schedule.step()
@@ -159,12 +166,15 @@ def batch_step(
     loss_fn: Callable[[Any, Any], Tensor],
     max_norm: float | Sequence[float] | None = None,
     shared_targets: bool | None = None,
+    on_nonfinite: str | None = None,
 ) -> tuple[Tensor, Any]:
     """Make one update of all models; return the losses [M] and the outputs from before it, detached."""
     optimizer.zero_grad()
     outputs = call(batch, x)
     losses = batch.compute_loss(outputs, y, loss_fn, reduction="none", shared_targets=shared_targets)
     losses.sum().backward()
+    if on_nonfinite is not None:
+        stop_nonfinite(batch, losses, on_nonfinite)
     if max_norm is not None:
         batch.clip_grad_norm_(max_norm)
     optimizer.step()

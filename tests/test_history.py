@@ -58,6 +58,7 @@ def test_to_dict_is_strict_json(history):
         "epoch": [0, 0, 1],
         "steps_done": [3, 2],
         "interrupted": False,
+        "frozen": [],
     }
 
 

@@ -10,13 +10,15 @@ from .convolution import LayoutMatters, is_folded
 from .interception import Interception
 from .locate import BatchingError, module_path, running_modules
 from .randomness import Streams
-from .replica import State, fill, flattened, merge, outcome, read_state, replica, write_state
+from .reach import mark_rows, reached_models, watch
+from .replica import Own, State, fill, flattened, merge, mix, outcome, read_state, replica, write_state
 from .settings import PerModel
 
 __all__ = [
     "BatchingError",
     "Interception",
     "LayoutMatters",
+    "Own",
     "PerModel",
     "State",
     "Streams",
@@ -25,12 +27,16 @@ __all__ = [
     "flattened",
     "is_folded",
     "loop_inside",
+    "mark_rows",
     "merge",
+    "mix",
     "module_path",
     "outcome",
+    "reached_models",
     "read_state",
     "replica",
     "running_modules",
     "tensors_in",
+    "watch",
     "write_state",
 ]

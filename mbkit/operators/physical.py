@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .locate import BatchingError
+from .reach import mark_rows
 
 __all__ = ["on_stacks", "stack_alike"]
 
@@ -53,8 +54,8 @@ def stack_alike(tensors: Sequence[Tensor]) -> Tensor:
     """
     first = tensors[0]
     if first.is_contiguous() or not first.numel():
-        return torch.stack(list(tensors))
+        return mark_rows(torch.stack(list(tensors)))
     order = sorted(range(first.dim()), key=lambda d: first.stride(d), reverse=True)  # outermost in memory first
     inverse = [order.index(d) for d in range(first.dim())]
-    stacked = torch.stack([t.permute(order) for t in tensors])
+    stacked = mark_rows(torch.stack([t.permute(order) for t in tensors]))
     return stacked.permute(0, *(1 + d for d in inverse))

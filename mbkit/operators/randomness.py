@@ -60,11 +60,24 @@ class Streams:
             for place, default in defaults.items():
                 default.set_state(before[place])
 
-    def remember(self) -> Callable[[], None]:
-        """Return a function that puts the streams back where they are now."""
+    @property
+    def in_use(self) -> bool:
+        """Whether a call may have drawn from the streams."""
+        return bool(self._generators)
+
+    def remember(self) -> Callable[..., None]:
+        """Return a function that puts the streams back where they are now: all, or those of the models it gets."""
         states = {device: [g.get_state() for g in generators] for device, generators in self._generators.items()}
 
-        def restore() -> None:
+        def restore(models: Sequence[int] | None = None) -> None:
+            if models is not None:
+                for device, generators in self._generators.items():
+                    for m in models:
+                        if device in states:
+                            generators[m].set_state(states[device][m])
+                        else:
+                            generators[m].manual_seed(self.seeds[m])
+                return
             self._generators = {d: generators for d, generators in self._generators.items() if d in states}
             for device, generators in self._generators.items():
                 for generator, state in zip(generators, states[device], strict=True):

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .locate import PATH, BatchingError
 from .settings import PerModel
 
-__all__ = ["State", "fill", "flattened", "merge", "outcome", "read_state", "replica", "write_state"]
+__all__ = ["Own", "State", "fill", "flattened", "merge", "mix", "outcome", "read_state", "replica", "write_state"]
 
 State = dict[tuple[str, str, str], Any]  # (module path, "_parameters", "_buffers" or "__dict__", name) -> value
 
@@ -35,6 +35,12 @@ class Own:
 
     def __init__(self, values: Sequence[Any]) -> None:
         self.values = list(values)
+
+
+def mix(flags: Sequence[bool], yes: Any, no: Any) -> Own:
+    """Return M values: from `yes` where the flag is set, else from `no`; either may be one value for all."""
+    columns = [v.values if isinstance(v, Own) else [v] * len(flags) for v in (yes, no)]
+    return Own([a if flag else b for flag, a, b in zip(flags, *columns, strict=True)])
 
 
 class Fresh(int):

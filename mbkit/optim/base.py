@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .hyperparameters import SWITCHES
 
@@ -53,6 +53,7 @@ class BatchOptimizer(torch.optim.Optimizer):
         self.batch = batch
         self.optimizer_cls = optimizer_cls
         self._configs, self._names = configs, names
+        self._skipped: Tensor | None = None  # [M], the models that a GradScaler leaves out of this step
 
     @property
     def num_models(self) -> int:
@@ -91,6 +92,11 @@ class BatchOptimizer(torch.optim.Optimizer):
     def _update(self) -> None:
         """Update the stacked parameters, gradients being off."""
         raise NotImplementedError
+
+    def _stopped(self) -> Tensor | None:
+        """Return the models that take no part in this step, `[M]`; None if all do."""
+        frozen, skipped = self.batch._frozen, self._skipped
+        return skipped if frozen is None else frozen if skipped is None else frozen.to(skipped.device) | skipped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the stacked gradients, the only ones there are: the same call as `batch.zero_grad`."""
@@ -159,7 +165,7 @@ class BatchOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("batch", "optimizer_cls", "_configs", "_names")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_skipped": None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned; training goes on to the same bits.

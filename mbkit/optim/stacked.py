@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..freezing import rows_where
+from ..operators import reached_models
 from .base import BatchOptimizer, construct
 from .hyperparameters import SWITCHES, Columns
 from .rules import RULES, Rule
@@ -62,6 +64,7 @@ class StackedOptimizer(BatchOptimizer):
         return RULES[self.optimizer_cls]
 
     def _update(self) -> None:
+        stopped = self._stopped()
         for columns in self._columns:
             columns.refresh()
             kinds: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
@@ -69,16 +72,37 @@ class StackedOptimizer(BatchOptimizer):
                 if param.grad is not None:
                     kinds.setdefault((param.device, param.dtype), []).append(param)
             for params in kinds.values():
-                self._update_alike(params, columns)
+                self._update_alike(params, columns, stopped)
 
-    def _update_alike(self, params: list[nn.Parameter], columns: Columns) -> None:
+    def _update_alike(self, params: list[nn.Parameter], columns: Columns, stopped: Tensor | None) -> None:
         """Update parameters of one device, dtype and group."""
         grads = [_gradient(param) for param in params]
         states = [self._prepare(param, columns) for param in params]
+        before = self._copies(params, states, stopped)
         if params[0].is_complex():  # to torch.optim a complex number is a pair of real ones
             states = [{name: _real(value) for name, value in state.items()} for state in states]
         params, grads = [_real(param) for param in params], [_real(grad) for grad in grads]
         self._rule.update(params, grads, states, columns.at(params))
+        for tensor, copy, active in before:
+            tensor.copy_(rows_where(active, tensor, copy))
+
+    def _copies(
+        self, params: list[nn.Parameter], states: list[dict[str, Tensor]], stopped: Tensor | None
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return what some models are not to change, each tensor with its copy and the models `[M]` that may change it.
+
+        These are the models that are stopped, and those that have no gradient for a parameter: where models run one
+        after the other, a step may use it for some of them only.
+        """
+        found = []
+        for param, state in zip(params, states, strict=True):
+            reached = reached_models(param.grad, self.num_models)
+            if reached is None and stopped is None:
+                continue
+            active = torch.tensor(reached or [True] * self.num_models, device=param.device)
+            active = active if stopped is None else active & ~stopped.to(param.device)
+            found += [(tensor, tensor.clone(), active) for tensor in (param, *state.values())]
+        return found
 
     def _prepare(self, param: nn.Parameter, columns: Columns) -> dict[str, Tensor]:
         """Return the parameter's state, made where it is missing and moved where the batch was moved."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..operators import reached_models
 from .base import BatchOptimizer, construct, numbers_of, parameters_of
 
 __all__ = ["ViewsOptimizer"]
@@ -44,13 +45,19 @@ class ViewsOptimizer(BatchOptimizer):
     def _update(self) -> None:
         params = self._params()
         self._follow(params)
+        stopped = self._stopped()
+        stopped = [False] * self.num_models if stopped is None else stopped.tolist()
+        everyone = [True] * self.num_models
+        reached = [None if p.grad is None else reached_models(p.grad, self.num_models) or everyone for p in params]
         for m, lone in enumerate(self.lone):
+            if stopped[m]:
+                continue
             groups, views = self.groups_of(m), parameters_of(lone.param_groups)
             for own, group in zip(lone.param_groups, groups, strict=True):
                 own.update(numbers_of(group))
             try:
-                for view, param in zip(views, params, strict=True):
-                    view.grad = None if param.grad is None else param.grad[m]
+                for view, param, has in zip(views, params, reached, strict=True):
+                    view.grad = param.grad[m] if has and has[m] else None
                 lone.step()
             finally:
                 for view in views:
