@@ -15,8 +15,10 @@ As published, the accuracy is counted on each batch before the update on it, ove
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,7 @@ from .model_batch import ModelBatch
 from .optim import OptimizerFactory
 from .outcome import PUBLISHED, SWITCHES, Dissection, Outcome, switches
 
-__all__ = ["PRESETS", "PUBLISHED", "Demo", "Dissection", "Outcome", "dissect", "preset", "run", "switches"]
+__all__ = ["PRESETS", "PUBLISHED", "Demo", "Dissection", "Outcome", "dissect", "preset", "run", "switches", "walk"]
 
 
 def run(demo: Demo | str, gradients: str = "stale", weights: str = "other", order: str = "other") -> Outcome:
@@ -50,12 +52,24 @@ def run(demo: Demo | str, gradients: str = "stale", weights: str = "other", orde
         >>> outcome.max_difference, outcome.verdict
         (0.0, 'CONSISTENT')
     """
+    *_, outcome = walk(demo, gradients, weights, order)
+    return outcome
+
+
+def walk(demo: Demo | str, gradients: str = "stale", weights: str = "other", order: str = "other") -> Iterator[Outcome]:
+    """Do what `run` does, but give an `Outcome` after each of the batch's steps, of all steps so far.
+
+    The models alone are trained before the first; where the same demo is asked for again, they are at hand.
+
+    Example:
+        >>> [f"{outcome.max_difference:.1%}" for outcome in walk("published")][::7]
+        ['35.0%', '24.4%', '9.3%']
+    """
     for switch, value in zip(SWITCHES, (gradients, weights, order), strict=True):
         if value not in SWITCHES[switch]:
             raise ValueError(f"Expected {' or '.join(SWITCHES[switch])} for {switch}, got {value!r}.")
     demo = preset(demo) if isinstance(demo, str) else demo
-    draws = draw(demo)
-    return _compare(demo, draws, _train_alone(demo, draws), (gradients, weights, order))
+    return _compare(demo, *_alone(demo), (gradients, weights, order))
 
 
 def dissect(demo: Demo | str) -> Dissection:
@@ -65,34 +79,40 @@ def dissect(demo: Demo | str) -> Dissection:
         >>> [outcome.verdict for outcome in dissect("published")].count("CONSISTENT")
         1
     """
-    demo = preset(demo) if isinstance(demo, str) else demo
+    return Dissection(run(demo, *chosen) for chosen in itertools.product(*SWITCHES.values()))
+
+
+@functools.lru_cache(maxsize=4)  # a switch is turned many times before the demo is changed
+def _alone(demo: Demo) -> tuple[Draws, Tensor, Tensor]:
+    """Return all that is drawn, and what comes of training each model by itself: see `_train_alone`."""
     draws = draw(demo)
-    alone = _train_alone(demo, draws)
-    return Dissection(_compare(demo, draws, alone, chosen) for chosen in itertools.product(*SWITCHES.values()))
+    return draws, *_train_alone(demo, draws)
 
 
 def _train_alone(demo: Demo, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Train each model by itself in plain PyTorch; return accuracies [M] and parameters [steps, M, P]."""
-    accuracies, paths = [], []
+    """Train each model by itself in plain PyTorch; return right answers [steps, M] and parameters [steps, M, P]."""
+    answers, paths = [], []
     for model, order, rate in zip(draws.models, draws.orders, demo.learning_rates, strict=True):
         model = copy.deepcopy(model)
         optimizer = demo.optimizer_cls(model.parameters(), lr=rate)
-        correct, path = 0, []
+        correct, path = [], []
         for batch in order:
             x, y = draws.points[batch], draws.labels[batch]
             optimizer.zero_grad()
             outputs = model(x)  # [B, K]
             F.cross_entropy(outputs, y).backward()
-            correct += (outputs.argmax(-1) == y).sum().item()
+            correct.append((outputs.argmax(-1) == y).sum())
             optimizer.step()
             path.append(torch.cat([p.detach().flatten() for p in model.parameters()]))  # [P]
-        accuracies.append(correct / (demo.epochs * demo.samples))
+        answers.append(torch.stack(correct))
         paths.append(torch.stack(path))
-    return torch.tensor(accuracies, dtype=torch.float64), torch.stack(paths, 1)
+    return torch.stack(answers, 1), torch.stack(paths, 1)
 
 
-def _train_batched(demo: Demo, draws: Draws, gradients: str, weights: str, order: str) -> tuple[Tensor, Tensor]:
-    """Train all models at once; return accuracies [M] and parameters [steps, M, P]."""
+def _train_batched(
+    demo: Demo, draws: Draws, gradients: str, weights: str, order: str
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Train all models at once; after each step give its number of points, right answers [M] and parameters [M, P]."""
     models = draws.models if weights == "same" else draws.other_models
     batch = ModelBatch(models, seeds=range(demo.num_models))  # no dropout, so the seeds decide nothing
     configs = [{"lr": rate} for rate in demo.learning_rates]
@@ -102,21 +122,25 @@ def _train_batched(demo: Demo, draws: Draws, gradients: str, weights: str, order
         optimizer = OptimizerFactory(demo.optimizer_cls).create_optimizer(batch, configs)
     shared = order == "other"
     steps = draws.other_order if shared else [torch.stack(each) for each in zip(*draws.orders, strict=True)]  # [(M,) B]
-    correct, path = torch.zeros(demo.num_models, dtype=torch.int64), []
     for indices in steps:
         x, y = draws.points[indices], draws.labels[indices]
         optimizer.zero_grad()
         outputs = batch(x, shared_input=shared)  # [M, B, K]
         batch.compute_loss(outputs, y, F.cross_entropy, shared_targets=shared).backward()
-        correct += (outputs.argmax(-1) == y).sum(-1)
+        right = (outputs.argmax(-1) == y).sum(-1)
         optimizer.step()
-        path.append(torch.cat([p.detach().flatten(1) for p in batch.parameters()], 1))  # [M, P]
-    return correct.double() / (demo.epochs * demo.samples), torch.stack(path)
+        yield indices.shape[-1], right, torch.cat([p.detach().flatten(1) for p in batch.parameters()], 1)  # [M, P]
 
 
-def _compare(demo: Demo, draws: Draws, alone: tuple[Tensor, Tensor], chosen: tuple[str, str, str]) -> Outcome:
-    batched = _train_batched(demo, draws, *chosen)
-    # Parameters that overflow alike (both inf or both nan) do not differ; where only one does, they differ without end.
-    alike = (alone[1] == batched[1]) | (alone[1].isnan() & batched[1].isnan())
-    gap = (alone[1] - batched[1]).abs().nan_to_num(nan=math.inf).masked_fill(alike, 0.0)  # [steps, M, P]
-    return Outcome(demo, *chosen, alone[0], batched[0], gap.amax(2))
+def _compare(
+    demo: Demo, draws: Draws, answers: Tensor, path: Tensor, chosen: tuple[str, str, str]
+) -> Iterator[Outcome]:
+    seen, right, gaps = 0, 0, path.new_empty(path.shape[:2])  # gaps [steps, M]
+    for step, (points, correct, batched) in enumerate(_train_batched(demo, draws, *chosen)):
+        seen, right, alone = seen + points, right + correct, path[step]
+        # Parameters that overflow alike (both inf or both nan) do not differ; where only one does, they differ
+        # without end.
+        alike = (alone == batched) | (alone.isnan() & batched.isnan())
+        gaps[step] = (alone - batched).abs().nan_to_num(nan=math.inf).masked_fill(alike, 0.0).amax(1)
+        accuracies = answers[: step + 1].sum(0).double() / seen, right.double() / seen
+        yield Outcome(demo, *chosen, *accuracies, gaps[: step + 1])

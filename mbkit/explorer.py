@@ -27,10 +27,12 @@ class Explorer(ipw.VBox):
     """Controls, a picture, and a line that says what it shows; a subclass says how to train and how to draw.
 
     A subclass gives `_start(**params)`, an iterator of training steps, `_picture()`, a PNG, `_facts()`, what the status
-    line says, and `call`, the code that reproduces the picture.
+    line says, and `call`, the code that reproduces the picture. Buttons to pause, step, reset and stop come by
+    themselves.
 
     Attributes:
         worker: the thread, with `state`, `generation` and `error`. image: the picture. status: the line under it.
+        pause, step_button, reset_button, stop_button: what a hand would press.
     """
 
     worker: Any = None  # a widget is closed when it is collected, also one that was never finished
@@ -39,12 +41,21 @@ class Explorer(ipw.VBox):
         size = {"width": f"{width}px", "height": f"{height}px"}  # or the page jumps when the first picture comes
         self.image = ipw.Image(format="png", layout=ipw.Layout(**size))
         self.status = ipw.HTML()
-        rows = [ipw.HBox(list(row), layout=ipw.Layout(flex_flow="row wrap")) for row in controls]
+        self.pause = ipw.ToggleButton(description="Pause", icon="pause")
+        buttons = {name: ipw.Button(description=name.capitalize()) for name in ("step", "reset", "stop")}
+        self.step_button, self.reset_button, self.stop_button = buttons.values()
+        self.pause.observe(lambda change: self.worker.pause(change["new"]), "value")
+        self.step_button.on_click(lambda _: self._step())
+        self.reset_button.on_click(lambda _: self.request())
+        self.stop_button.on_click(lambda _: self.worker.stop())
+        rows = [*controls, (self.pause, *buttons.values())]
+        rows = [ipw.HBox(list(row), layout=ipw.Layout(flex_flow="row wrap")) for row in rows]
         self.worker, self._dimming = Worker(self._start, self._show, self._say), threading.Lock()
         super().__init__([ipw.HTML(_STYLE), *rows, self.image, self.status])
 
     def request(self, **params: Any) -> None:
-        """Train anew; what is seen meanwhile is dimmed."""
+        """Train anew, with the last params where none are given; what is seen meanwhile is dimmed."""
+        self.pause.value = False
         with self._dimming:
             self.worker.request(**params)
             self.image.add_class("mbkit-outdated")
@@ -71,6 +82,10 @@ class Explorer(ipw.VBox):
     def png(self) -> bytes:
         """The picture as a small PNG."""
         return palette_png(self.image.value)
+
+    def _step(self) -> None:
+        self.worker.step()
+        self.pause.value = True
 
     def _show(self) -> None:
         self.image.value = self._picture()

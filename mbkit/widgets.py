@@ -88,9 +88,11 @@ class ConsistencyExplorer(Explorer):
         self.request(**self.settings)
 
     def _start(self, preset: str, gradients: str, weights: str, order: str, **settings: Any) -> Iterator[None]:
+        demo = consistency.preset(preset, **settings)
         with _GENERATOR:
-            self.outcome = consistency.run(consistency.preset(preset, **settings), gradients, weights, order)
-        yield
+            outcomes = consistency.walk(demo, gradients, weights, order)
+        for self.outcome in outcomes:
+            yield
 
     def _picture(self) -> bytes:
         return plots.consistency(self.outcome).frame()
@@ -99,7 +101,12 @@ class ConsistencyExplorer(Explorer):
         if self.outcome is None:
             return {}
         faults = ", ".join(self.outcome.faults) or "none"
-        ends = {"largest-difference": f"{self.outcome.max_difference:.1%}", "verdict": self.outcome.verdict}
+        steps = len(self.outcome.parameter_difference)
+        ends = {
+            "step": steps,
+            "largest-difference": f"{self.outcome.max_difference:.1%}",
+            "verdict": self.outcome.verdict,
+        }
         return {**ends, "faults": faults}
 
 
@@ -157,20 +164,13 @@ class LearningRateExplorer(Explorer):
         grid = (self.rates, self.num_rates, self.num_seeds, self.optimizer)
         self.rate = ipw.SelectionSlider(options=[0], description="show rate", style=WIDE)
         self.seed = ipw.IntSlider(0, 0, num_seeds - 1, description="show seed", style=WIDE)
-        self.pause = ipw.ToggleButton(description="Pause", icon="pause")
-        buttons = {name: ipw.Button(description=name.capitalize()) for name in ("step", "reset", "stop")}
-        self.step_button, self.reset_button, self.stop_button = buttons.values()
         self.curves: plots.LearningRates | None = None
         self.loss, self.done = torch.empty(0, 0), 0  # [steps, M], and how many of the steps are made
-        super().__init__([grid[:3], (self.optimizer, self.pause, *buttons.values()), (self.rate, self.seed)], 860, 320)
+        super().__init__([grid[:3], (self.optimizer, self.rate, self.seed)], 860, 320)
         for control in grid:
             control.observe(self._changed, "value")
         for control in (self.rate, self.seed):
             control.observe(lambda _: self.worker.redraw(), "value")
-        self.pause.observe(lambda change: self.worker.pause(change["new"]), "value")
-        self.step_button.on_click(lambda _: self._step())
-        self.reset_button.on_click(self._changed)
-        self.stop_button.on_click(lambda _: self.worker.stop())
         self._changed()
 
     @property
@@ -190,10 +190,6 @@ class LearningRateExplorer(Explorer):
         """The highlighted model: rates in the outer loop, seeds in the inner one."""
         return self.rate.index * self.num_seeds.value + self.seed.value
 
-    def _step(self) -> None:
-        self.worker.step()
-        self.pause.value = True
-
     def _changed(self, _: Any = None) -> None:
         rates = spread(*self.rates.value, self.num_rates.value)
         options = [(f"{rate:.3g}", rate) for rate in rates]
@@ -201,7 +197,6 @@ class LearningRateExplorer(Explorer):
             self.rate.options = options
             self.rate.index = len(rates) // 2
         self.seed.max = self.num_seeds.value - 1
-        self.pause.value = False
         self.request(learning_rates=rates, num_seeds=self.num_seeds.value, optimizer=self.optimizer.value)
 
     def _start(self, learning_rates: Sequence[float], num_seeds: int, optimizer: str) -> Iterator[None]:

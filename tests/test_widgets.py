@@ -100,7 +100,7 @@ def test_an_exception_is_shown_and_goes_away(show, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("the disk is <full>")
 
-    monkeypatch.setattr(consistency, "run", fail)
+    monkeypatch.setattr(consistency, "walk", fail)
     explorer.seed.value = 1
     with pytest.raises(RuntimeError, match="full"):
         explorer.wait()
@@ -115,8 +115,8 @@ def test_an_exception_is_shown_and_goes_away(show, monkeypatch):
 
 def test_what_is_out_of_date_is_dimmed(show, monkeypatch):
     explorer = show(widgets.explore_consistency).wait()
-    gate, run = threading.Event(), consistency.run
-    monkeypatch.setattr(consistency, "run", lambda *args: gate.wait(10) and run(*args))
+    gate, walk = threading.Event(), consistency.walk
+    monkeypatch.setattr(consistency, "walk", lambda *args: gate.wait(10) and walk(*args))
     assert "mbkit-outdated" not in explorer.image._dom_classes
     explorer.seed.value = 1
     assert "mbkit-outdated" in explorer.image._dom_classes
