@@ -17,10 +17,12 @@ from .plots import LearningRates, palette_png
 from .training import Step
 from .worker import Worker
 
-__all__ = ["WIDE", "Explorer", "choice", "live_curves", "log_range", "spread"]
+__all__ = ["GENERATOR", "OPTIMIZERS", "WIDE", "Explorer", "choice", "live_curves", "log_range", "spread"]
 
 _STYLE = "<style>.mbkit-outdated { opacity: 0.35; } .mbkit-status code { user-select: all; }</style>"
 WIDE = {"description_width": "7.5em"}
+OPTIMIZERS = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "NAdam")
+GENERATOR = threading.Lock()  # torch's default generator is one for all explorers' threads
 
 
 class Explorer(ipw.VBox):

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .curves import ALONE, BATCHED, GRAY, RIGHT, WRONG, LearningRates, Picture, diverged, palette_png, smooth, tidy
 from .outcome import SWITCHES
+from .ratemap import RateMap
+from .trainability import Trainability
 
 __all__ = [
     "LearningRates",
@@ -31,6 +33,7 @@ __all__ = [
     "palette_png",
     "smooth",
     "story_figure",
+    "trainability",
 ]
 
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")  # drawn ten times faster than a formula
@@ -104,6 +107,26 @@ def learning_rates(loss: Tensor, rates: Sequence[float], title: str = "", accura
     for artist in curves.artists:
         artist.set_animated(False)
     return curves.picture
+
+
+def trainability(outcome: Trainability, chosen: tuple[int, int] | None = None) -> Picture:
+    """Draw which pairs of learning rates train, one pixel a network, and the loss of one of them.
+
+    Args:
+        outcome: from `trainability.trainability`.
+        chosen: the row and the column of the network whose loss is drawn, the middle one where absent.
+
+    Example:
+        >>> from mbkit.trainability import trainability as train
+        >>> [axes.get_ylabel() for axes in trainability(train(size=4, steps=5)).axes]
+        ['second rate', 'loss / first loss', 'last loss / first loss']
+    """
+    rates = RateMap(outcome.first_rates, outcome.second_rates, outcome.steps, dpi=140)
+    middle = len(outcome.second_rates) // 2, len(outcome.first_rates) // 2
+    rates.update(outcome, middle if chosen is None else chosen)
+    for artist in rates.artists:
+        artist.set_animated(False)
+    return rates.picture
 
 
 def benchmark(result: Any) -> Picture:

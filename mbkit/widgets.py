@@ -1,4 +1,4 @@
-"""Sliders over the same pure functions as the static figures. With explorer.py the only room that knows ipywidgets.
+"""Sliders over the same pure functions as the static figures. Only here and in *explorer.py is ipywidgets known.
 
 An explorer is a widget: the last line of a cell shows it. Its callbacks only post wishes to a `Worker`, whose thread
 trains and draws; so a slider never hangs, and of many values the newest wins. On a page without a kernel the picture
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,23 +19,23 @@ from torch import Tensor, nn
 
 from . import consistency, plots
 from .data import Batches, demo_points
-from .explorer import WIDE, Explorer, choice, live_curves, log_range, spread
+from .explorer import GENERATOR, OPTIMIZERS, WIDE, Explorer, choice, live_curves, log_range, spread
 from .model_batch import ModelBatch
 from .models import MLP
 from .optim import OptimizerFactory
 from .outcome import SWITCHES
+from .trainability_explorer import TrainabilityExplorer, explore_trainability
 from .training import train_steps
 
 __all__ = [
     "ConsistencyExplorer",
     "LearningRateExplorer",
+    "TrainabilityExplorer",
     "explore_consistency",
     "explore_learning_rates",
+    "explore_trainability",
     "live_curves",
 ]
-
-OPTIMIZERS = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "NAdam")
-_GENERATOR = threading.Lock()  # torch's default generator is one for all explorers' threads
 
 
 class ConsistencyExplorer(Explorer):
@@ -89,7 +88,7 @@ class ConsistencyExplorer(Explorer):
 
     def _start(self, preset: str, gradients: str, weights: str, order: str, **settings: Any) -> Iterator[None]:
         demo = consistency.preset(preset, **settings)
-        with _GENERATOR:
+        with GENERATOR:
             outcomes = consistency.walk(demo, gradients, weights, order)
         for self.outcome in outcomes:
             yield
@@ -201,7 +200,7 @@ class LearningRateExplorer(Explorer):
 
     def _start(self, learning_rates: Sequence[float], num_seeds: int, optimizer: str) -> Iterator[None]:
         models = []
-        with _GENERATOR, torch.random.fork_rng(devices=[]):
+        with GENERATOR, torch.random.fork_rng(devices=[]):
             for seed in range(num_seeds):
                 torch.default_generator.manual_seed(seed)
                 models.append(self._build())
@@ -276,6 +275,6 @@ def explore_learning_rates(
 
 
 def _demo() -> tuple[Callable[[], nn.Module], Batches]:
-    with _GENERATOR, torch.random.fork_rng(devices=[]):
+    with GENERATOR, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(42)
         return lambda: MLP((20, 16, 16, 4)), Batches(*demo_points(500, 20, 4), batch_size=50)
