@@ -10,6 +10,7 @@ __version__ = "0.1.0"  # before the rooms, because a benchmark's asks for it
 
 from .data import Batches, ImageData, load_cifar10, load_digits, load_images
 from .equivalence import EquivalenceReport, compare
+from .grad_scaler import GradScaler
 from .history import History, Step
 from .model_batch import ModelBatch
 from .models import MLP, LeNet5, TinyMLP
@@ -22,6 +23,7 @@ __all__ = [
     "Batches",
     "BatchingError",
     "EquivalenceReport",
+    "GradScaler",
     "History",
     "ImageData",
     "LeNet5",

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from . import convolution, embedding, randomness, reads, recurrent
+from .autocast import call_cast
 from .locate import BatchingError
 from .model_by_model import edits_in_place, model_by_model
 from .randomness import Streams
@@ -103,6 +104,11 @@ class Interception(TorchFunctionMode):
                 return _opened(function)(*args, **kwargs)
         if self.copies and edits_in_place(function):
             convolution.check_edit(self, args)
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(self.device.type):
+            return call_cast(self.device.type, self._apply_rule, function, args, kwargs)
+        return self._apply_rule(function, args, kwargs)
+
+    def _apply_rule(self, function: Any, args: tuple, kwargs: dict) -> Any:
         rule = RULES.get(function)
         if rule is not None:
             return rule(self, function, args, kwargs)
