@@ -16,7 +16,7 @@ from .settings import PerModel
 if TYPE_CHECKING:
     from .interception import Interception
 
-__all__ = ["RULES", "Streams"]
+__all__ = ["RULES", "Streams", "draw_masks"]
 
 
 class Streams:
@@ -104,6 +104,34 @@ class Streams:
         self.load_state(saved["state"])
 
 
+def draw_masks(mode: Interception, one: Tensor, rates: Sequence[float]) -> Tensor:
+    """Draw one dropout mask a model, as torch does on a CPU: over the memory order of the activation, divided by 1 - p.
+
+    Args:
+        mode: supplies the streams.
+        one: one model's activation.
+        rates: the M probabilities p.
+
+    Returns:
+        The masks `[M, ...]`.
+    """
+    like = torch.empty_like(one)  # takes the strides that the mask has alone
+    if like.is_contiguous():
+        noise = like.new_empty((mode.num_models, *like.shape))
+    else:
+        noise = torch.empty_strided(
+            (mode.num_models, *like.shape), (like.numel(), *like.stride()), dtype=like.dtype, device=like.device
+        )
+    for mask, rate, generator in zip(noise, rates, mode.streams.on(one.device), strict=True):
+        if rate == 0:
+            mask.fill_(1)  # torch draws nothing here, and nothing for a rate of 1
+        elif rate == 1:
+            mask.zero_()
+        else:
+            mask.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+    return noise
+
+
 def _dropout(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
     """`torch.dropout` with one mask a model.
 
@@ -120,22 +148,7 @@ def _dropout(mode: Interception, function: Any, args: tuple, kwargs: dict) -> An
     def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
         (x,) = stacks
         check_order(mode, stacks, stacked)
-        one = x[0] if stacked[0] else x
-        like = torch.empty_like(one)  # takes the strides that the mask has alone
-        if like.is_contiguous():
-            noise = like.new_empty((mode.num_models, *like.shape))
-        else:
-            noise = torch.empty_strided(
-                (mode.num_models, *like.shape), (like.numel(), *like.stride()), dtype=like.dtype, device=like.device
-            )
-        for mask, rate, generator in zip(noise, rates, mode.streams.on(x.device), strict=True):
-            if rate == 0:
-                mask.fill_(1)  # torch draws nothing here, and nothing for a rate of 1
-            elif rate == 1:
-                mask.zero_()
-            else:
-                mask.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
-        return (x * noise,)
+        return (x * draw_masks(mode, x[0] if stacked[0] else x, rates),)
 
     return on_stacks(run, mode.index, [x])[0]
 
