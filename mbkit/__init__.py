@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 __version__ = "0.1.0"  # before the rooms, because a benchmark's asks for it
 
 from .data import Batches, ImageData, load_cifar10, load_digits, load_images
+from .diagnosis import Diagnosis, diagnose
 from .equivalence import EquivalenceReport, compare
 from .grad_scaler import GradScaler
 from .history import History, Step
@@ -22,6 +23,7 @@ __all__ = [
     "MLP",
     "Batches",
     "BatchingError",
+    "Diagnosis",
     "EquivalenceReport",
     "GradScaler",
     "History",
@@ -35,6 +37,7 @@ __all__ = [
     "create_adam_configs",
     "create_lr_sweep_configs",
     "create_sgd_configs",
+    "diagnose",
     "evaluate",
     "fit",
     "fit_alone",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,10 @@ from torch.utils._pytree import tree_map_only
 
 from .alone import lone_step, own_targets
 from .checks import check_seeds, per_model
-from .loop import check_run, part, walk
-from .model_batch import ModelBatch
-from .optim import OptimizerFactory
+from .loop import check_run, make_schedule, part, walk
+from .rng import random_state, set_random_state
+from .subject import BatchRecipe, BatchSubject
 from .tables import html_table, text_table
-from .training import batch_step
 
 __all__ = ["EquivalenceReport", "compare"]
 
@@ -29,7 +29,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # Above it, so many times the noise floor: rounding of another kind is not rounding of another size.
 FLOOR_FACTOR = 30.0
 
-Build = Callable[[list[nn.Module], list[int]], tuple[Any, Any]]
+Build = Callable[[list[nn.Module], list[int]], Any]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,10 +55,14 @@ class EquivalenceReport:
     tolerance: float
 
     @property
+    def floor(self) -> Tensor:
+        """[steps, M, P], the largest of the noise floors."""
+        return torch.stack(list(self.floors.values())).nan_to_num(nan=0.0).amax(0)
+
+    @property
     def allowed(self) -> Tensor:
         """[steps, M, P], what counts as rounding."""
-        floor = torch.stack(list(self.floors.values())).nan_to_num(nan=0.0).amax(0)
-        return (FLOOR_FACTOR * floor.cummax(0).values).clamp(min=self.tolerance)
+        return (FLOOR_FACTOR * self.floor.cummax(0).values).clamp(min=self.tolerance)
 
     @property
     def equivalent(self) -> bool:
@@ -70,11 +74,10 @@ class EquivalenceReport:
         """The finding in one sentence."""
         steps, num_models, _ = self.relative.shape
         if self.equivalent:
-            floor = torch.stack(list(self.floors.values())).amax(0)
             return (
                 f"EQUIVALENT: over {steps} steps all parameters of the {num_models} models stay within rounding of "
                 f"those trained alone. Typically (in the median) they are {self.relative.median().item():.1e} of their "
-                f"way apart, and a lone model {floor.median().item():.1e} from itself."
+                f"way apart, and a lone model {self.floor.median().item():.1e} from itself."
             )
         excess = (self.relative / self.allowed).nan_to_num(nan=torch.inf)
         step, m, _ = (excess > 1).nonzero()[0].tolist()
@@ -98,10 +101,10 @@ class EquivalenceReport:
         return {**head, **tensors, "floors": floors, "tolerance": self.tolerance}
 
     def plot(self) -> Any:
-        """Return a matplotlib figure: difference and noise floor, step by step."""
-        from .plots import equivalence_figure
+        """Return a figure: how far each parameter is, step by step, one panel a model."""
+        from .plots import heat_map
 
-        return equivalence_figure(self)
+        return heat_map(self)
 
     def _rows(self) -> list[list[str]]:
         steps = len(self.relative)
@@ -133,7 +136,8 @@ def compare(
     seeds: Sequence[int] | None = None,
     *,
     shared_input: bool = True,
-    max_norm: float | None = None,
+    max_norm: Any = None,
+    scheduler: Callable[[Any], Any] | None = None,
     build: Build | None = None,
 ) -> EquivalenceReport:
     """Train copies of the models in a batch and alone, on the same batches, and report how far apart they get.
@@ -152,9 +156,10 @@ def compare(
         steps: how many updates to make.
         seeds: one a model; drawn from torch's default generator when absent.
         shared_input: False where inputs are `[M, B, ...]`.
-        max_norm: clip each model's gradient to this norm.
-        build: makes (batch, optimizer) from M models and M seeds. It puts another batch or optimizer to the test:
-            one of your own, or one of `mbkit.faults`.
+        max_norm: clip each model's gradient to this norm; one number or one a model.
+        scheduler: a callable that makes an lr scheduler from an optimizer; it is stepped after each step.
+        build: makes (batch, optimizer), or any `Subject`, from M models and M seeds. It puts another batch or
+            optimizer to the test: one of your own, or one of `mbkit.faults`.
 
     Returns:
         An EquivalenceReport; `report.assert_equivalent()` is for test suites.
@@ -174,32 +179,39 @@ def compare(
     check_run(batches, loss_fn, steps, "epoch", walks=steps)
     seeds = check_seeds(seeds, len(models))
     configs = per_model(dict(configs) if isinstance(configs, Mapping) else list(configs), len(models), "configs")
+    norms = per_model(max_norm, len(models), "norms")
     if build is None:
+        recipe = BatchRecipe(optimizer_cls, max_norm, scheduler, shared_input)
 
-        def build(models: list[nn.Module], seeds: list[int]) -> tuple[Any, Any]:
-            batch = ModelBatch(models, shared_input, seeds=seeds)
-            return batch, OptimizerFactory(optimizer_cls).create_optimizer(batch, configs)
+        def build(models: list[nn.Module], seeds: list[int]) -> Any:
+            return recipe(models, configs, seeds)
 
-    batch, optimizer = build([copy.deepcopy(model) for model in models], seeds)
-    batch.train()
+    subject = build([copy.deepcopy(model) for model in models], seeds)
+    subject = BatchSubject(*subject, max_norm) if isinstance(subject, tuple) else subject
+    theirs = subject.walk(batches) if hasattr(subject, "walk") else None
     kinds = [kind for kind in KINDS if kind != "one thread" or torch.get_num_threads() > 1]
     crowd = {
-        kind: [_Lone(kind, *each, optimizer_cls) for each in zip(models, seeds, configs, strict=True)] for kind in kinds
+        kind: [_Lone(kind, *each, optimizer_cls, scheduler) for each in zip(models, seeds, configs, strict=True)]
+        for kind in kinds
     }
     start = {kind: [[p.detach().clone() for p in lone.model.parameters()] for lone in crowd[kind]] for kind in crowd}
     names = [name for name, _ in models[0].named_parameters()]
     found: dict[str, list[list[Any]]] = {"difference": [], "relative": [], "loss": [], **{n: [] for n in crowd}}
     device = next(models[0].parameters()).device
-    for _, (x, y) in zip(range(steps), _endless(batches, device), strict=False):
-        losses, _ = batch_step(batch, optimizer, x, y, loss_fn, max_norm)
+    pairs = ((pair, pair) for pair in endless(batches, device))
+    if theirs is not None:  # the batch has an order of its own
+        pairs = zip(endless(batches, device), endless(theirs, device), strict=False)
+    for (x, y), fed in itertools.islice(pairs, steps):
+        losses = subject.step(*fed, loss_fn)
         rows: dict[str, list[Any]] = {name: [] for name in found}
         for m in range(len(models)):
             own_x = x if shared_input else part(x, m)
             own_y = own_targets(y, own_x, m, len(models), None if shared_input else False)
-            trained = {name: lones[m].step(own_x, own_y, loss_fn, max_norm) for name, lones in crowd.items()}
+            trained = {name: lones[m].step(own_x, own_y, loss_fn, norms[m]) for name, lones in crowd.items()}
             loss, reference = trained["alone"]
-            mine = [stacked.detach()[m] for stacked in batch.stacked_params.values()]
-            rows["loss"].append(_gap(losses[m], loss).item())
+            own = subject.parameters(m)
+            mine = [own[name].detach() for name in names]
+            rows["loss"].append(math.nan if losses is None else _gap(losses[m], loss).item())
             rows["difference"].append([_gap(a, b).max().item() for a, b in zip(mine, reference, strict=True)])
             ways = _ways(reference, start["alone"][m])
             rows["relative"].append(_apart(_ways(mine, start["alone"][m]), ways))
@@ -218,7 +230,9 @@ def compare(
 class _Lone:
     """One model trained by plain PyTorch with a random state of its own, in one of the ways of `KINDS`."""
 
-    def __init__(self, kind: str, model: nn.Module, seed: int, config: Mapping[str, Any], optimizer_cls: type) -> None:
+    def __init__(
+        self, kind: str, model: nn.Module, seed: int, config: Mapping[str, Any], optimizer_cls: type, scheduler: Any
+    ) -> None:
         self.kind = kind
         self.drew = False
         self.model = copy.deepcopy(model).train()
@@ -229,30 +243,23 @@ class _Lone:
                 for p in self.model.parameters():
                     p.copy_(torch.nextafter(p, torch.full_like(p, torch.inf)) if p.is_floating_point() else p)
         self.optimizer = optimizer_cls(self.model.parameters(), **config)
+        self.schedule = make_schedule(scheduler, self.optimizer)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.state = _random_state()
+            self.state = random_state()
 
     def step(self, x: Any, y: Any, loss_fn: Callable, max_norm: float | None) -> tuple[Tensor, list[Tensor]]:
         """Make one update; return the loss and the parameters after it."""
         if self.kind == "channels_last":
             x = tree_map_only(Tensor, _channels_last, x)
         with torch.random.fork_rng(), _one_thread(self.kind == "one thread"):
-            _set_random_state(self.state)
+            set_random_state(self.state)
             loss, _ = lone_step(self.model, self.optimizer, x, y, loss_fn, max_norm)
-            before, self.state = self.state, _random_state()
+            before, self.state = self.state, random_state()
+        if self.schedule is not None:
+            self.schedule.step()
         self.drew |= any(not torch.equal(a, b) for a, b in zip(before, self.state, strict=True))
         return loss, [p.detach() for p in self.model.parameters()]
-
-
-def _random_state() -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-
-
-def _set_random_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state[1:])
 
 
 @contextmanager
@@ -269,7 +276,8 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def _endless(batches: Any, device: torch.device) -> Iterator[tuple[Any, Any]]:
+def endless(batches: Any, device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """Yield (inputs, targets) on `device`, epoch after epoch."""
     for epoch in itertools.count():
         yield from walk(batches, epoch, device)
 

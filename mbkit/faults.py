@@ -1,7 +1,11 @@
-"""Defects planted on purpose, to learn from; nothing but the lessons uses them.
+"""Defects planted on purpose, to learn from and to test `diagnose` with.
 
-Each fault has a name in `FAULTS`, and one class or function here that plants it. None of them is exported by `mbkit`:
+Each fault has a name in `FAULTS`; `plant` makes a recipe for a batch that has it. None of them is exported by `mbkit`:
 whoever wants one has to write `mbkit.faults`.
+
+Two pairs cannot be told apart by anybody, because the one leaves nothing for the other to act on: in eval mode no
+random mask is drawn ("other-mode" hides "other-masks"), and a gradient in shared memory is overwritten by another
+model's ("shared-memory" hides a "wrong-gradient" in the very same parameter).
 """
 
 from __future__ import annotations
@@ -13,14 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from .model_batch import ModelBatch
+from .plants import plant
 
-__all__ = ["FAULTS", "StaleGradientOptimizer", "other_order", "other_weights"]
+__all__ = ["FAULTS", "StaleGradientOptimizer", "other_order", "other_weights", "plant"]
 
 # The name under which each fault is planted and reported -> what is wrong.
 FAULTS: dict[str, str] = {
-    "stale-gradients": "zero_grad() misses the stacked gradients, so each step adds to those of all earlier steps",
     "other-weights": "the batch is built without seeding again, so it starts from other initial weights",
     "other-order": "the batch reads its data without seeding again, so it sees other batches",
+    "other-masks": "the batch draws other random numbers than its models alone, so dropout takes out other units",
+    "other-mode": "the batch is in eval mode where its models alone are in train mode, or the other way round",
+    "stale-gradients": "zero_grad() misses the stacked gradients, so each step adds to those of all earlier steps",
+    "wrong-gradient": "the batch computes another gradient than autograd does for the model alone",
+    "mean-loss": "the loss is averaged over the M models and not added up, so every gradient is divided by M",
+    "clipped-across-models": "all models' gradients are clipped by one common norm, not each model's by its own",
+    "setting-of-model-0": "model 0's setting is used for all models",
+    "shared-optimizer-state": "what the optimizer remembers of one model is mixed with another model's",
+    "leaking-update": "a part of one model's update is added to another model's parameters",
+    "shared-memory": "numbers of different models lie in the same memory, so that writing one changes the other",
+    "schedule-stepped-M-times": "the schedule is stepped once a model in each step, M times as fast as alone",
 }
 
 
