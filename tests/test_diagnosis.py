@@ -323,7 +323,6 @@ def test_the_demos_models_take_less_than_two_seconds():
 
 @pytest.mark.slow
 def test_sixteen_lenets_take_less_than_a_minute():
-    torch.set_num_threads(2)
     models = [LeNet5(dropout=0.2) for _ in range(16)]
     data = [(torch.randn(128, 3, 32, 32), torch.randint(10, (128,))) for _ in range(4)]
     configs = [{"lr": 0.001 * (m + 1)} for m in range(16)]
