@@ -1,5 +1,6 @@
 """mbkit: train many models at once, each exactly as if it were trained alone."""
 
+import importlib
 import os
 
 # Threads that spin while they wait for each other stall as soon as anything else runs: on two cores, a step took over
@@ -9,8 +10,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 __version__ = "0.1.0"  # before the rooms, because a benchmark's asks for it
 
 from .data import Batches, ImageData, load_cifar10, load_digits, load_images
-from .diagnosis import Diagnosis, diagnose
-from .equivalence import EquivalenceReport, compare
 from .grad_scaler import GradScaler
 from .history import History, Step
 from .model_batch import ModelBatch
@@ -46,3 +45,19 @@ __all__ = [
     "load_images",
     "train_steps",
 ]
+
+
+# Rooms that training does not need, imported when they are first asked for.
+_LATER = {
+    "Diagnosis": "diagnosis",
+    "diagnose": "diagnosis",
+    "EquivalenceReport": "equivalence",
+    "compare": "equivalence",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for, where it is one of the names in `_LATER`."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)

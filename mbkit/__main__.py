@@ -15,7 +15,7 @@ import torch
 from .benchmark import run_benchmark
 from .consistency import PRESETS, PUBLISHED, dissect, preset, run, switches
 from .data import load_images
-from .faults import FAULTS
+from .outcome import DEMO_FAULTS
 from .tables import text_table
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -62,8 +62,8 @@ def _build_parser() -> argparse.ArgumentParser:
         "--fault",
         nargs="+",
         metavar="FAULT",
-        default=list(FAULTS),
-        help=f"what to plant: none, or any of {', '.join(FAULTS)} (all of them, as published)",
+        default=list(DEMO_FAULTS),
+        help=f"what to plant: none, or any of {', '.join(DEMO_FAULTS)} (all of them, as published)",
     )
     check.add_argument("--dissect", action="store_true", help="run all combinations of the faults instead")
     check.set_defaults(run=_consistency, prog=check.prog)

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from . import crosstalk, suspects
 from .checks import check_seeds, per_model
+from .data import demo_points
 from .equivalence import EquivalenceReport, compare, endless
-from .faults import FAULTS
+from .faults import FAULTS, plant
 from .laboratory import Laboratory
 from .loop import check_run
 from .measures import Case, Finding
+from .models import MLP
 from .subject import BatchRecipe, Recipe
 from .tables import html_table
 
-__all__ = ["Diagnosis", "diagnose"]
+__all__ = ["Diagnosis", "diagnose", "diagnose_planted"]
 
 # In this order, for what one has found is made good in the next: the lone models follow the batch's real initial
 # weights, model 0's settings and its mode, and parameters in shared memory are left out.
@@ -155,6 +157,43 @@ def diagnose(
     )  # fmt: skip
     findings["rounding"] = _rounding(report, any(f.verdict == "guilty" for f in findings.values()))
     return Diagnosis({name: findings[name] for name in (*FAULTS, "rounding")}, report)
+
+
+def diagnose_planted(
+    *faults: str, rates: Sequence[float] = (0.01, 0.03, 0.1), seed: int = 0, optimizer: str = "Adam", steps: int = 6
+) -> Diagnosis:
+    """Plant faults in a small demonstration, and diagnose it: what each of them looks like.
+
+    Args:
+        *faults: names in `faults.FAULTS`.
+        rates: one learning rate a model.
+        seed: of the data, the models, and of what a fault leaves open.
+        optimizer: the name of a class of torch.optim; SGD gets momentum 0.9.
+        steps: how many updates are compared side by side.
+
+    Example:
+        >>> report = diagnose_planted("mean-loss", optimizer="SGD")
+        >>> report.guilty
+        ['mean-loss']
+        >>> print(report.conclusion)
+        The batch is not its models alone: the loss is averaged over the M models and not added up, so every gradient \
+is divided by M.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        x, y = demo_points(64, 8, 4)
+        models = [MLP((8, 8, 4), dropout=0.2) for _ in rates]
+    optimizer_cls = getattr(torch.optim, optimizer)
+    configs = [{"lr": rate, **({"momentum": 0.9} if optimizer == "SGD" else {})} for rate in rates]
+
+    def schedule(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+    return diagnose(
+        models, optimizer_cls, configs, list(zip(x.split(16), y.split(16), strict=True)), nn.functional.cross_entropy,
+        steps, range(seed, seed + len(models)), max_norm=0.5, scheduler=schedule,
+        build=plant(BatchRecipe(optimizer_cls, 0.5, schedule), *faults, seed=seed),
+    )  # fmt: skip
 
 
 def _rounding(report: EquivalenceReport, others: bool) -> Finding:

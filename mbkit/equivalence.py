@@ -102,7 +102,7 @@ class EquivalenceReport:
 
     def plot(self) -> Any:
         """Return a figure: how far each parameter is, step by step, one panel a model."""
-        from .plots import heat_map
+        from .heat_map import heat_map
 
         return heat_map(self)
 

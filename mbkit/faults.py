@@ -23,11 +23,11 @@ __all__ = ["FAULTS", "StaleGradientOptimizer", "other_order", "other_weights", "
 
 # The name under which each fault is planted and reported -> what is wrong.
 FAULTS: dict[str, str] = {
+    "stale-gradients": "zero_grad() misses the stacked gradients, so each step adds to those of all earlier steps",
     "other-weights": "the batch is built without seeding again, so it starts from other initial weights",
     "other-order": "the batch reads its data without seeding again, so it sees other batches",
     "other-masks": "the batch draws other random numbers than its models alone, so dropout takes out other units",
     "other-mode": "the batch is in eval mode where its models alone are in train mode, or the other way round",
-    "stale-gradients": "zero_grad() misses the stacked gradients, so each step adds to those of all earlier steps",
     "wrong-gradient": "the batch computes another gradient than autograd does for the model alone",
     "mean-loss": "the loss is averaged over the M models and not added up, so every gradient is divided by M",
     "clipped-across-models": "all models' gradients are clipped by one common norm, not each model's by its own",

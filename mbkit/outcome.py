@@ -10,10 +10,9 @@ from torch import Tensor
 
 from .checks import did_you_mean
 from .demo import PRESETS, Demo
-from .faults import FAULTS
 from .tables import html_table, text_table
 
-__all__ = ["PUBLISHED", "SWITCHES", "Dissection", "Outcome", "switches"]
+__all__ = ["DEMO_FAULTS", "PUBLISHED", "SWITCHES", "Dissection", "Outcome", "switches"]
 
 # What the library printed; only ever shown beside, or compared with, what is computed here.
 PUBLISHED: dict[str, list[str]] = {
@@ -30,6 +29,7 @@ ACCURACY_TOLERANCE = 0.0005
 PARAMETER_TOLERANCE, JUDGED_STEPS = 0.01, 5
 
 SWITCHES = {"gradients": ("stale", "cleared"), "weights": ("other", "same"), "order": ("other", "same")}
+DEMO_FAULTS = [f"{wrong}-{switch}" for switch, (wrong, _) in SWITCHES.items()]  # their names in `faults.FAULTS`
 
 
 def switches(faults: Iterable[str]) -> dict[str, str]:
@@ -43,10 +43,11 @@ def switches(faults: Iterable[str]) -> dict[str, str]:
         {'gradients': 'stale', 'weights': 'same', 'order': 'same'}
     """
     faults = set(faults)
-    names = {switch: f"{wrong}-{switch}" for switch, (wrong, _) in SWITCHES.items()}
-    for fault in sorted(faults - set(names.values())):
-        raise ValueError(f"Expected a fault of the demo, got {fault!r}.{did_you_mean(fault, names.values())}")
-    return {switch: SWITCHES[switch][names[switch] not in faults] for switch in SWITCHES}
+    for fault in sorted(faults - set(DEMO_FAULTS)):
+        raise ValueError(f"Expected a fault of the demo, got {fault!r}.{did_you_mean(fault, DEMO_FAULTS)}")
+    return {
+        switch: both[name not in faults] for name, (switch, both) in zip(DEMO_FAULTS, SWITCHES.items(), strict=True)
+    }
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,7 +85,7 @@ class Outcome:
     @property
     def faults(self) -> list[str]:
         """The names, in `faults.FAULTS`, of what was planted."""
-        return [name for name in (f"{getattr(self, switch)}-{switch}" for switch in SWITCHES) if name in FAULTS]
+        return [name for name in (f"{getattr(self, switch)}-{switch}" for switch in SWITCHES) if name in DEMO_FAULTS]
 
     @property
     def parameters_agree(self) -> bool:

@@ -95,8 +95,10 @@ class BatchSubject:
         return dict(zip(stacked, states, strict=True))
 
     def learning_rate(self, m: int) -> float:
-        """Model m's, as its group has it."""
-        return float(self.optimizer.param_groups[m]["lr"])
+        """Model m's, as its first group has it."""
+        optimizer = self.optimizer
+        group = optimizer.groups_of(m)[0] if hasattr(optimizer, "groups_of") else optimizer.param_groups[m]
+        return float(group["lr"])
 
     @torch.no_grad()
     def load(self, m: int, values: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import consistency, plots
 from .data import Batches, demo_points
 from .explorer import GENERATOR, OPTIMIZERS, WIDE, Explorer, choice, live_curves, log_range, spread
+from .fault_explorer import FaultExplorer, explore_faults
 from .model_batch import ModelBatch
 from .models import MLP
 from .optim import OptimizerFactory
@@ -29,9 +30,11 @@ from .training import train_steps
 
 __all__ = [
     "ConsistencyExplorer",
+    "FaultExplorer",
     "LearningRateExplorer",
     "TrainabilityExplorer",
     "explore_consistency",
+    "explore_faults",
     "explore_learning_rates",
     "explore_trainability",
     "live_curves",
