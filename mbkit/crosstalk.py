@@ -38,7 +38,7 @@ def settings(case: Case) -> None:
         found = _attribute(case, path, name, values) or found
         checked.append(f"{path}.{name}")
     if not found:
-        text = f"{', '.join(checked)}: each model obeys its own" if checked else "all settings are alike"
+        text = f"{', '.join(checked)}: model 0's rules no other model" if checked else "all settings are alike"
         return case.find("setting-of-model-0", False, text)
     name, m, alone, theirs = found
     text = f"model {m} stays the same with model 0's {name} (alone it changes by {alone:.1e}), but changes by "
@@ -93,17 +93,18 @@ def states(case: Case) -> None:
         case.trials.append((group, run, untouched))
     if bled:
         gap, name, m, group = bled
-        text = f"the gradient of {name} of model {m} changes by {gap:.1e} when models {_list(group)} are changed"
+        text = f"the gradient of {name} of model {m} changes by {gap:.1e} when {_are(group)} changed"
         case.find("wrong-gradient", True, text, model=m, parameter=name, step=1, size=gap)
-    if not any(case.base.states[-1]) or not any(values for values in case.base.states[-1]):
-        return case.find("shared-optimizer-state", False, "the optimizer remembers nothing")
+    if not any(case.base.states[-1]):
+        text = "the optimizer's state cannot be read" if case.remembers() else "the optimizer remembers nothing"
+        return case.find("shared-optimizer-state", None if case.remembers() else False, text)
     if not case.trials and case.lab.num_models > 1:
         return case.find("shared-optimizer-state", None, "the batch does not start from the models it is given")
     if not found:
         text = "it stays the same to the last digits when other models are changed"
         return case.find("shared-optimizer-state", False, text)
     gap, name, m, group = found
-    text = f"{name[1]} of {name[0]} of model {m} changes by {gap:.1e} when models {_list(group)} are changed, "
+    text = f"{name[1]} of {name[0]} of model {m} changes by {gap:.1e} when {_are(group)} changed, "
     text += "though its gradient stays the same"
     case.find("shared-optimizer-state", True, text, model=m, parameter=name[0], step=1, size=gap)
 
@@ -117,7 +118,7 @@ def leak(case: Case) -> None:
         run = case.lab.run(1.0, models=case.quiet, configs=configs)
         able |= any(case.moved(case.plain, run, m, 0)[0] for m in group)
         for m in set(range(case.lab.num_models)) - group:
-            found = max(found or (0.0,), (*case.moved(case.plain, run, m, 0), m, group, "twice as fast"))
+            found = max(found or (0.0,), (*case.moved(case.plain, run, m, 0), m, group, "made twice as fast"))
     if not able:  # where learning rates are not obeyed, other parameters make other updates, too
         for group, run, untouched in case.trials:
             able = True
@@ -128,7 +129,7 @@ def leak(case: Case) -> None:
     if not found or found[0] <= 1e-3 * case.tolerance:
         return case.find("leaking-update", False, "no model moves differently when others move differently")
     gap, name, m, group, how = found
-    text = f"{name} of model {m} takes another step, by {gap:.1e} of it, when models {_list(group)} are {how}"
+    text = f"{name} of model {m} takes another step, by {gap:.1e} of it, when {_are(group)} {how}"
     case.find("leaking-update", True, text, model=m, parameter=name, step=1, size=gap)
 
 
@@ -172,5 +173,5 @@ def _near(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-6 * max(abs(a), abs(b))
 
 
-def _list(group: set[int]) -> str:
-    return ", ".join(map(str, sorted(group)))
+def _are(group: set[int]) -> str:
+    return f"models {', '.join(map(str, sorted(group)))} are" if len(group) > 1 else f"model {min(group)} is"

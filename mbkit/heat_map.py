@@ -30,6 +30,7 @@ def heat_map(report: Any) -> Picture:
     rows = math.ceil(num_models / columns)
     picture = Picture(8.6, rows * min(6.0, 0.9 + 0.24 * num_parameters) + 0.3, dpi=100)
     panels = picture.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    low = -8 if report.tolerance > 1e-6 else -16  # where rounding begins, in float32 and in float64
     values = report.relative.nan_to_num(nan=math.inf).clamp(1e-17, 1e3).log10()
     rounding = report.relative <= report.allowed
     for m, axes in enumerate(panels.flat):
@@ -37,7 +38,7 @@ def heat_map(report: Any) -> Picture:
             axes.set_visible(False)
             continue
         image = axes.imshow(
-            values[:, m].T.numpy(), aspect="auto", cmap="OrRd", vmin=-16, vmax=0, interpolation="nearest"
+            values[:, m].T.numpy(), aspect="auto", cmap="OrRd", vmin=low, vmax=1, interpolation="nearest"
         )
         lost = (~rounding[:, m]).any(1).nonzero()
         since = f"differs from step {lost[0].item() + 1}" if len(lost) else "rounding"
@@ -47,7 +48,8 @@ def heat_map(report: Any) -> Picture:
         axes.set_xticks(range(0, steps, every), [str(step + 1) for step in range(0, steps, every)], fontsize=8)
         axes.spines[:].set_visible(False)
     picture.supxlabel("step", fontsize=9)
-    bar = picture.colorbar(image, ax=panels, ticks=range(-16, 1, 4), pad=0.01)
-    bar.ax.set_yticklabels(["10" + str(tick).translate(RAISED) for tick in range(-16, 1, 4)], fontsize=8)
+    ticks = range(low, 2, 3 if low == -8 else 4)
+    bar = picture.colorbar(image, ax=panels, ticks=ticks, pad=0.01, extend="both")
+    bar.ax.set_yticklabels(["10" + str(tick).translate(RAISED) for tick in ticks], fontsize=8)
     bar.set_label("difference / way come", fontsize=8)
     return picture

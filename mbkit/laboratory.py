@@ -228,7 +228,8 @@ def _read(reader: Callable[[int], Mapping[str, Tensor]], models: Sequence[Any]) 
 
 
 def _rates(made: Any, models: Sequence[Any]) -> list[float] | None:
-    return [made.learning_rate(m) for m in range(len(models))] if hasattr(made, "learning_rate") else None
+    rates = [made.learning_rate(m) for m in range(len(models))] if hasattr(made, "learning_rate") else [None]
+    return None if None in rates else rates
 
 
 def _flat(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -150,6 +150,14 @@ class Case:
     def _lone_optimizer(self, config: dict[str, Any]) -> torch.optim.Optimizer:
         return self.optimizer_cls([nn.Parameter(torch.zeros(1))], **config)
 
+    def remembers(self) -> bool:
+        """Whether a lone optimizer of this class keeps tensors from step to step."""
+        optimizer = self._lone_optimizer(self.lab.configs[0])
+        p = optimizer.param_groups[0]["params"][0]
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        return any(isinstance(value, Tensor) and value.dim() for value in optimizer.state[p].values())
+
     def law(self, m: int, config: dict[str, Any]) -> dict[str, Tensor]:
         """Return how far torch's own optimizer moves model m with the gradients that the batch had."""
         own = {name: nn.Parameter(value.clone()) for name, value in self.plain.start[m].items()}

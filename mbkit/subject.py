@@ -19,8 +19,8 @@ __all__ = ["BatchRecipe", "BatchSubject", "Recipe", "Subject"]
 class Subject(Protocol):
     """M models that somebody trains at once, seen from outside.
 
-    Three methods may be missing: `learning_rate(m)`, model m's present learning rate, without which schedules cannot
-    be judged; `load(m, values)`, which writes model m's parameters; and `walk(batches)`, which returns the batches
+    Three methods may be missing: `learning_rate(m)`, model m's present learning rate (or None), without which schedules
+    cannot be judged; `load(m, values)`, which writes model m's parameters; `walk(batches)`, which returns the batches
     in the order in which the batch really trains on them, where it has an order of its own.
     """
 
@@ -80,23 +80,29 @@ class BatchSubject:
         return {name: p.grad[m] for name, p in self.batch.stacked_params.items() if p.grad is not None}
 
     def optimizer_state(self, m: int) -> dict[str, dict[str, Tensor]]:
-        """Views of model m's slices, whichever of mbkit's optimizers it is."""
-        optimizer, stacked = self.optimizer, self.batch.stacked_params
+        """Views of model m's slices, whichever of mbkit's optimizers it is; of another one nothing can be read."""
+        optimizer, stacked, size = self.optimizer, self.batch.stacked_params, self.batch.num_models
         if hasattr(optimizer, "lone"):  # one lone optimizer a model, over views
             own = optimizer.lone[m]
             states = [own.state.get(view, {}) for view in own.param_groups[0]["params"]]
-        elif hasattr(optimizer, "copies"):  # faults.StaleGradientOptimizer
+        elif hasattr(optimizer, "copies") and hasattr(optimizer, "optimizer"):  # faults.StaleGradientOptimizer
             states = [optimizer.optimizer.state.get(copy, {}) for copy in optimizer.copies[m]]
         else:
             states = [
-                {key: value[m] for key, value in optimizer.state.get(p, {}).items() if isinstance(value, Tensor)}
-                for p in stacked.values()
+                {
+                    key: value[m]
+                    for key, value in own.items()
+                    if isinstance(value, Tensor) and value.shape[:1] == (size,)
+                }
+                for own in (getattr(optimizer, "state", {}).get(p, {}) for p in stacked.values())
             ]
         return dict(zip(stacked, states, strict=True))
 
-    def learning_rate(self, m: int) -> float:
-        """Model m's, as its first group has it."""
+    def learning_rate(self, m: int) -> float | None:
+        """Model m's, as its first group has it; None where the optimizer has no groups."""
         optimizer = self.optimizer
+        if not hasattr(optimizer, "param_groups"):
+            return None
         group = optimizer.groups_of(m)[0] if hasattr(optimizer, "groups_of") else optimizer.param_groups[m]
         return float(group["lr"])
 

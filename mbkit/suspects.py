@@ -88,16 +88,16 @@ def gradient(case: Case) -> None:
         reference, _ = case.alone(case.quiet[:1], case.training, k)
         alone, _ = case.fit(reference, one.gradients[0])
     mean = num > 1 and abs(case.factor * num - 1) < 0.01 and abs(alone - 1) < 0.01
-    text = f"gradients are {case.factor:.4g} times autograd's"
+    text = f"gradients have {case.factor:.4g} of autograd's length"
     if mean:
-        text += f", which is 1 / {num}; in a batch of one model they are {alone:.4g} times"
+        text += f", which is 1 / {num}; in a batch of one model they have {alone:.4g} of it"
     where = {"model": 0, "parameter": case.lab.names[0], "step": 1, "size": abs(case.factor - 1)}
     case.find("mean-loss", mean, text, **where)
     if not mean and abs(case.factor - 1) > case.tolerance:
         return case.find("wrong-gradient", True, text, **where)
     if not wrong:
-        return case.find("wrong-gradient", False, "at the same parameters it is autograd's, within "
-                          f"{case.worst:.0e} of its length")  # fmt: skip
+        text = f"within {case.worst:.0e} of its length" if case.worst else "to the last bit"
+        return case.find("wrong-gradient", False, f"at the same parameters it is autograd's, {text}")
     gap, m, name = max(wrong)
     text = f"at the same parameters the gradient of {name} of model {m} is off by {gap:.1e} of its length"
     case.find("wrong-gradient", True, text, model=m, parameter=name, step=1, size=gap)

@@ -284,6 +284,18 @@ def test_the_report_prints_displays_and_serializes():
     assert len(report.plot().axes) == M + 1
 
 
+def test_the_map_shows_which_model_is_off_and_by_how_much():
+    report = found(["leaking-update"], GRID[0], seed=1)
+    sink = report.findings["leaking-update"].model
+    panels = report.plot().axes[:M]
+    titles = [axes.get_title() for axes in panels]
+    assert [title.endswith("rounding") for title in titles] == [m != sink for m in range(M)]
+    for m, axes in enumerate(panels):
+        shown = axes.images[0].get_array()  # parameters x steps
+        assert shown.shape == (len(report.equivalence.parameters), 4)
+        assert 10 ** shown.max() == pytest.approx(report.equivalence.relative[:, m].max().item())
+
+
 def test_it_changes_neither_the_models_nor_the_random_state():
     arguments, keywords, recipe = case()
     before = [{name: value.clone() for name, value in model.state_dict().items()} for model in arguments[0]]
