@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .checks import did_you_mean
+from .circles import refuse_circles
 from .sameness import Names, same, same_class
 
 __all__ = ["Settings", "check_models", "check_paths"]
@@ -55,6 +56,7 @@ def check_models(models: Iterable[nn.Module]) -> tuple[list[nn.Module], Settings
             )
     if len({id(model) for model in models}) < len(models):
         raise ValueError("Expected M different models, got the same object twice: build each, or copy.deepcopy it.")
+    refuse_circles(models)
 
     first = models[0]
     modules, tensors = _modules(first), _tensors(first)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable
+from functools import partial
+from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +69,7 @@ def call_models(
     reasons: dict[str, str] = {}  # of the paths that are added in this call
     for path in _hooked(template) - slow:
         slow.add(path)
-        reasons[path] = "its backward hooks are to see each model's own gradients"
+        reasons[path] = "its hooks are to see each model's own tensors and gradients"
     while True:
         before = read_state(template)
         memory = Memory(batch, before)
@@ -99,10 +102,32 @@ def call_models(
 
 
 def _hooked(template: nn.Module) -> set[str]:
-    """Return the paths of the modules that have backward hooks, which vmap would pass over in silence."""
+    """Return the paths of the modules with backward hooks, which vmap passes over in silence, or hooks that keep."""
     if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
         return {""}
-    return {path for path, m in template.named_modules() if m._backward_hooks or m._backward_pre_hooks}
+    found = set()
+    for path, module in template.named_modules():
+        forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if module._backward_hooks or module._backward_pre_hooks or any(map(_keeps, forward)):
+            found.add(path)
+    return found
+
+
+def _keeps(hook: Any) -> bool:
+    """Say whether a forward hook has a list or dict at hand to keep tensors in; vmap's are nobody's afterwards."""
+    if isinstance(hook, partial):
+        return any(map(_holds, (*hook.args, *hook.keywords.values()))) or _keeps(hook.func)
+    owner, function = getattr(hook, "__self__", hook), getattr(hook, "__func__", hook)
+    held = [] if isinstance(owner, (nn.Module, FunctionType)) else list(getattr(owner, "__dict__", {}).values())
+    if isinstance(function, FunctionType):
+        held += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        held += [*(function.__defaults__ or ())]
+        held += [function.__globals__.get(name) for name in function.__code__.co_names]
+    return any(map(_holds, held))
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, (list, dict, set, deque))
 
 
 def _next_slower(error: Exception, slow: set[str]) -> str | None:

@@ -29,6 +29,12 @@ def stack_models(models: Sequence[nn.Module]) -> tuple[nn.Module, list[Tensor]]:
     buffers = {id(b) for b in models[0].buffers()}
     replaced: dict[int, Any] = {}  # deepcopy's memo: instead of copying model 0's tensor, take the stack
     attributes: list[Tensor] = []
+    for path in sources[0]:
+        for kind in ("_forward_hooks", "_forward_pre_hooks"):
+            for own in zip(*(getattr(modules[path], kind).values() for modules in sources), strict=True):
+                holder = getattr(own[0], "__self__", own[0])
+                if not isinstance(holder, nn.Module) and all(getattr(h, "__self__", h) is holder for h in own):
+                    replaced[id(holder)] = holder  # one object that watches all models goes on watching them
     for path, owner in models[0].named_modules():
         for kind in ("_parameters", "_buffers", "__dict__"):
             for name, tensor in getattr(owner, kind).items():
