@@ -32,6 +32,7 @@ from .curves import (
 from .heat_map import heat_map
 from .outcome import SWITCHES
 from .ratemap import RateMap
+from .scaling import scaling
 from .trainability import Trainability
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "heat_map",
     "learning_rates",
     "palette_png",
+    "scaling",
     "smooth",
     "story_figure",
     "trainability",

@@ -168,6 +168,7 @@ class LearningRateExplorer(Explorer):
         self.seed = ipw.IntSlider(0, 0, num_seeds - 1, description="show seed", style=WIDE)
         self.curves: plots.LearningRates | None = None
         self.loss, self.done = torch.empty(0, 0), 0  # [steps, M], and how many of the steps are made
+        self.seconds: list[float] = []  # a step of all models
         super().__init__([grid[:3], (self.optimizer, self.rate, self.seed)], 860, 320)
         for control in grid:
             control.observe(self._changed, "value")
@@ -213,10 +214,11 @@ class LearningRateExplorer(Explorer):
         factory = OptimizerFactory(getattr(torch.optim, optimizer), self._hyperparameters)
         updates = factory.create_optimizer(batch, lr=rates)
         self.curves = plots.LearningRates(rates, self.steps)
-        self.loss, self.done = torch.empty(self.steps, len(rates)), 0
+        self.loss, self.done, self.seconds = torch.empty(self.steps, len(rates)), 0, []
         walk = train_steps(batch, updates, self._batches, self._loss_fn, self.steps)  # a walk has at least one step
         for step in itertools.islice(walk, self.steps):
             self.loss[self.done] = step.losses
+            self.seconds.append(step.seconds)
             self.done += 1
             yield
 
@@ -231,7 +233,9 @@ class LearningRateExplorer(Explorer):
         lost = int(plots.diverged(loss, self.curves.window).sum())
         shown = f"{loss[-1, min(self.chosen, loss.shape[1] - 1)].item():.4g}"
         marked = {"rate": self.rate.label, "seed": self.seed.value, "loss": shown}
-        return {"step": self.done, "models": loss.shape[1], "diverged": lost, **marked}
+        usual = sorted(self.seconds)[len(self.seconds) // 2] / loss.shape[1]
+        cost = {"ms-a-model-and-step": f"{1e3 * usual:.3g}"}
+        return {"step": self.done, "models": loss.shape[1], "diverged": lost, **marked, **cost}
 
 
 def explore_learning_rates(
