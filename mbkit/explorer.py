@@ -17,7 +17,7 @@ from .plots import LearningRates, palette_png
 from .training import Step
 from .worker import Worker
 
-__all__ = ["GENERATOR", "OPTIMIZERS", "WIDE", "Explorer", "choice", "live_curves", "log_range", "spread"]
+__all__ = ["GENERATOR", "OPTIMIZERS", "WIDE", "Explorer", "choice", "live_curves", "log_range", "name_of", "spread"]
 
 _STYLE = "<style>.mbkit-outdated { opacity: 0.35; } .mbkit-status code { user-select: all; }</style>"
 WIDE = {"description_width": "7.5em"}
@@ -112,6 +112,12 @@ class Explorer(ipw.VBox):
         if self.image.value:
             bundle["image/png"] = base64.b64encode(self.png).decode()
         return bundle
+
+
+def name_of(build: Callable[..., Any]) -> str:
+    """Return what a function is called in a line of code; a lambda has no name that could be run."""
+    name = getattr(build, "__name__", "build")
+    return name if name.isidentifier() else "build"
 
 
 def choice(name: str, options: Sequence[str], value: str) -> ipw.Dropdown:

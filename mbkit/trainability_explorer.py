@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .explorer import GENERATOR, OPTIMIZERS, WIDE, Explorer, choice
+from .explorer import GENERATOR, OPTIMIZERS, WIDE, Explorer, choice, name_of
 from .ratemap import RateMap
 from .trainability import GROUPS, WINDOW, Range, RateGrid, Trainability, TwoLayers, spaced
 
@@ -163,7 +163,7 @@ def explore_trainability(
     """
     if (build is None) != (batches is None):
         raise ValueError("Expected both build and batches, or neither for the demo's: got one of them.")
-    called = "" if build is None else f"{getattr(build, '__name__', 'build')}, batches, "
+    called = "" if build is None else f"{name_of(build)}, batches, "
     named = {"size": size, "seed": seed, "optimizer": optimizer, "loss_fn": loss_fn, "groups": groups}
     built = {"build": TwoLayers if build is None else build, "batches": batches}
     return TrainabilityExplorer(first_rates, second_rates, steps, called, **named, **built, **hyperparameters)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import consistency, plots
 from .data import Batches, demo_points
-from .explorer import GENERATOR, OPTIMIZERS, WIDE, Explorer, choice, live_curves, log_range, spread
+from .explorer import GENERATOR, OPTIMIZERS, WIDE, Explorer, choice, live_curves, log_range, name_of, spread
 from .fault_explorer import FaultExplorer, explore_faults
 from .model_batch import ModelBatch
 from .models import MLP
@@ -274,7 +274,7 @@ def explore_learning_rates(
     """
     if (build is None) != (batches is None):
         raise ValueError("Expected both build and batches, or neither for the demo's: got one of them.")
-    called = "" if build is None else f"{getattr(build, '__name__', 'build')}, batches, "
+    called = "" if build is None else f"{name_of(build)}, batches, "
     if build is None:
         build, batches = _demo()
     settings = (rates, num_rates, num_seeds, optimizer, steps)

@@ -15,12 +15,22 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from mbkit import widgets
+
 pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
 FLAGS += " --disable-background-networking --disable-component-update"
+EXPLORERS = [name for name in widgets.__all__ if name.startswith("explore_")]
+LONG = {  # so that they still train when the next slider is moved
+    "explore_consistency": "epochs=60",
+    "explore_learning_rates": "num_rates=4, num_seeds=2, steps=100_000",
+    "explore_trainability": "size=16, steps=5_000",
+}
+# What training changes by itself; everything else in the status line changes by hand only.
+MOVING = "state generation drawn step loss diverged largest-difference verdict ms-a-model-and-step".split()
 KERNEL = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 
 
@@ -96,6 +106,11 @@ def open_and_run(page, address, name):
     page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
 
 
+ASKED = """moving => { const status = document.querySelector('.mbkit-status');
+    const marked = Object.values(status.attributes).filter(each => !moving.includes(each.name.replace('data-', '')));
+    return marked.map(each => each.name + '=' + each.value).join() + status.querySelector('code').textContent; }"""
+
+
 class Explorer:
     """An explorer on the page, as its reader sees it."""
 
@@ -122,8 +137,13 @@ class Explorer:
         self.page.wait_for_function("() => document.querySelector('img.widget-image').naturalWidth > 0")
         return self.image.get_attribute("src")
 
-    def drag(self, name, pixels, state="idle"):
-        box = self.handle(name).bounding_box()
+    def asked(self):
+        """What the status line says has been asked for: the line of code, and what is marked."""
+        return self.page.evaluate(ASKED, MOVING)
+
+    def drag(self, handle, pixels):
+        handle.scroll_into_view_if_needed()
+        box = handle.bounding_box()
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         self.page.mouse.move(x, y)
         self.page.mouse.down()
@@ -148,7 +168,7 @@ def test_lesson_1_answers_to_keyboard_and_mouse(lab, page):
     assert second != first
 
     before = int(explorer["generation"])
-    explorer.drag("seed", 60)
+    explorer.drag(explorer.handle("seed"), 60)
     third = explorer.settled(before)
     assert third not in (first, second)
 
@@ -160,16 +180,51 @@ def test_lesson_1_answers_to_keyboard_and_mouse(lab, page):
     assert explorer["verdict"] == "CONSISTENT"
 
 
-def test_a_grid_is_trained_anew_while_it_trains(lab, page):
+def open_explorer(lab, page, name):
+    """Open one that trains for long, in a notebook of its own; it is paused."""
     root, address = lab
     source = "import torch\ntorch.set_num_threads(1)\nfrom mbkit import widgets\n"
-    source += "explorer = widgets.explore_learning_rates(num_rates=4, num_seeds=2, steps=100_000)\n"
+    source += f"explorer = widgets.{name}({LONG.get(name, '')})\n"
     source += "explorer.pause.value = True  # or showing it would wait for the end\nexplorer"
     python = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata=python)
-    nbformat.write(notebook, root / "grid.ipynb")
-    open_and_run(page, address, "grid.ipynb")
-    explorer = Explorer(page)
+    nbformat.write(notebook, root / f"{name}.ipynb")
+    open_and_run(page, address, f"{name}.ipynb")
+    return Explorer(page)
+
+
+@pytest.mark.parametrize("name", EXPLORERS)
+def test_every_slider_answers_to_keyboard_and_mouse_while_it_trains(lab, page, name):
+    explorer = open_explorer(lab, page, name)
+    handles = page.locator(".noUi-handle")
+    assert handles.count() >= 2
+    explorer.page.wait_for_function("() => +document.querySelector('.mbkit-status')?.dataset.drawn > 0")
+    for index in range(handles.count()):
+        handle = handles.nth(index)
+        for hand in ("keyboard", "mouse"):
+            low, now, high = (float(handle.get_attribute(f"aria-value{end}")) for end in ("min", "now", "max"))
+            assert low < high
+            asked, picture = explorer.asked(), explorer.image.get_attribute("src")
+            up = now < (low + high) / 2
+            if hand == "keyboard":
+                handle.focus()
+                page.keyboard.press("ArrowRight" if up else "ArrowLeft")
+            else:
+                explorer.drag(handle, 20 if up else -20)
+            page.wait_for_function(f"([moving, before]) => ({ASKED})(moving) !== before", arg=[MOVING, asked])
+            page.wait_for_function(
+                """before => { const image = document.querySelector('img.widget-image');
+                return image.src !== before && !image.classList.contains('mbkit-outdated'); }""",
+                arg=picture,
+            )
+            assert explorer["state"] in ("running", "idle", "paused")
+    page.locator("button", has_text="Reset").click()
+    page.locator("button", has_text="Stop").click()
+    page.wait_for_function("() => ['stopped', 'idle'].includes(document.querySelector('.mbkit-status').dataset.state)")
+
+
+def test_a_grid_is_trained_anew_while_it_trains(lab, page):
+    explorer = open_explorer(lab, page, "explore_learning_rates")
     explorer.settled(state="paused")
     page.locator("button", has_text="Pause").click()
     explorer.settled(state="running")
@@ -182,7 +237,7 @@ def test_a_grid_is_trained_anew_while_it_trains(lab, page):
     assert explorer["models"] == "20"
 
     before = explorer["rate"]
-    explorer.drag("show rate", 40)
+    explorer.drag(explorer.handle("show rate"), 40)
     page.wait_for_function("rate => document.querySelector('.mbkit-status').dataset.rate !== rate", arg=before)
     assert explorer.image.get_attribute("src") != picture
 
