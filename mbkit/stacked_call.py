@@ -68,7 +68,10 @@ def call_losses(
     slow, undo = getattr(loss_fn, "__code__", loss_fn), batch.streams.remember()
     if slow not in batch._slow_losses:
         try:
-            return at_once(batch, one_model, tensors, in_dims)[0]
+            losses = at_once(batch, one_model, tensors, in_dims)[0]
+            if batch.model_by_model or batch._slow_losses:  # another may have come to some models only
+                watch([losses], batch.num_models)
+            return losses
         except NO_FAULT_OF_VMAP:
             raise
         except Exception as error:

@@ -126,7 +126,8 @@ def test_it_is_known_of_the_gradient_for_as_long_as_there_is_one():
     x = torch.tensor([[[1.0, 1, 1]], [[-1.0, -1, -1]]])
 
     def reached():
-        return [reached_models(p.grad, 2) for p in (batch.left.weight, batch.right.weight)]
+        found = [reached_models(p.grad, 2) for p in (batch.left.weight, batch.right.weight)]
+        return [None if models is None else models.tolist() for models in found]
 
     batch(x).sum().backward()
     assert reached() == [[True, False], [False, True]]
@@ -174,3 +175,46 @@ def test_one_batch_behind_another(slow):
         for name, stacked in batch.stacked_params.items():
             for m, model in enumerate(models):
                 close(stacked[m], model.get_parameter(name), 1e-12, f"{name} of model {m}")
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("way", ["parameters", "outputs", "another loss", "another loss, zero"])
+@pytest.mark.filterwarnings("ignore:.*model by model")
+def test_other_ways_to_a_parameter_count_too(way, passes):
+    """A loss that looks at its numbers uses one of two heads; something else uses both."""
+
+    def both(outputs, y):
+        return (0 if "zero" in way else 0.1) * sum(nn.functional.mse_loss(one, y) for one in outputs)
+
+    def extra(model, outputs, y):
+        if way == "parameters":
+            return 0.1 * sum(p.square().sum() for p in model.parameters())
+        if way == "outputs":
+            return 0.1 * sum(one.square().sum() for one in outputs)
+        return both(outputs, y)
+
+    torch.manual_seed(3)
+    models = [TwoHeads().double() for _ in range(M)]
+    batch = ModelBatch(models)
+    optimizer = OptimizerFactory(optim.Adam).create_optimizer(batch, lr=0.05, weight_decay=0.1)
+    alone = [optim.Adam(model.parameters(), lr=0.05, weight_decay=0.1) for model in models]
+    for step in range(STEPS):
+        x, y = data(step)
+        optimizer.zero_grad()
+        outputs = batch(x)
+        losses = batch.compute_loss(outputs, y, loss_fn)
+        more = batch.compute_loss(outputs, y, both) if "another" in way else extra(batch, outputs, y)
+        if passes == 1:
+            (losses + more).backward()
+        else:
+            losses.backward(retain_graph=True)
+            more.backward()
+        optimizer.step()
+        for model, one in zip(models, alone, strict=True):
+            one.zero_grad()
+            outputs = model(x)
+            (loss_fn(outputs, y) + extra(model, outputs, y)).backward()
+            one.step()
+    for name, stacked in batch.stacked_params.items():
+        for m, model in enumerate(models):
+            close(stacked[m], model.get_parameter(name), 1e-12, f"{name} of model {m}")

@@ -22,6 +22,10 @@ __all__ = ["RULES", "Streams", "draw_masks"]
 class Streams:
     """M random generators, the m-th in the state that `torch.manual_seed(seeds[m])` gives.
 
+    On a CPU the bits are those of a lone run, and tests compare them. On CUDA each model has a generator of the device
+    as well, whatever draws runs model by model with that generator in the default's place, and so the bits are expected
+    to be the lone ones too: same kernels, same seed, same offsets. That has not been run, for want of a GPU.
+
     Args:
         seeds: M integers.
 

@@ -29,10 +29,17 @@ def mark_rows(stack: Tensor) -> Tensor:
     return stack
 
 
-def reached_models(gradient: Tensor, num_models: int) -> list[bool] | None:
-    """Return for each model whether it has a gradient, or None where all have one."""
+def reached_models(gradient: Tensor, num_models: int) -> Tensor | None:
+    """Return which models have a gradient here, `[M]`, or None where all have one.
+
+    A row with a number in it has come from somewhere, if only by a way outside the batch's calls: a penalty on the
+    parameters, say, or another pass.
+    """
     bits = getattr(gradient, _REACHED, None)
-    return None if bits is None else [bool(bits >> m & 1) for m in range(num_models)]
+    if bits is None:
+        return None
+    known = torch.tensor([bool(bits >> m & 1) for m in range(num_models)], device=gradient.device)
+    return known | (gradient != 0).reshape(num_models, -1).any(1)
 
 
 def watch(outputs: Iterable[Any], num_models: int) -> None:

@@ -99,8 +99,8 @@ class StackedOptimizer(BatchOptimizer):
             reached = reached_models(param.grad, self.num_models)
             if reached is None and stopped is None:
                 continue
-            active = torch.tensor(reached or [True] * self.num_models, device=param.device)
-            active = active if stopped is None else active & ~stopped.to(param.device)
+            active = None if stopped is None else ~stopped.to(param.device)
+            active = active if reached is None else reached if active is None else active & reached
             found += [(tensor, tensor.clone(), active) for tensor in (param, *state.values())]
         return found
 

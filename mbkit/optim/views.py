@@ -47,8 +47,8 @@ class ViewsOptimizer(BatchOptimizer):
         self._follow(params)
         stopped = self._stopped()
         stopped = [False] * self.num_models if stopped is None else stopped.tolist()
-        everyone = [True] * self.num_models
-        reached = [None if p.grad is None else reached_models(p.grad, self.num_models) or everyone for p in params]
+        reached = [None if p.grad is None else reached_models(p.grad, self.num_models) for p in params]
+        reached = [None if models is None else models.tolist() for models in reached]
         for m, lone in enumerate(self.lone):
             if stopped[m]:
                 continue
@@ -57,7 +57,7 @@ class ViewsOptimizer(BatchOptimizer):
                 own.update(numbers_of(group))
             try:
                 for view, param, has in zip(views, params, reached, strict=True):
-                    view.grad = param.grad[m] if has and has[m] else None
+                    view.grad = None if param.grad is None or (has and not has[m]) else param.grad[m]
                 lone.step()
             finally:
                 for view in views:
