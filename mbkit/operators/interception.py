@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from . import convolution, embedding, randomness, reads, recurrent
+from . import convolution, embedding, linear, losses, randomness, reads, recurrent
 from .autocast import call_cast
 from .locate import BatchingError
 from .model_by_model import edits_in_place, model_by_model
@@ -23,7 +23,8 @@ from .settings import PerModel
 __all__ = ["Interception"]
 
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-RULES = convolution.RULES | randomness.RULES | recurrent.RULES | embedding.RULES | reads.RULES
+RULES = linear.RULES | losses.RULES | convolution.RULES | randomness.RULES
+RULES |= recurrent.RULES | embedding.RULES | reads.RULES
 
 
 @cache

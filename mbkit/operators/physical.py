@@ -6,31 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from .locate import BatchingError
 from .reach import mark_rows
 
 __all__ = ["on_stacks", "stack_alike"]
-
-
-class _OnStacks(torch.autograd.Function):
-    """Hands the stacked tensors to a function; autograd, which runs outside vmap, records what it does with them."""
-
-    @staticmethod
-    def forward(function, index, *tensors):
-        raise BatchingError("mbkit met an operator inside a transform of the model's own (torch.func.grad, vmap, …)")
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        """Nothing to keep: there is no backward, because autograd stays outside vmap."""
-
-    @staticmethod
-    def vmap(info, in_dims, function, index, *tensors):
-        if in_dims[1] is None:  # an inner vmap, called by the model itself, whose M is not ours
-            raise BatchingError("an operator with a rule of its own was called inside the model's own torch.vmap")
-        stacks = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, in_dims[2:], strict=True)]
-        outputs = function(stacks, [d is not None for d in in_dims[2:]])
-        return outputs, tuple(0 for _ in outputs)
 
 
 def on_stacks(
@@ -44,7 +26,15 @@ def on_stacks(
         index: the model's number, `torch.arange(M)` under vmap. It makes vmap look even where no tensor is stacked.
         tensors: as the model sees them.
     """
-    return _OnStacks.apply(function, index, *tensors)
+    level = functorch.maybe_get_level(index)
+    if functorch.maybe_current_level() != level:
+        raise BatchingError("mbkit met an operator inside a transform of the model's own (torch.func.grad, vmap, …)")
+    dims = [functorch.maybe_get_bdim(t) if functorch.is_batchedtensor(t) else None for t in tensors]
+    stacks = [t if d is None else functorch.get_unwrapped(t) for t, d in zip(tensors, dims, strict=True)]
+    stacks = [t if not d else t.movedim(d, 0) for t, d in zip(stacks, dims, strict=True)]
+    with temporarily_pop_interpreter_stack():  # below vmap, where random numbers may be drawn
+        outputs = function(stacks, [d is not None for d in dims])
+    return tuple(functorch._add_batch_dim(t, 0, level) for t in outputs)
 
 
 def stack_alike(tensors: Sequence[Tensor]) -> Tensor:

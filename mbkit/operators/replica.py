@@ -28,6 +28,7 @@ _PLAIN = (int, float, bool, str, type(None))
 
 
 OUTPUT = ("", "output", "output")
+_NEW = object()
 
 
 class Own:
@@ -49,19 +50,41 @@ class Fresh(int):
 
 def own_attributes(module: nn.Module) -> list[str]:
     """Return the plain attributes that a call might change; torch's own layers have none unless they are hooked."""
-    if type(module).__module__.startswith("torch.nn.") and not any(getattr(module, hooks) for hooks in _HOOKS):
+    mine = vars(module)
+    if type(module).__module__.startswith("torch.nn.") and not any([mine[hooks] for hooks in _HOOKS]):
         return []
-    return [name for name in vars(module) if name not in _OF_TORCH]
+    return [name for name in mine if name not in _OF_TORCH]
 
 
 def read_state(model: nn.Module) -> State:
     """Return everything that a call of the model can change."""
     state: State = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
+        mine = vars(module)
         for store in ("_parameters", "_buffers"):
-            state |= {(path, store, name): value for name, value in getattr(module, store).items()}
-        state |= {(path, "__dict__", name): vars(module)[name] for name in own_attributes(module)}
+            for name, value in mine[store].items():
+                state[path, store, name] = value
+        for name in own_attributes(module):
+            state[path, "__dict__", name] = mine[name]
     return state
+
+
+def named_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return what `root.named_modules()` yields, several times as fast: a call of the batch needs it three times."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+
+    def visit(path: str, module: nn.Module) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found.append((path, module))
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(f"{path}.{name}" if path else name, child)
+
+    visit("", root)
+    return found
 
 
 def write_state(model: nn.Module, before: State, after: State) -> None:
@@ -93,7 +116,7 @@ def replica(root: nn.Module, own: dict[int, Tensor], m: int | None = None, *, al
         m: the model's number; None for what stands for all of them under vmap.
         alone: the replica is to live on its own, so it gets no note of where it came from.
     """
-    modules = dict(root.named_modules())
+    modules = dict(named_modules(root))
     twins = {id(module): object.__new__(type(module)) for module in modules.values()}
 
     def follow(leaf: Any) -> Any:
@@ -118,7 +141,7 @@ def replica(root: nn.Module, own: dict[int, Tensor], m: int | None = None, *, al
         if m is not None:
             mine |= {name: value.values[m] for name, value in mine.items() if isinstance(value, PerModel)}
         for hooks in _HOOKS:
-            if any(map(_is_method, mine[hooks].values())):
+            if mine[hooks] and any(map(_is_method, mine[hooks].values())):
                 mine[hooks] = tree_map(follow, mine[hooks])
     return twins[id(root)]
 
@@ -127,10 +150,19 @@ def _is_method(value: Any) -> bool:
     return isinstance(value, types.MethodType)
 
 
-def flattened(twin: nn.Module) -> dict[tuple[str, str, str], tuple[list, Any, list]]:
-    """Return a replica's state, each value as its leaves, its structure, and what objects of the user's hold."""
-    flat = {key: tree_flatten(value) for key, value in read_state(twin).items()}
-    return {key: (leaves, spec, _inside(leaves)) for key, (leaves, spec) in flat.items()}
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, Tensor) or type(value) in _PLAIN
+
+
+def flattened(twin: nn.Module) -> dict[tuple[str, str, str], Any]:
+    """Return a replica's state: a tensor or number as it is, else its leaves, structure, and what objects in it hold."""
+    flat: dict[tuple[str, str, str], Any] = {}
+    for key, value in read_state(twin).items():
+        if not _is_leaf(value):
+            leaves, spec = tree_flatten(value)
+            value = (leaves, spec, _inside(leaves))
+        flat[key] = value
+    return flat
 
 
 def _inside(leaves: list) -> list:
@@ -155,8 +187,13 @@ def outcome(twin: nn.Module, given: dict, before: State, edited: set[int], outpu
     """
     after = read_state(twin)
     for key, value in after.items():
+        was = given.get(key, _NEW)
+        if value is was and _is_leaf(value):
+            if id(value) not in edited:
+                after[key] = before[key]
+            continue
         leaves, spec = tree_flatten(value)
-        leaves_given, spec_given, inside = given.get(key, ((), None, []))
+        leaves_given, spec_given, inside = was if type(was) is tuple else ((was,), None, [])
         now = _inside(leaves)
         changed = [v for v in now if not any(v is w for w in inside)]
         if len(now) != len(inside) or (changed if m is not None else any(isinstance(v, Tensor) for v in changed)):
@@ -212,10 +249,11 @@ def merge(
 
     for key in dict.fromkeys(key for record in records for key in record):
         values = [record.get(key) for record in records]
-        flat = [tree_flatten(value) for value in values]
-        if key in before and all(value is before[key] for value in values):
+        if key in before and all([value is before[key] for value in values]):
             merged[key] = before[key]
-        elif all(spec == flat[0][1] for _, spec in flat):
+            continue
+        flat = [tree_flatten(value) for value in values]
+        if all(spec == flat[0][1] for _, spec in flat):
             columns = zip(*(leaves for leaves, _ in flat), strict=True)
             merged[key] = tree_unflatten([settle(key, column) for column in columns], flat[0][1])
         else:
@@ -231,6 +269,9 @@ def fill(merged: State, tensors: Sequence[Tensor]) -> tuple[Any, State, list[Ten
     """
     filled, plain = {}, []
     for key, value in merged.items():
+        if isinstance(value, Tensor):
+            filled[key] = value
+            continue
         places = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Fresh)]
         if places:
             value = tree_map(lambda leaf: tensors[leaf] if isinstance(leaf, Fresh) else leaf, value)
