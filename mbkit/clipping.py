@@ -7,7 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["clip_by_norm_"]
+from .checks import per_model
+
+__all__ = ["clip_by_norm_", "norm_limits"]
+
+
+def norm_limits(max_norm: float | Sequence[float], num_models: int) -> list[float]:
+    """Return M largest norms from one number or M.
+
+    Raises:
+        ValueError: another number of norms than models, or one that is not positive.
+    """
+    limits = per_model(list(max_norm) if isinstance(max_norm, tuple) else max_norm, num_models, "norms")
+    if not all(limit > 0 for limit in limits):
+        raise ValueError(f"Expected positive norms, got {max_norm}: choose a larger max_norm.")
+    return limits
 
 
 def clip_by_norm_(grads: Sequence[Tensor], limits: Sequence[float], norm_type: float) -> Tensor:

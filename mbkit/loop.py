@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 __all__ = [
     "Pairs",
+    "arguments",
     "call",
     "check_run",
     "check_schedule",
@@ -134,11 +135,17 @@ def walk(batches: Pairs, epoch: int, device: torch.device) -> Iterator[tuple[Any
 
 def call(model: Any, inputs: Any) -> Any:
     """Return model(inputs), with a tuple or list spread over its arguments and a dict over their names."""
+    args, kwargs = arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def arguments(inputs: Any) -> tuple[tuple, dict]:
+    """Return the arguments that `call` gives a model."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
+        return (), dict(inputs)
     if type(inputs) in (tuple, list):  # a PackedSequence is a tuple too, and one input
-        return model(*inputs)
-    return model(inputs)
+        return tuple(inputs), {}
+    return (inputs,), {}
 
 
 def first_tensor(tree: Any) -> Tensor | None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .checks import check_seeds, per_model
-from .clipping import clip_by_norm_
+from .checks import check_seeds
+from .clipping import clip_by_norm_, norm_limits
 from .compatibility import check_models, check_paths
 from .freezing import CanFreeze, held
 from .model_call import call_models
@@ -223,9 +223,7 @@ class ModelBatch(CanFreeze, nn.Module):
             >>> tuple(batch.clip_grad_norm_(1.0).shape)
             (3,)
         """
-        limits = per_model(list(max_norm) if isinstance(max_norm, tuple) else max_norm, self.num_models, "norms")
-        if not all(limit > 0 for limit in limits):
-            raise ValueError(f"Expected positive norms, got {max_norm}: choose a larger max_norm.")
+        limits = norm_limits(max_norm, self.num_models)
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         return clip_by_norm_(grads, limits, norm_type) if grads else torch.zeros(self.num_models)
 

@@ -39,7 +39,7 @@ from .operators import (
 if TYPE_CHECKING:
     from .model_batch import ModelBatch
 
-__all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "call_models"]
+__all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models"]
 
 # Errors that can be raised again under the same name with a longer text.
 PLAIN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
@@ -74,7 +74,7 @@ def call_models(
         before = read_state(template)
         memory = Memory(batch, before)
         try:
-            output, after, kept = _attempt(batch, template, before, attributes, inputs, kwargs, shared)
+            output, after, kept = attempt(batch, template, before, attributes, inputs, kwargs, shared)
             write_state(template, before, after)
             break
         except LayoutMatters as error:
@@ -146,7 +146,7 @@ def _named(error: Exception, num_models: int) -> Exception:
     return type(error)(f"{where}: {error}") if type(error) in PLAIN_ERRORS and running else error
 
 
-def _attempt(
+def attempt(
     batch: ModelBatch,
     template: nn.Module,
     before: State,

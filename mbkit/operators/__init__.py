@@ -12,7 +12,19 @@ from .interception import Interception
 from .locate import BatchingError, module_path, running_modules
 from .randomness import Streams
 from .reach import mark_rows, reached_models, watch
-from .replica import Own, State, fill, flattened, merge, mix, outcome, read_state, replica, write_state
+from .replica import (
+    Own,
+    State,
+    fill,
+    flattened,
+    merge,
+    mix,
+    named_modules,
+    outcome,
+    read_state,
+    replica,
+    write_state,
+)
 from .settings import PerModel
 
 __all__ = [
@@ -32,6 +44,7 @@ __all__ = [
     "merge",
     "mix",
     "module_path",
+    "named_modules",
     "outcome",
     "reached_models",
     "read_state",

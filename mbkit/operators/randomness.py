@@ -16,7 +16,7 @@ from .settings import PerModel
 if TYPE_CHECKING:
     from .interception import Interception
 
-__all__ = ["RULES", "Streams", "draw_masks"]
+__all__ = ["RULES", "Streams"]
 
 
 class Streams:
@@ -69,6 +69,27 @@ class Streams:
         """Whether a call may have drawn from the streams."""
         return bool(self._generators)
 
+    def dropout_masks(self, like: Tensor, rates: Sequence[float]) -> Tensor:
+        """Draw `[M, ...]`, a mask a model as torch draws it on a CPU: 0, or 1 / (1 - rate) where a number is kept.
+
+        Args:
+            like: one model's activation, whose memory order decides which number meets which bit.
+            rates: M dropout rates.
+        """
+        if like.is_contiguous():
+            noise = like.new_empty((len(rates), *like.shape))
+        else:
+            strides = (like.numel(), *like.stride())
+            noise = torch.empty_strided((len(rates), *like.shape), strides, dtype=like.dtype, device=like.device)
+        for mask, rate, generator in zip(noise, rates, self.on(like.device), strict=True):
+            if rate == 0:
+                mask.fill_(1)  # torch draws nothing here, and nothing for a rate of 1
+            elif rate == 1:
+                mask.zero_()
+            else:
+                mask.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+        return noise
+
     def remember(self) -> Callable[..., None]:
         """Return a function that puts the streams back where they are now: all, or those of the models it gets."""
         states = {device: [g.get_state() for g in generators] for device, generators in self._generators.items()}
@@ -108,34 +129,6 @@ class Streams:
         self.load_state(saved["state"])
 
 
-def draw_masks(mode: Interception, one: Tensor, rates: Sequence[float]) -> Tensor:
-    """Draw one dropout mask a model, as torch does on a CPU: over the memory order of the activation, divided by 1 - p.
-
-    Args:
-        mode: supplies the streams.
-        one: one model's activation.
-        rates: the M probabilities p.
-
-    Returns:
-        The masks `[M, ...]`.
-    """
-    like = torch.empty_like(one)  # takes the strides that the mask has alone
-    if like.is_contiguous():
-        noise = like.new_empty((mode.num_models, *like.shape))
-    else:
-        noise = torch.empty_strided(
-            (mode.num_models, *like.shape), (like.numel(), *like.stride()), dtype=like.dtype, device=like.device
-        )
-    for mask, rate, generator in zip(noise, rates, mode.streams.on(one.device), strict=True):
-        if rate == 0:
-            mask.fill_(1)  # torch draws nothing here, and nothing for a rate of 1
-        elif rate == 1:
-            mask.zero_()
-        else:
-            mask.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
-    return noise
-
-
 def _dropout(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
     """`torch.dropout` with one mask a model.
 
@@ -152,7 +145,7 @@ def _dropout(mode: Interception, function: Any, args: tuple, kwargs: dict) -> An
     def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
         (x,) = stacks
         check_order(mode, stacks, stacked)
-        return (x * draw_masks(mode, x[0] if stacked[0] else x, rates),)
+        return (x * mode.streams.dropout_masks(torch.empty_like(x[0] if stacked[0] else x), rates),)
 
     return on_stacks(run, mode.index, [x])[0]
 

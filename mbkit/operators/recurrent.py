@@ -30,7 +30,6 @@ from torch import Tensor
 
 from .model_by_model import model_by_model
 from .physical import on_stacks
-from .randomness import draw_masks
 from .settings import PerModel
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ def _batched(cell: Callable, mode: Interception, function: Any, args: tuple, kwa
             x = results[0][0] if directions == 1 else torch.cat([out for out, _ in results], -1)
             ends += [end for _, end in results]
             if train and any(rates) and layer < layers - 1:
-                x = x * draw_masks(mode, x[0], rates)
+                x = x * mode.streams.dropout_masks(torch.empty_like(x[0]), rates)
         return (x.transpose(1, 2) if batch_first else x, *(torch.stack(end, 1) for end in zip(*ends, strict=True)))
 
     return on_stacks(run, mode.index, [x, *initial, *weights])

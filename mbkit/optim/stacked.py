@@ -65,26 +65,28 @@ class StackedOptimizer(BatchOptimizer):
 
     def _update(self) -> None:
         stopped = self._stopped()
+        for params, columns in self.alike([param for param in self._params() if param.grad is not None]):
+            grads = [_gradient(param) for param in params]
+            states = [self._prepare(param, columns) for param in params]
+            before = self._copies(params, states, stopped)
+            if params[0].is_complex():  # to torch.optim a complex number is a pair of real ones
+                states = [{name: _real(value) for name, value in state.items()} for state in states]
+            params, grads = [_real(param) for param in params], [_real(grad) for grad in grads]
+            self._rule.update(params, grads, states, columns.at(params))
+            for tensor, copy, active in before:
+                tensor.copy_(rows_where(active, tensor, copy))
+
+    def alike(self, params: Sequence[nn.Parameter]) -> list[tuple[list[nn.Parameter], Columns]]:
+        """Divide parameters into those of one group, device and dtype, each lot with its columns, brought up to date."""
+        wanted, lots = set(map(id, params)), []
         for columns in self._columns:
             columns.refresh()
             kinds: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
             for param in columns.groups[0]["params"]:
-                if param.grad is not None:
+                if id(param) in wanted:
                     kinds.setdefault((param.device, param.dtype), []).append(param)
-            for params in kinds.values():
-                self._update_alike(params, columns, stopped)
-
-    def _update_alike(self, params: list[nn.Parameter], columns: Columns, stopped: Tensor | None) -> None:
-        """Update parameters of one device, dtype and group."""
-        grads = [_gradient(param) for param in params]
-        states = [self._prepare(param, columns) for param in params]
-        before = self._copies(params, states, stopped)
-        if params[0].is_complex():  # to torch.optim a complex number is a pair of real ones
-            states = [{name: _real(value) for name, value in state.items()} for state in states]
-        params, grads = [_real(param) for param in params], [_real(grad) for grad in grads]
-        self._rule.update(params, grads, states, columns.at(params))
-        for tensor, copy, active in before:
-            tensor.copy_(rows_where(active, tensor, copy))
+            lots += [(members, columns) for members in kinds.values()]
+        return lots
 
     def _copies(
         self, params: list[nn.Parameter], states: list[dict[str, Tensor]], stopped: Tensor | None
