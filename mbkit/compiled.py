@@ -12,7 +12,7 @@ every step: a global number that the user changes meanwhile, say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +33,8 @@ from .stacked_call import call_losses
 __all__ = ["CannotCompile", "CompiledStep"]
 
 _HOOKS = "_forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks".split()
+# Without the threshold each of a million weights would work out its model's bias correction anew, in double precision.
+_OPTIONS = {"realize_opcount_threshold": 3}
 _OF_TORCH = set(vars(nn.Module())) - {"training"}
 
 
@@ -71,7 +73,8 @@ class CompiledStep:
         """
         _check(self.batch, self.optimizer)
         self.batch.zero_grad()
-        self.optimizer._columns.refresh()
+        for columns in self.optimizer._columns:
+            columns.refresh()
         leaves, spec = tree_flatten((x, y))
         kept = tensors_in(read_state(self.batch._template))
         key = self._key(leaves, spec, kept)
@@ -88,8 +91,8 @@ class CompiledStep:
         tensors = [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in kept]
         modules = [_settings(module) for _, module in named_modules(self.batch._template)]
         modes = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype())
-        columns = self.optimizer._columns
-        return spec, repr((shapes, tensors, modules, modes, [columns.on(name) for name in columns.names]))
+        flags = [columns.on(name) for columns in self.optimizer._columns for name in columns.names]
+        return repr((spec, shapes, tensors, modules, modes, flags))
 
 
 def _settings(module: nn.Module) -> list[Any]:
@@ -100,6 +103,10 @@ def _settings(module: nn.Module) -> list[Any]:
 def _check(batch: Any, optimizer: Any) -> None:
     if type(optimizer) is not StackedOptimizer:
         raise CannotCompile(f"{getattr(optimizer, 'optimizer_cls', type(optimizer)).__name__} has no stacked rule")
+    if batch._frozen is not None:
+        raise CannotCompile("a model is frozen")
+    if any(p.is_complex() for p in batch.parameters()):
+        raise CannotCompile("a parameter is complex")
     if batch.model_by_model:
         raise CannotCompile(f"{sorted(batch.model_by_model)} run model by model")
     for path, module in named_modules(batch._template):
@@ -147,14 +154,16 @@ class _Program:
 
     def __init__(self, step: CompiledStep, leaves: list, spec: Any) -> None:
         self._step, self._leaves, self._spec = step, leaves, spec
-        self._template, self._optimizer = step.batch._template, step.optimizer
+        self._optimizer, self._template = step.optimizer, step.batch._template
         self._kept = tensors_in(read_state(self._template))
         self._reached: list[int] | None = None  # the kept tensors that the loss depends on and that are trained
         self._masks: list[tuple[dict[str, Any], tuple[float, ...]]] = []
-        self._trace(leaves)  # learns what is drawn and what is reached
-        graph = self._trace(leaves)
-        mode = "reduce-overhead" if self._kept[0].is_cuda else None
-        self._run = torch.compile(graph.forward, fullgraph=True, dynamic=False, mode=mode)
+        blank = _Draws(iter(()))
+        with torch.no_grad():
+            self._trace(self._arguments(self._kept, leaves, blank))  # learns what is drawn and what is reached
+            operands = self._arguments(self._kept, leaves, blank)
+            options = _OPTIONS | {"triton.cudagraphs": self._kept[0].is_cuda}
+            self._run = torch._inductor.compile(self._trace(operands), operands, options=options)
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def __call__(self, kept: list[Tensor], leaves: list) -> tuple[Tensor, Any]:
@@ -163,21 +172,20 @@ class _Program:
         return losses, tree_unflatten(outputs, self._output_spec)
 
     def _arguments(self, kept: list[Tensor], leaves: list, streams: Any) -> list[Tensor]:
-        """Return the graph's arguments: states, columns, kept tensors, inputs, masks."""
-        params = [kept[i] for i in self._reached or ()]
-        states = [tensor for p in params for tensor in self._optimizer._prepare(p).values()]
-        columns = list(self._optimizer._columns.at(params)._columns.values()) if params else []
+        """Return the graph's arguments: for each lot of parameters its states and columns; then the rest."""
+        lots = []
+        for params, columns in self._optimizer.alike([kept[i] for i in self._reached or ()]):
+            states = [self._optimizer._prepare(p, columns) for p in params]
+            lots += [tensor for each in (*states, columns.at(params).columns) for tensor in each.values()]
         masks = [streams.dropout_masks(torch.empty_strided(**form), rates) for form, rates in self._masks]
-        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        return [t.detach() for t in (*states, *columns, *kept, *inputs, *masks)]
+        return [*lots, *kept, *(leaf for leaf in leaves if isinstance(leaf, Tensor)), *masks]
 
-    def _trace(self, leaves: list) -> torch.fx.GraphModule:
-        arguments = self._arguments(self._kept, leaves, _Draws(iter(())))
+    def _trace(self, operands: list[Tensor]) -> torch.fx.GraphModule:
         try:
-            graph = make_fx(self._step_of, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+            graph = make_fx(self._step_of, tracing_mode="fake", _allow_non_fake_inputs=True)(*operands)
         except LayoutMatters:
             self._step.batch.__dict__["folding"] = False
-            return self._trace(leaves)
+            return self._trace(operands)
         graph.graph.set_codegen(torch.fx.graph.CodeGen())  # flat arguments and results, which torch.compile can enter
         graph.recompile()
         return graph
@@ -185,11 +193,12 @@ class _Program:
     def _step_of(self, *tensors: Tensor) -> list[Tensor]:
         """Make the step on stand-ins for its tensors; the operators are recorded."""
         step, remaining = self._step, iter(tensors)
-        batch, optimizer = step.batch, self._optimizer
-        params = [self._kept[i] for i in self._reached or ()]
-        states = [dict(zip(s, remaining)) for s in map(optimizer._prepare, params)]  # noqa: B905
-        real = optimizer._columns.at(params) if params else None
-        columns = dict(zip(real._columns, remaining)) if real else {}  # noqa: B905
+        batch, optimizer, rule = step.batch, step.optimizer, step.optimizer._rule
+        lots = []
+        for params, columns in optimizer.alike([self._kept[i] for i in self._reached or ()]):
+            states = [_fill(optimizer._prepare(p, columns), remaining) for p in params]
+            h = columns.at(params)
+            lots.append((params, states, _fill(h.columns, remaining), h.flags))
         kept = list(islice(remaining, len(self._kept)))
         draws = _Draws(remaining)
         mine = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
@@ -214,12 +223,18 @@ class _Program:
         reached = {i: grad for i, grad in zip(trained, grads, strict=True) if grad is not None}
         if step.max_norm is not None:
             clip_by_norm_(list(reached.values()), norm_limits(step.max_norm, batch.num_models), 2.0)
-        if real:
-            rates = Hyperparameters(columns, real._on, [kept[i] for i in reached])
-            optimizer._rule.update([kept[i] for i in reached], list(reached.values()), states, rates)
+        place = {id(self._kept[i]): i for i in reached}
+        for params, states, columns, flags in lots:
+            places = [place[id(p)] for p in params]
+            mine = [kept[i] for i in places]
+            rule.update(mine, [reached[i] for i in places], states, Hyperparameters(columns, flags, mine))
         self._reached, self._masks = list(reached), [(_form(t), rates) for t, rates in draws.wanted]
         flat, self._output_spec = tree_flatten(outputs)
         return [losses.detach(), *(t.detach() for t in flat)]
+
+
+def _fill(names: Mapping[str, Tensor], tensors: Iterator[Tensor]) -> dict[str, Tensor]:
+    return {name: next(tensors) for name in names}
 
 
 def _form(tensor: Tensor) -> dict[str, Any]:

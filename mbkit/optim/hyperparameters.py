@@ -127,17 +127,17 @@ class Hyperparameters:
 
     Args:
         columns: tensors `[M]` by name, in float64 as torch.optim's own Python numbers are.
-        on: by name, True or False where all models agree on whether it is nonzero, else None.
+        flags: by name, True or False where all models agree on whether it is nonzero, else None.
         params: P real tensors `[M, ...]` of one dtype.
     """
 
-    def __init__(self, columns: dict[str, Tensor], on: dict[str, bool | None], params: list[Tensor]) -> None:
-        self._columns, self._on, self._params = columns, on, params
+    def __init__(self, columns: dict[str, Tensor], flags: dict[str, bool | None], params: list[Tensor]) -> None:
+        self.columns, self.flags, self._params = columns, flags, params
         # torch rounds a Python number to float32 even where the parameters are shorter.
         self._dtype = torch.promote_types(params[0].dtype, torch.float32)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._columns[name]
+        return self.columns[name]
 
     def on(self, name: str, default: bool = False) -> bool | Tensor:
         """Return whether `name` is nonzero: one bool where all models agree (no work at all), else a tensor `[M]`.
@@ -146,8 +146,8 @@ class Hyperparameters:
             name: a hyperparameter.
             default: the answer where this torch version has no such hyperparameter.
         """
-        agreed = self._on.get(name, default)
-        return self._columns[name] != 0 if agreed is None else agreed
+        agreed = self.flags.get(name, default)
+        return self.columns[name] != 0 if agreed is None else agreed
 
     def spread(self, column: bool | Tensor) -> list[Any]:
         """Return the column for each of the P parameters, rounded once to their dtype.
