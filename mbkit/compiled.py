@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .clipping import clip_by_norm_, norm_limits
 from .loop import arguments
 from .model_call import attempt
-from .operators import LayoutMatters, PerModel, named_modules, read_state, replica, tensors_in
+from .operators import LayoutMatters, named_modules, read_state, replica, tensors_in
 from .optim.hyperparameters import Hyperparameters
 from .optim.stacked import StackedOptimizer
 from .stacked_call import call_losses
@@ -110,7 +110,7 @@ def _check(batch: Any, optimizer: Any) -> None:
     if batch.model_by_model:
         raise CannotCompile(f"{sorted(batch.model_by_model)} run model by model")
     for path, module in named_modules(batch._template):
-        if any([vars(module)[hooks] for hooks in _HOOKS]):
+        if any(vars(module)[hooks] for hooks in _HOOKS):
             raise CannotCompile(f"'{path}' ({type(module).__name__}) has hooks")
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise CannotCompile("the optimizer has hooks")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .model_call import NO_FAULT_OF_VMAP, PLAIN_ERRORS, at_once
 from .operators import mark_rows, watch
@@ -16,7 +16,7 @@ from .operators import mark_rows, watch
 if TYPE_CHECKING:
     from .model_batch import ModelBatch
 
-__all__ = ["call_losses"]
+__all__ = ["call_losses", "loss_code", "targets_of_models"]
 
 
 def call_losses(
@@ -65,7 +65,7 @@ def call_losses(
             )
         return (loss.reshape(()),)
 
-    slow, undo = getattr(loss_fn, "__code__", loss_fn), batch.streams.remember()
+    slow, undo = loss_code(loss_fn), batch.streams.remember()
     if slow not in batch._slow_losses:
         try:
             losses = at_once(batch, one_model, tensors, in_dims)[0]
@@ -94,6 +94,39 @@ def call_losses(
     stacked = mark_rows(torch.stack(losses))
     watch([stacked], batch.num_models)
     return stacked
+
+
+def loss_code(loss_fn: Callable) -> Any:
+    """Return what tells a loss function from others: its code, which a lambda in a loop keeps."""
+    return getattr(loss_fn, "__code__", loss_fn)
+
+
+def targets_of_models(
+    targets: Any, outputs: Any, num_models: int, start: int, stop: int, shared: bool | None
+) -> tuple[Any, bool]:
+    """Return the targets of models start to stop - 1, and whether these are one for all of them.
+
+    Args:
+        targets: nested tensors `[B, ...]` or `[M, B, ...]`.
+        outputs: nested tensors of these models' outputs `[stop - start, B, ...]`.
+        num_models: M.
+        start, stop: which models.
+        shared: which of the two forms the targets have; None to tell by their shapes.
+    """
+    some = next((leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
+    leaves, spec = tree_flatten(targets)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if some is None:
+        return targets, True  # compute_loss says what is wrong
+    some = some[:1].expand(num_models, *some.shape[1:])
+    each = {id(t): _target_dim(t, some, num_models, shared) == 0 for t in tensors}
+
+    def own(target: Any) -> Any:
+        if not isinstance(target, Tensor):
+            return target
+        return target[start:stop] if each[id(target)] else target.expand(stop - start, *target.shape)
+
+    return (tree_unflatten(list(map(own, leaves)), spec), False) if any(each.values()) else (targets, True)
 
 
 def _check_outputs(tensor: Tensor, num_models: int) -> None:

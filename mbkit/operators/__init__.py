@@ -11,7 +11,7 @@ from .convolution import LayoutMatters, is_folded
 from .interception import Interception
 from .locate import BatchingError, module_path, running_modules
 from .randomness import Streams
-from .reach import mark_rows, reached_models, watch
+from .reach import mark_rows, note_reached, reached_models, watch
 from .replica import (
     Own,
     State,
@@ -45,6 +45,7 @@ __all__ = [
     "mix",
     "module_path",
     "named_modules",
+    "note_reached",
     "outcome",
     "reached_models",
     "read_state",

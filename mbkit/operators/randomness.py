@@ -95,18 +95,12 @@ class Streams:
         states = {device: [g.get_state() for g in generators] for device, generators in self._generators.items()}
 
         def restore(models: Sequence[int] | None = None) -> None:
-            if models is not None:
-                for device, generators in self._generators.items():
-                    for m in models:
-                        if device in states:
-                            generators[m].set_state(states[device][m])
-                        else:
-                            generators[m].manual_seed(self.seeds[m])
-                return
-            self._generators = {d: generators for d, generators in self._generators.items() if d in states}
             for device, generators in self._generators.items():
-                for generator, state in zip(generators, states[device], strict=True):
-                    generator.set_state(state)
+                for m in range(len(generators)) if models is None else models:
+                    if device in states:
+                        generators[m].set_state(states[device][m])
+                    else:
+                        generators[m].manual_seed(self.seeds[m])
 
         return restore
 
@@ -121,12 +115,28 @@ class Streams:
             for generator, row in zip(self.on(device), states, strict=True):
                 generator.set_state(row.cpu().clone())
 
+    def part(self, start: int, stop: int) -> Streams:
+        """Return the streams of models start to stop - 1: the very same, so that to draw there is to draw here."""
+        return _Part(self, slice(start, stop))
+
     def __getstate__(self) -> dict:
         return {"seeds": self.seeds, "state": self.state()}
 
     def __setstate__(self, saved: dict) -> None:
         self.__init__(saved["seeds"])
         self.load_state(saved["state"])
+
+
+class _Part(Streams):
+    def __init__(self, whole: Streams, rows: slice) -> None:
+        self.seeds, self._whole, self._rows = whole.seeds[rows], whole, rows
+
+    @property
+    def _generators(self) -> dict[torch.device, list[torch.Generator]]:  # type: ignore[override]
+        return {device: generators[self._rows] for device, generators in self._whole._generators.items()}
+
+    def on(self, device: torch.device | str) -> list[torch.Generator]:
+        return self._whole.on(device)[self._rows]
 
 
 def _dropout(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:

@@ -9,14 +9,14 @@ the gradient itself and goes when the gradient goes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["mark_rows", "reached_models", "watch"]
+__all__ = ["mark_rows", "note_reached", "reached_models", "watch"]
 
 _ROWS = "mbkit_rows"  # in a node's metadata: its i-th input belongs to model i
 _REACHED = "mbkit_reached"  # on a gradient: the models as bits of an int; without it, all
@@ -40,6 +40,12 @@ def reached_models(gradient: Tensor, num_models: int) -> Tensor | None:
         return None
     known = torch.tensor([bool(bits >> m & 1) for m in range(num_models)], device=gradient.device)
     return known | (gradient != 0).reshape(num_models, -1).any(1)
+
+
+def note_reached(gradient: Tensor, reached: Sequence[bool]) -> None:
+    """Note on a gradient `[M, ...]` which models have one."""
+    if not all(reached):
+        setattr(gradient, _REACHED, sum(1 << m for m, is_reached in enumerate(reached) if is_reached))
 
 
 def watch(outputs: Iterable[Any], num_models: int) -> None:

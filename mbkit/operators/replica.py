@@ -51,7 +51,7 @@ class Fresh(int):
 def own_attributes(module: nn.Module) -> list[str]:
     """Return the plain attributes that a call might change; torch's own layers have none unless they are hooked."""
     mine = vars(module)
-    if type(module).__module__.startswith("torch.nn.") and not any([mine[hooks] for hooks in _HOOKS]):
+    if type(module).__module__.startswith("torch.nn.") and not any(mine[hooks] for hooks in _HOOKS):
         return []
     return [name for name in mine if name not in _OF_TORCH]
 
@@ -107,13 +107,13 @@ def write_state(model: nn.Module, before: State, after: State) -> None:
             del target[name]
 
 
-def replica(root: nn.Module, own: dict[int, Tensor], m: int | None = None, *, alone: bool = False) -> nn.Module:
+def replica(root: nn.Module, own: dict[int, Tensor], m: int | slice = slice(None), *, alone: bool = False) -> nn.Module:
     """Return a copy of a module that holds one model's tensors, and `m`'s own values where the models differ.
 
     Args:
         root: the module.
         own: from the id of a tensor in it to the one that takes its place.
-        m: the model's number; None for what stands for all of them under vmap.
+        m: the model's number, or those of several for what stands for all of them.
         alone: the replica is to live on its own, so it gets no note of where it came from.
     """
     modules = dict(named_modules(root))
@@ -121,7 +121,7 @@ def replica(root: nn.Module, own: dict[int, Tensor], m: int | None = None, *, al
 
     def follow(leaf: Any) -> Any:
         if isinstance(leaf, Own):
-            return leaf.values[m]
+            return leaf.values[m] if isinstance(m, int) else Own(leaf.values[m])
         if _is_method(leaf) and id(leaf.__self__) in twins:
             return types.MethodType(leaf.__func__, twins[id(leaf.__self__)])
         return twins.get(id(leaf), own.get(id(leaf), leaf))
@@ -138,8 +138,9 @@ def replica(root: nn.Module, own: dict[int, Tensor], m: int | None = None, *, al
         for name in own_attributes(module):
             if not isinstance(mine[name], _PLAIN):
                 mine[name] = tree_map(follow, mine[name])
-        if m is not None:
-            mine |= {name: value.values[m] for name, value in mine.items() if isinstance(value, PerModel)}
+        if m != slice(None):
+            settings = {name: value.values[m] for name, value in mine.items() if isinstance(value, PerModel)}
+            mine |= settings if isinstance(m, int) else {name: PerModel(values) for name, values in settings.items()}
         for hooks in _HOOKS:
             if mine[hooks] and any(map(_is_method, mine[hooks].values())):
                 mine[hooks] = tree_map(follow, mine[hooks])
@@ -249,7 +250,7 @@ def merge(
 
     for key in dict.fromkeys(key for record in records for key in record):
         values = [record.get(key) for record in records]
-        if key in before and all([value is before[key] for value in values]):
+        if key in before and all(value is before[key] for value in values):
             merged[key] = before[key]
             continue
         flat = [tree_flatten(value) for value in values]

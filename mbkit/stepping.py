@@ -1,0 +1,190 @@
+"""How a training step is made: all models at once, in chunks of models, one by one, or as one compiled function.
+
+Whatever is chosen, the models end up the same, to rounding. What is chosen by itself is measured on real steps.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chunks import Chunks
+from .compiled import CannotCompile, CompiledStep
+from .freezing import stop_nonfinite
+from .loop import call, detach
+
+__all__ = ["Stepper", "batch_step", "check_chunk_size"]
+
+_CACHE = 4 << 20  # bytes kept for the backward pass from which on cutting a batch can pay
+_SHARE = 0.5  # of the free memory that one chunk's activations may take
+_TRIALS = 3  # timed steps of each way
+_SIZES = (32, 16, 8, 4)
+
+
+def batch_step(
+    batch: Any,
+    optimizer: Any,
+    x: Any,
+    y: Any,
+    loss_fn: Callable[[Any, Any], Tensor],
+    max_norm: float | Sequence[float] | None = None,
+    shared_targets: bool | None = None,
+    on_nonfinite: str | None = None,
+    chunks: Chunks | None = None,
+) -> tuple[Tensor, Any]:
+    """Make one update of all models; return the losses [M] and the outputs from before it, detached."""
+    optimizer.zero_grad()
+    if chunks is None:
+        outputs = call(batch, x)
+        losses = batch.compute_loss(outputs, y, loss_fn, reduction="none", shared_targets=shared_targets)
+        losses.sum().backward()
+    else:
+        losses, outputs = chunks.backward(x, y, loss_fn, shared_targets)
+    if on_nonfinite is not None:
+        stop_nonfinite(batch, losses, on_nonfinite)
+    if max_norm is not None:
+        batch.clip_grad_norm_(max_norm)
+    optimizer.step()
+    return losses.detach(), detach(outputs)
+
+
+def check_chunk_size(chunk_size: Any) -> None:
+    """Refuse what is no chunk size.
+
+    Raises:
+        TypeError, ValueError: neither "auto", None nor a positive whole number.
+    """
+    if chunk_size in ("auto", None):
+        return
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"Expected chunk_size 'auto', None or a whole number, got {chunk_size!r}: pass 1 or more.")
+    if chunk_size < 1:
+        raise ValueError(f"Expected a chunk_size of at least 1, got {chunk_size}: pass 1 or more.")
+
+
+class Stepper:
+    """Makes a run's steps, in a way that it is told or finds out.
+
+    Args:
+        batch, optimizer, loss_fn, max_norm, shared_targets, on_nonfinite: as for `batch_step`.
+        chunk_size: how many models are trained at once; None for all; "auto" to choose by memory and by the clock.
+        compile: make each step as one compiled function, if that can be.
+
+    Attributes:
+        how: in words, how the last step was made.
+    """
+
+    def __init__(
+        self,
+        batch: Any,
+        optimizer: Any,
+        loss_fn: Callable[[Any, Any], Tensor],
+        max_norm: float | Sequence[float] | None = None,
+        shared_targets: bool | None = None,
+        on_nonfinite: str | None = None,
+        chunk_size: int | str | None = "auto",
+        compile: bool = False,
+    ) -> None:
+        self.batch, self.optimizer = batch, optimizer
+        self._rest = (loss_fn, max_norm, shared_targets, on_nonfinite)
+        self._compiled = CompiledStep(batch, optimizer, *self._rest) if compile else None
+        self._choice = _Choice(batch) if chunk_size == "auto" else None
+        size = batch.num_models if chunk_size is None else chunk_size
+        self._chunks = None if chunk_size == "auto" or size >= batch.num_models else Chunks(batch, size)
+        self.how = ""
+
+    def step(self, x: Any, y: Any) -> tuple[Tensor, Any]:
+        """Make one update of all models; return the losses [M] and the outputs from before it, detached."""
+        if self._compiled is not None:
+            try:
+                made = self._compiled(x, y)
+                self.how = "compiled"
+                return made
+            except CannotCompile as error:
+                self._compiled = None
+                warnings.warn(f"compile=True: the steps run uncompiled, because {error}.", stacklevel=5)
+        if self._choice is None:
+            chunks, settle = self._chunks, None
+        else:
+            chunks, settle = self._choice.next()
+        self.how = _words(chunks)
+        start = time.perf_counter()
+        made = batch_step(self.batch, self.optimizer, x, y, *self._rest, chunks)
+        if settle is not None:
+            _wait(made[0])
+            settle(time.perf_counter() - start)
+        return made
+
+
+def _words(chunks: Chunks | None) -> str:
+    if chunks is None:
+        return "all models at once"
+    return "one by one" if chunks.apart else f"in chunks of {chunks.size}"
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+class _Choice:
+    """Finds the fastest way by trying each for a few steps, largest chunks first, for as long as smaller ones gain.
+
+    The first step is made in chunks and tells how much memory a model's activations take. Where all models' fit into
+    the cache, nothing is timed: all models at once is fastest, and always to the same bits.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        self.best = None if batch.num_models == 1 else Chunks(batch, max(4, -(-batch.num_models // 16)))
+        self._batch = batch
+        self._ways: list[Chunks | None] = []  # those still to be tried
+        self._times: list[float] = []
+        self._record: float | None = None  # the best way's seconds a step
+        self._measured = self.best is None or not _can_cut(batch)
+        if self._measured:
+            self.best = None
+
+    def next(self) -> tuple[Chunks | None, Callable[[float], None] | None]:
+        """Return the way for the next step, and what wants to know how long it took, if anything."""
+        if not self._measured:
+            return self.best, self._measure
+        return (self._ways[0], self._settle) if self._ways else (self.best, None)
+
+    def _measure(self, seconds: float) -> None:
+        each, num_models, batch = self.best.bytes_each, self._batch.num_models, self._batch
+        largest = max(1, int(_SHARE * _free_memory(batch) // max(1, each)))
+        self.best = None if largest >= num_models else Chunks(batch, largest)
+        self._measured = True
+        if each * num_models > _CACHE:
+            sizes = [size for size in _SIZES if size < min(num_models, largest)]
+            self._ways = [self.best, *(Chunks(batch, size) for size in sizes), Chunks(batch, 1, apart=True)]
+
+    def _settle(self, seconds: float) -> None:
+        self._times.append(seconds)
+        hopeless = self._record is not None and len(self._times) > 1 and seconds > 1.5 * self._record
+        if len(self._times) <= _TRIALS and not hopeless:  # the first step of each way is for warm-up
+            return
+        found, way = min(self._times[1:]), self._ways.pop(0)
+        self._times = []
+        if self._record is None or found < 0.97 * self._record:
+            self.best, self._record = way, found
+        elif found > 1.1 * self._record:
+            self._ways.clear()  # still smaller chunks are slower still
+
+
+def _can_cut(batch: Any) -> bool:
+    """Say whether chunks see all that the whole batch sees: hooks on the stacked parameters they would not run."""
+    return not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in batch.parameters())
+
+
+def _free_memory(batch: Any) -> int:
+    device = next(batch.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
