@@ -12,6 +12,7 @@ every step: a global number that the user changes meanwhile, say.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import SimpleNamespace
@@ -51,6 +52,7 @@ class CompiledStep:
         loss_fn: one model's outputs and targets to one number.
         max_norm: clip each model's gradient to this norm; one number, M, or None.
         shared_targets: as in ModelBatch.compute_loss.
+        on_nonfinite: as for `fit`.
     """
 
     def __init__(
@@ -60,18 +62,29 @@ class CompiledStep:
         loss_fn: Callable[[Any, Any], Tensor],
         max_norm: float | Sequence[float] | None = None,
         shared_targets: bool | None = None,
+        on_nonfinite: str | None = None,
     ) -> None:
+        self._on_nonfinite = on_nonfinite
         self.batch, self.optimizer, self.loss_fn = batch, optimizer, loss_fn
         self.max_norm, self.shared_targets = max_norm, shared_targets
+        self.reason = ""
         self._programs: dict[Any, _Program] = {}
 
-    def __call__(self, x: Any, y: Any) -> tuple[Tensor, Any]:
+    def attempt(self, x: Any, y: Any) -> tuple[Tensor, Any] | None:
         """Make one update; return the losses [M] and the outputs from before it, detached.
 
-        Raises:
-            CannotCompile: before anything is changed.
+        Where that cannot be, return None before anything is changed; `reason` says why.
         """
+        try:
+            return self._attempt(x, y)
+        except CannotCompile as error:
+            self.reason = str(error)
+        return None
+
+    def _attempt(self, x: Any, y: Any) -> tuple[Tensor, Any]:
         _check(self.batch, self.optimizer)
+        if self._on_nonfinite is not None:
+            raise CannotCompile("on_nonfinite looks at each gradient before its update")
         self.batch.zero_grad()
         for columns in self.optimizer._columns:
             columns.refresh()
@@ -79,7 +92,14 @@ class CompiledStep:
         kept = tensors_in(read_state(self.batch._template))
         key = self._key(leaves, spec, kept)
         if key not in self._programs:
-            self._programs[key] = _Program(self, leaves, spec)
+            try:
+                with warnings.catch_warnings():  # torch's compiler steps on torch's own deprecations
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    self._programs[key] = _Program(self, leaves, spec)
+            except (CannotCompile, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # from the model, from make_fx, from the compiler: the eager step tells which
+                raise CannotCompile(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
         losses, outputs = self._programs[key](kept, leaves)
         self.batch.__dict__["latest_losses"] = losses
         self.optimizer._opt_called = True  # what torch's schedulers look at

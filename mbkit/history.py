@@ -29,6 +29,7 @@ class Step:
             time to hand the work over, because nothing here waits for the device.
         model: m where model m trains alone, None where all train together.
         frozen: [M], True for the models that this update left as they were; None where none was frozen.
+        how: in words, how it was made: all models at once, in chunks, one by one, compiled.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Step:
     seconds: float
     model: int | None = None
     frozen: Tensor | None = None
+    how: str = ""
 
 
 @dataclass(repr=False, eq=False)
@@ -54,6 +56,7 @@ class History:
         steps_done: M counts, the steps up to each model's last update.
         interrupted: True where Ctrl-C ended the run.
         frozen: for each model the step from which on it was frozen to the end, or None; [] where none ever was.
+        how: in words, how the last step was made, which is what `fit` has chosen.
 
     Example:
         >>> history = History(loss=torch.tensor([[3.0, 6.0], [1.0, 2.0]]), accuracy=None, seconds=0.1,
@@ -75,6 +78,7 @@ class History:
     steps_done: list[int]
     interrupted: bool = False
     frozen: list[int | None] = field(default_factory=list)
+    how: str = ""
 
     @property
     def num_models(self) -> int:
@@ -117,6 +121,7 @@ class History:
             "epoch": self.epoch.tolist(),
             "steps_done": list(self.steps_done),
             "interrupted": self.interrupted,
+            "how": self.how,
             "frozen": list(self.frozen),
         }
 
@@ -134,7 +139,7 @@ class History:
         return torch.stack(last) if last else values.new_empty(0)
 
     def _title(self) -> str:
-        end = ", interrupted" if self.interrupted else ""
+        end = (f", {self.how}" if self.how else "") + (", interrupted" if self.interrupted else "")
         counted = [_count(self.num_models, "model"), _count(self.steps, "step"), _count(self.epochs, "epoch")]
         return f"History: {counted[0]}, {counted[1]} in {counted[2]}, {self.seconds:.3g} s{end}"
 

@@ -101,6 +101,7 @@ class Recording:
             steps_done=last,
             interrupted=interrupted,
             frozen=frozen,
+            how=columns[0][-1].how if columns[0] else "",
         )
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .chunks import Chunks
-from .compiled import CannotCompile, CompiledStep
 from .freezing import stop_nonfinite
 from .loop import call, detach
 
@@ -93,7 +92,11 @@ class Stepper:
     ) -> None:
         self.batch, self.optimizer = batch, optimizer
         self._rest = (loss_fn, max_norm, shared_targets, on_nonfinite)
-        self._compiled = CompiledStep(batch, optimizer, *self._rest) if compile else None
+        self._compiled = None
+        if compile:
+            from .compiled import CompiledStep  # its imports take a second, and few runs need them
+
+            self._compiled = CompiledStep(batch, optimizer, *self._rest)
         self._choice = _Choice(batch) if chunk_size == "auto" else None
         size = batch.num_models if chunk_size is None else chunk_size
         self._chunks = None if chunk_size == "auto" or size >= batch.num_models else Chunks(batch, size)
@@ -102,13 +105,12 @@ class Stepper:
     def step(self, x: Any, y: Any) -> tuple[Tensor, Any]:
         """Make one update of all models; return the losses [M] and the outputs from before it, detached."""
         if self._compiled is not None:
-            try:
-                made = self._compiled(x, y)
+            made = self._compiled.attempt(x, y)
+            if made is not None:
                 self.how = "compiled"
                 return made
-            except CannotCompile as error:
-                self._compiled = None
-                warnings.warn(f"compile=True: the steps run uncompiled, because {error}.", stacklevel=5)
+            reason, self._compiled = self._compiled.reason, None
+            warnings.warn(f"compile=True: the steps run uncompiled, because {reason}.", stacklevel=5)
         if self._choice is None:
             chunks, settle = self._chunks, None
         else:

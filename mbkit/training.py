@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .accuracy import batch_accuracy, evaluate
 from .alone import fit_alone
-from .freezing import check_on_nonfinite, stop_nonfinite
+from .freezing import check_on_nonfinite
 from .history import History, Step
-from .loop import Pairs, call, check_run, check_schedule, count_steps, detach, make_schedule, walk
+from .loop import Pairs, check_run, check_schedule, count_steps, make_schedule, walk
 from .recording import Recording
+from .stepping import Stepper, batch_step, check_chunk_size
 
 __all__ = ["History", "Step", "batch_step", "evaluate", "fit", "fit_alone", "train_steps"]
 
@@ -31,6 +32,8 @@ def fit(
     max_norm: float | Sequence[float] | None = None,
     shared_targets: bool | None = None,
     on_nonfinite: str | None = None,
+    chunk_size: int | str | None = "auto",
+    compile: bool = False,
     callback: Callable[[Step], bool | None] | None = None,
     progress: bool = True,
 ) -> History:
@@ -55,6 +58,12 @@ def fit(
         shared_targets: as in ModelBatch.compute_loss, where the targets' shape could mean both.
         on_nonfinite: what to do with a model whose loss or gradient is not finite, before that update is made:
             "freeze" stops it (see ModelBatch.freeze; the History says when), "raise" ends the run, None does nothing.
+        chunk_size: how many models are trained at once, which changes no result; None for all. "auto" keeps their
+            activations within half of the free memory, and where they leave the cache it times larger and smaller
+            chunks on the first steps, and one model after the other, and goes on with the fastest. The History says
+            what that was. To float32's last bit two such runs can differ.
+        compile: make each step as one function compiled by torch.compile: after some seconds of compilation, far ahead
+            for small models. Where that cannot be, a warning says why and the steps run uncompiled.
         callback: called with each Step; returning False ends the training.
         progress: show a bar on a terminal or in a notebook.
 
@@ -88,6 +97,8 @@ def fit(
         max_norm=max_norm,
         shared_targets=shared_targets,
         on_nonfinite=on_nonfinite,
+        chunk_size=chunk_size,
+        compile=compile,
     )
     with Recording(batch.num_models, count_steps(batches, epochs), progress=progress) as run:
         for step in steps:
@@ -109,6 +120,8 @@ def train_steps(
     max_norm: float | Sequence[float] | None = None,
     shared_targets: bool | None = None,
     on_nonfinite: str | None = None,
+    chunk_size: int | str | None = "auto",
+    compile: bool = False,
 ) -> Iterator[Step]:
     """Train as `fit` does, but yield a Step after each update: whoever draws the Steps can pause between them.
 
@@ -136,46 +149,25 @@ def train_steps(
         )
     check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
     check_on_nonfinite(on_nonfinite, optimizer)
+    check_chunk_size(chunk_size)
     schedule = check_schedule(scheduler) if hasattr(scheduler, "step") else make_schedule(scheduler, optimizer)
 
     def steps() -> Iterator[Step]:
         device = next(batch.parameters()).device
+        run = Stepper(batch, optimizer, loss_fn, max_norm, shared_targets, on_nonfinite, chunk_size, compile)
         index = 0
         for epoch in range(first_epoch, first_epoch + epochs):
             for x, y in walk(batches, epoch, device):
                 if not batch.training:
                     batch.train()
                 start = time.perf_counter()
-                losses, outputs = batch_step(batch, optimizer, x, y, loss_fn, max_norm, shared_targets, on_nonfinite)
+                losses, outputs = run.step(x, y)
                 seconds = time.perf_counter() - start
                 if schedule and scheduler_every == "step":
                     schedule.step()
-                yield Step(index, epoch, losses, batch_accuracy(outputs, y), seconds, frozen=batch._frozen)
+                yield Step(index, epoch, losses, batch_accuracy(outputs, y), seconds, frozen=batch._frozen, how=run.how)
                 index += 1
             if schedule and scheduler_every == "epoch":
                 schedule.step()
 
     return steps()
-
-
-def batch_step(
-    batch: Any,
-    optimizer: Any,
-    x: Any,
-    y: Any,
-    loss_fn: Callable[[Any, Any], Tensor],
-    max_norm: float | Sequence[float] | None = None,
-    shared_targets: bool | None = None,
-    on_nonfinite: str | None = None,
-) -> tuple[Tensor, Any]:
-    """Make one update of all models; return the losses [M] and the outputs from before it, detached."""
-    optimizer.zero_grad()
-    outputs = call(batch, x)
-    losses = batch.compute_loss(outputs, y, loss_fn, reduction="none", shared_targets=shared_targets)
-    losses.sum().backward()
-    if on_nonfinite is not None:
-        stop_nonfinite(batch, losses, on_nonfinite)
-    if max_norm is not None:
-        batch.clip_grad_norm_(max_norm)
-    optimizer.step()
-    return losses.detach(), detach(outputs)

@@ -59,6 +59,7 @@ def test_to_dict_is_strict_json(history):
         "steps_done": [3, 2],
         "interrupted": False,
         "frozen": [],
+        "how": "",
     }
 
 

@@ -210,9 +210,9 @@ def test_rules_never_read_a_value_in_python(cls: type) -> None:
     columns.refresh()
     params = list(batch.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        fake = {name: mode.from_tensor(column) for name, column in columns.at(params)._columns.items()}
+        fake = {name: mode.from_tensor(column) for name, column in columns.at(params).columns.items()}
         params = [mode.from_tensor(p.detach()) for p in params]
         states = [{k: mode.from_tensor(v) for k, v in optimizer.state[p].items()} for p in batch.parameters()]
         h = columns.at(params)
-        h._columns = fake
+        h.columns = fake
         RULES[cls].update(params, [torch.ones_like(p) for p in params], states, h)

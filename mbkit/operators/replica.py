@@ -156,7 +156,7 @@ def _is_leaf(value: Any) -> bool:
 
 
 def flattened(twin: nn.Module) -> dict[tuple[str, str, str], Any]:
-    """Return a replica's state: a tensor or number as it is, else its leaves, structure, and what objects in it hold."""
+    """Return a replica's state: tensors and numbers as they are, else leaves, structure, and what objects hold."""
     flat: dict[tuple[str, str, str], Any] = {}
     for key, value in read_state(twin).items():
         if not _is_leaf(value):

@@ -77,7 +77,7 @@ class StackedOptimizer(BatchOptimizer):
                 tensor.copy_(rows_where(active, tensor, copy))
 
     def alike(self, params: Sequence[nn.Parameter]) -> list[tuple[list[nn.Parameter], Columns]]:
-        """Divide parameters into those of one group, device and dtype, each lot with its columns, brought up to date."""
+        """Divide parameters into lots of one group, device and dtype, each with its columns, brought up to date."""
         wanted, lots = set(map(id, params)), []
         for columns in self._columns:
             columns.refresh()

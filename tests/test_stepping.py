@@ -1,0 +1,335 @@
+"""However a step is made (at once, in chunks, one by one, compiled), each model is the one trained alone."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from mbkit import ModelBatch, OptimizerFactory, fit
+from mbkit.chunks import Chunks
+from mbkit.stepping import Stepper, _Choice, batch_step
+
+M, B, K, STEPS = 5, 8, 3, 4
+RATES = [0.001 * (m + 1) for m in range(M)]
+
+
+class Busy(nn.Module):
+    """Convolution, BatchNorm, dropout at a rate of its own, a buffer assigned anew, a count in Python.
+
+    A bias before BatchNorm has no gradient but rounding, which Adagrad would blow up.
+    """
+
+    def __init__(self, rate: float = 0.3) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Dropout(rate)
+        self.out = nn.Linear(3 * 16, K)
+        self.register_buffer("seen", torch.zeros(1))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + x.mean()
+        self.calls += 1
+        return self.out(self.drop(self.norm(self.conv(x)).relu()).flatten(1))
+
+
+class Steady(Busy):
+    """The same, editing its buffer in place: what one compiled graph can hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.mean()
+        return self.out(self.drop(self.norm(self.conv(x)).relu()).flatten(1))
+
+
+def models_of(cls: type[nn.Module], dtype: torch.dtype = torch.float64) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [cls(0.1 + 0.1 * m).to(dtype) for m in range(M)]
+
+
+def data(each: bool = False, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    lead = (M,) if each else ()
+    x = [torch.randn(*lead, B, 2, 6, 6, generator=generator, dtype=dtype) for _ in range(STEPS)]
+    return [(x, torch.randint(K, (*lead, B), generator=generator)) for x in x]
+
+
+def alone(model: nn.Module, m: int, pairs: list, cls: type = torch.optim.Adam, **settings) -> tuple[dict, list[float]]:
+    """Train in plain PyTorch; return the state and the losses."""
+    torch.manual_seed(m)
+    model = copy.deepcopy(model)
+    optimizer, losses = cls(model.parameters(), lr=RATES[m], **settings), []
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    for x, y in pairs:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x if x.dim() == 4 else x[m]), y if y.dim() == 1 else y[m])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.4)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    return model.state_dict(), losses
+
+
+def assert_as_alone(batch: ModelBatch, history, models: list, pairs: list, cls=torch.optim.Adam, **settings) -> None:
+    for m, model in enumerate(models):
+        state, losses = alone(model, m, pairs, cls, **settings)
+        torch.testing.assert_close(history.loss[:, m].tolist(), losses, rtol=0, atol=1e-10)
+        for name, value in batch[m].state_dict().items():
+            torch.testing.assert_close(value, state[name], rtol=0, atol=1e-10)
+
+
+def train(cls: type[nn.Module], each: bool, optimizer_cls: type = torch.optim.Adam, settings=(), **how):
+    models, pairs = models_of(cls), data(each)
+    batch = ModelBatch(models, not each, seeds=range(M))
+    optimizer = OptimizerFactory(optimizer_cls).create_optimizer(batch, lr=RATES, **dict(settings))
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    rest = {"scheduler": schedule, "scheduler_every": "step", "max_norm": 0.4, "progress": False}
+    history = fit(batch, optimizer, pairs, cross_entropy, **rest, **how)
+    assert_as_alone(batch, history, models, pairs, optimizer_cls, **dict(settings))
+    return history, batch
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 4, M, None])
+def test_chunks_change_no_result(size, each):
+    history, _ = train(Busy, each, chunk_size=size)
+    assert history.how == ("all models at once" if size in (M, None) else f"in chunks of {size}")
+
+
+@pytest.mark.parametrize("cls", [Busy, Steady])
+def test_one_by_one_changes_no_result(cls):
+    models, pairs = models_of(cls), data()
+    batch = ModelBatch(models, seeds=range(M))
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES)
+    chunks = Chunks(batch, 1, apart=True)
+    losses = [batch_step(batch, optimizer, x, y, cross_entropy, chunks=chunks)[0] for x, y in pairs]
+    assert batch.model_by_model == set()
+    for m, model in enumerate(models):
+        torch.manual_seed(m)
+        lone = torch.optim.SGD(model.parameters(), lr=RATES[m])
+        for (x, y), loss in zip(pairs, losses, strict=True):
+            lone.zero_grad()
+            expected = cross_entropy(model(x), y)
+            expected.backward()
+            lone.step()
+            torch.testing.assert_close(loss[m], expected.detach(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-12)
+
+
+def test_targets_for_all_and_one_a_model_in_one_step():
+    torch.manual_seed(0)
+    models = [nn.Linear(4, 2).double() for _ in range(M)]
+    x, shared, own = torch.randn(B, 4).double(), torch.randn(B, 2).double(), torch.randn(M, B, 2).double()
+
+    def loss_fn(outputs, targets):
+        return ((outputs - targets[0]) ** 2 + (outputs - targets[1]) ** 3).mean()
+
+    batch = ModelBatch(models)
+    chunks = Chunks(batch, 2)
+    losses, outputs = chunks.backward(x, (shared, own), loss_fn, None)
+    for m, model in enumerate(models):
+        loss = loss_fn(model(x), (shared, own[m]))
+        torch.testing.assert_close(losses[m], loss.detach())
+        torch.testing.assert_close(outputs[m], model(x).detach())
+        (gradient,) = torch.autograd.grad(loss, [model.weight])
+        torch.testing.assert_close(batch.stacked_params["weight"].grad[m], gradient)
+
+
+def test_a_chunk_keeps_what_its_backward_needs_and_no_more():
+    """A Linear layer keeps its input, 8 x 100 floats; its weight is no activation."""
+    models = [nn.Sequential(nn.Tanh(), nn.Linear(100, 1)) for _ in range(4)]
+    chunks = Chunks(ModelBatch(models, shared_input=False), 2)
+    chunks.backward(torch.randn(4, B, 100), torch.randn(4, B, 1), nn.functional.mse_loss, False)
+    assert 8 * 100 * 4 <= chunks.bytes_each <= 1.5 * 8 * 100 * 4
+
+
+def test_hooks_on_stacked_parameters_keep_the_batch_whole():
+    batch = ModelBatch(models_of(Busy))
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    seen = []
+    next(batch.parameters()).register_hook(lambda gradient: seen.append(gradient.shape))
+    fit(batch, optimizer, data(), cross_entropy, progress=False)
+    assert seen == [(M, 3, 2, 3, 3)] * STEPS
+
+
+class Clock:
+    """Steps that take as long as the test says, by chunk size (0 for one by one)."""
+
+    def __init__(self, monkeypatch, seconds: dict) -> None:
+        self.tried, self.now, self.seconds = [], 0.0, seconds
+        monkeypatch.setattr("mbkit.stepping._CACHE", 0)
+        monkeypatch.setattr("mbkit.stepping.batch_step", self.step)
+        monkeypatch.setattr("mbkit.stepping.time.perf_counter", lambda: self.now)
+
+    def step(self, batch, optimizer, x, y, *rest):
+        chunks = rest[-1]
+        way = None if chunks is None else 0 if chunks.apart else chunks.size
+        if chunks is not None:
+            chunks.bytes_each = 1
+        self.tried.append(way)
+        self.now += self.seconds[way]
+        return torch.zeros(batch.num_models), None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "tried", "best"),
+    [
+        ({None: 4.0, 4: 3.0, 0: 9.0}, [None, 4, 0], "in chunks of 4"),
+        ({None: 4.0, 4: 9.0, 0: 1.0}, [None, 4], "all models at once"),
+        ({None: 4.0, 4: 4.1, 0: 1.0}, [None, 4, 0], "one by one"),
+    ],
+)
+def test_the_fastest_way_is_found_by_the_clock(monkeypatch, seconds, tried, best):
+    batch = ModelBatch(models_of(Busy))
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    clock = Clock(monkeypatch, seconds)
+    stepper = Stepper(batch, optimizer, cross_entropy)
+    for _ in range(20):
+        stepper.step(None, None)
+    assert list(dict.fromkeys(clock.tried[1:])) == tried
+    assert stepper.how == best
+
+
+def test_a_chunk_fits_into_the_memory_that_is_free(monkeypatch):
+    monkeypatch.setattr("mbkit.stepping._free_memory", lambda batch: 7)  # half of it for 3 models of 1 byte
+    batch = ModelBatch(models_of(Busy))
+    clock = Clock(monkeypatch, {4: 1.0, 3: 1.0, 0: 1.0})
+    choice = Stepper(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1), cross_entropy)
+    for _ in range(3):
+        choice.step(None, None)
+    assert clock.tried == [4, 3, 3]
+
+
+def test_small_batches_are_never_cut():
+    batch = ModelBatch(models_of(Busy))
+    choice = _Choice(batch)
+    choice.best.bytes_each = 1000
+    choice._measure(1.0)
+    assert choice.next() == (None, None)
+
+
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_what_is_no_chunk_size_is_refused(value, error):
+    batch = ModelBatch(models_of(Busy))
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    with pytest.raises(error, match="chunk_size"):
+        fit(batch, optimizer, data(), cross_entropy, chunk_size=value)
+
+
+# ------------------------------------------------------------------ compiled
+
+
+@pytest.mark.parametrize(
+    ("optimizer_cls", "settings", "each"),
+    [
+        (torch.optim.Adam, {"weight_decay": 0.01}, False),
+        pytest.param(torch.optim.SGD, {"momentum": 0.9}, True, marks=pytest.mark.slow),
+        pytest.param(torch.optim.AdamW, {"amsgrad": True}, True, marks=pytest.mark.slow),
+        pytest.param(torch.optim.RMSprop, {}, False, marks=pytest.mark.slow),
+        pytest.param(torch.optim.NAdam, {}, False, marks=pytest.mark.slow),
+        pytest.param(torch.optim.Adagrad, {}, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_step_changes_no_result_and_is_compiled_once(monkeypatch, optimizer_cls, settings, each):
+    made = []
+    real = torch._inductor.compile
+    monkeypatch.setattr("torch._inductor.compile", lambda *args, **rest: made.append(1) or real(*args, **rest))
+    history, batch = train(Steady, each, optimizer_cls, settings, compile=True)
+    assert history.how == "compiled"
+    assert len(made) == 1  # though the rate has changed with every step
+    lone = torch.nn.Dropout(0.3)
+    torch.manual_seed(0)
+    for x, _ in data(each):  # model 0's stream stands where its own stands after as many masks
+        lone(torch.empty((B, 3, 4, 4)).double())
+    assert torch.equal(batch.streams.on("cpu")[0].get_state(), torch.get_rng_state())
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x) if x.sum() > 0 else self.out(-x)
+
+
+def hooked() -> nn.Module:
+    model = nn.Linear(4, K)
+    model.register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "optimizer_cls", "reason"),
+    [
+        (Branch, torch.optim.SGD, "because"),
+        (hooked, torch.optim.SGD, "has hooks"),
+        (lambda: nn.Linear(4, K), torch.optim.ASGD, "ASGD has no stacked rule"),
+        (lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), nn.LSTM(2, K), Last()), torch.optim.SGD, "because"),
+    ],
+)
+def test_what_cannot_be_compiled_warns_once_and_trains_as_alone(build, optimizer_cls, reason):
+    torch.manual_seed(0)
+    models = [build().double() for _ in range(3)]
+    batch = ModelBatch([copy.deepcopy(model) for model in models], seeds=range(3))
+    optimizer = OptimizerFactory(optimizer_cls).create_optimizer(batch, lr=0.1)
+    pairs = [(torch.randn(B, 4).double(), torch.randint(K, (B,))) for _ in range(2)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        history = fit(batch, optimizer, pairs, cross_entropy, epochs=2, compile=True, progress=False)
+    told = [str(w.message) for w in caught if "compile=True" in str(w.message)]
+    assert len(told) == 1
+    assert reason in told[0]
+    assert history.how == "all models at once"
+    for m, model in enumerate(models):
+        torch.manual_seed(m)
+        lone = optimizer_cls(model.parameters(), lr=0.1)
+        for x, y in pairs * 2:
+            lone.zero_grad()
+            cross_entropy(model(x), y).backward()
+            lone.step()
+        for mine, expected in zip(batch[m].parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=0, atol=1e-10)
+
+
+class Last(nn.Module):
+    def forward(self, outputs: tuple) -> Tensor:
+        return outputs[0][:, -1]
+
+
+def test_without_a_compiler_the_steps_run_uncompiled(monkeypatch):
+    def refuse(*args, **rest):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr("torch._inductor.compile", refuse)
+    with pytest.warns(UserWarning, match="compile=True: the steps run uncompiled, because .*no C"):
+        history, _ = train(Steady, False, compile=True)
+    assert history.how == "all models at once"
+
+
+def test_a_mode_that_changes_is_compiled_anew(monkeypatch):
+    """A graph takes training and eval mode for granted, and must notice when they change."""
+    from mbkit.compiled import CompiledStep
+
+    made = []
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: made.append(1) or graph)
+    models, pairs = models_of(Steady), data()
+    batch = ModelBatch(models, seeds=range(M))
+    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    for (x, y), frozen_norm in zip(pairs, [False, True, True, False], strict=True):
+        batch._template.norm.train(not frozen_norm)
+        assert step.attempt(x, y) is not None
+    assert len(made) == 2
+    for m, model in enumerate(models):
+        torch.manual_seed(m)
+        lone = torch.optim.SGD(model.parameters(), lr=RATES[m])
+        for (x, y), frozen_norm in zip(pairs, [False, True, True, False], strict=True):
+            model.norm.train(not frozen_norm)
+            lone.zero_grad()
+            cross_entropy(model(x), y).backward()
+            lone.step()
+        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
