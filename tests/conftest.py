@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nbmake.nb_result import NotebookError
+from nbmake.nb_run import NotebookRun
 
 
 def pytest_configure() -> None:
@@ -16,6 +19,29 @@ def pytest_configure() -> None:
     os.environ.setdefault("MBKIT_QUICK", "1")
     os.environ.setdefault("MBKIT_OFFLINE", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stall a busy machine
+    NotebookRun.execute = _and_complain(NotebookRun.execute)
+
+
+def complaints(notebook: Any) -> list[tuple[int, str]]:
+    """Return what is wrong with an executed notebook though no cell failed, each with its cell: noise, or no figure."""
+    cells = [(n, output) for n, cell in enumerate(notebook.cells) for output in cell.get("outputs", [])]
+    noise = [(n, f"stderr: {output.text}") for n, output in cells if output.get("name") == "stderr"]
+    shows = {n for n, output in cells if "image/png" in output.get("data", {})}
+    drawing = ("plots.", "widgets.explore", "widgets.live")
+    lines = [(n, cell.source.splitlines()[-1:]) for n, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    return noise + [(n, "no figure") for n, last in lines if "".join(last).startswith(drawing) and n not in shows]
+
+
+def _and_complain(execute: Callable[[NotebookRun], Any]) -> Callable[[NotebookRun], Any]:
+    """Let nbmake fail where a notebook printed to stderr, or drew nothing where it should."""
+
+    def execute_and_complain(run: NotebookRun) -> Any:
+        result = execute(run)
+        for cell, what in complaints(result.nb) if result.error is None else ():
+            result.error = NotebookError(what, f"cell {cell}: {what}", cell)
+        return result
+
+    return execute_and_complain
 
 
 @pytest.fixture(autouse=True)

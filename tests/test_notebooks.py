@@ -1,6 +1,7 @@
 """The committed notebooks are complete: executed, without errors, with their pictures, and small.
 
-That they run is tested by nbmake, which plain `pytest` uses on notebooks/.
+That they run, within a limit a cell, is tested by nbmake, which plain `pytest` uses on notebooks/; conftest.py adds
+that they print nothing to stderr and show their figures when they run.
 """
 
 import base64
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import complaints
 from PIL import Image
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 MOST_BYTES = 300_000
 
-pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 def read(path):
@@ -30,15 +32,18 @@ def outputs(path):
     return [output for cell in code(path) for output in cell.outputs]
 
 
+@every_notebook
 def test_it_is_valid_and_small(path):
     nbformat.validate(read(path))
     assert path.stat().st_size < MOST_BYTES
 
 
+@every_notebook
 def test_it_is_executed_from_top_to_bottom(path):
     assert [cell.execution_count for cell in code(path)] == list(range(1, len(code(path)) + 1))
 
 
+@every_notebook
 def test_it_carries_nothing_of_the_machine_it_ran_on(path):
     notebook = read(path)
     assert "widgets" not in notebook.metadata
@@ -47,11 +52,13 @@ def test_it_carries_nothing_of_the_machine_it_ran_on(path):
     assert not re.search(r"/(home|root|tmp|work)/", path.read_text())
 
 
+@every_notebook
 def test_nothing_went_wrong_in_it(path):
     kinds = {(output.output_type, output.get("name")) for output in outputs(path)}
     assert not any(kind == "error" or name == "stderr" for kind, name in kinds)
 
 
+@every_notebook
 def test_its_figures_are_there_without_a_kernel(path):
     pictures = [output.data["image/png"] for output in outputs(path) if "image/png" in output.get("data", {})]
     assert len(pictures) >= 3
@@ -64,6 +71,7 @@ def test_its_figures_are_there_without_a_kernel(path):
     assert all("image/png" in cell.outputs[-1].data for cell in explorers)
 
 
+@every_notebook
 def test_it_teaches_as_the_others_do(path):
     cells = read(path).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
@@ -76,3 +84,16 @@ def test_it_teaches_as_the_others_do(path):
     first = next(cell for cell in code(path))
     assert "torch.__version__" in first.source
     assert "seed" in first.source
+
+
+def test_noise_and_missing_figures_are_complained_about():
+    def cell(source, *outputs):
+        return nbformat.v4.new_code_cell(source, outputs=list(outputs))
+
+    noise = nbformat.v4.new_output("stream", name="stderr", text="a warning")
+    said = nbformat.v4.new_output("stream", name="stdout", text="a number")
+    figure = nbformat.v4.new_output("display_data", data={"image/png": "iVBORw0KGgo="})
+    good = [cell("plots.accuracy(x)", figure), cell("print(1)", said), nbformat.v4.new_markdown_cell("plots.")]
+    assert complaints(nbformat.v4.new_notebook(cells=good)) == []
+    bad = [*good, cell("x = 1\nwidgets.explore_faults()"), cell("f()", noise)]
+    assert complaints(nbformat.v4.new_notebook(cells=bad)) == [(4, "stderr: a warning"), (3, "no figure")]
