@@ -159,3 +159,34 @@ def test_what_cuda_would_cast():
     expected |= {torch._C._nn.nll_loss_nd: "full", torch.relu: None, torch.cat: None, torch.Tensor.add: None}
     expected |= {torch.batch_norm: "mixed", torch._C._nn.scaled_dot_product_attention: "low"}
     assert {function: _policy(function, "cuda") for function in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "norm", [lambda: nn.BatchNorm2d(4), lambda: nn.GroupNorm(2, 4), lambda: nn.InstanceNorm2d(4, affine=True)]
+)
+def test_normalisation_behind_a_convolution(norm):
+    """In low precision its input and its weights have two dtypes; the running statistics stay in float32."""
+    models = [nn.Sequential(nn.Conv2d(3, 4, 3), norm(), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)) for _ in range(M)]
+    seen: dict[str, list[torch.dtype]] = {}
+
+    def spy(where):
+        return lambda module, inputs, output: seen.setdefault(where, []).append(output.dtype)
+
+    batch, x = ModelBatch(models), torch.randn(6, 3, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = batch(x)
+        for m, model in enumerate(models):
+            handles = [layer.register_forward_hook(spy("alone")) for layer in model]
+            expected = model(x)
+            for handle in handles:
+                handle.remove()
+            assert got.dtype == expected.dtype
+            assert torch.allclose(got[m], expected, rtol=3e-2, atol=3e-2)
+            for name, value in model.named_buffers():
+                other = batch.get_buffer(name)[m]
+                assert other.dtype == value.dtype
+                assert torch.allclose(other, value, rtol=1e-2, atol=1e-2)
+        for i in range(1, 6):
+            part = ModelBatch([model[:i] for model in models])
+            seen.setdefault("batch", []).append(part(x).dtype)
+    assert seen["batch"] == seen["alone"][:5]
