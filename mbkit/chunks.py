@@ -133,7 +133,8 @@ def _collect(batch: ModelBatch, chunk: ModelBatch, start: int, stop: int, found:
             whole.grad[:start] = 0
             found[whole] = [[False] * start]
         whole.grad[start:stop] = own.grad
-        found[whole].append(reached_models(own.grad, stop - start) or [True] * (stop - start))
+        reached = reached_models(own.grad, stop - start)
+        found[whole].append([True] * (stop - start) if reached is None else reached.tolist())
         own.grad = None
 
 

@@ -260,3 +260,23 @@ def test_models_that_do_not_exist(models, error):
     with pytest.raises(error, match=r"Expected .*model.* (0 to 3|from 0)"):
         batch.freeze(models)
     assert batch.frozen == []
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_in_chunks(chunk_size):
+    """A model that is lost in step 3 is stopped, whichever chunk it is in, as it is without chunks."""
+    ends = []
+    for size in (None, chunk_size):
+        batch = ModelBatch(build(), shared_input=False, seeds=SEEDS)
+        optimizer = OptimizerFactory(optim.Adam).create_optimizer(batch, lr=0.02)
+        batches = data()
+        batches[3][0][2, 0, 0] = torch.nan
+        history = fit(
+            batch, optimizer, batches, nn.functional.mse_loss, on_nonfinite="freeze", chunk_size=size, progress=False
+        )
+        assert history.frozen == [None, None, 3, None]
+        ends.append((batch.get_model_states(), [g.get_state() for g in batch.streams.on("cpu")]))
+    for m in range(M):
+        for name, expected in ends[0][0][m].items():
+            torch.testing.assert_close(ends[1][0][m][name], expected, rtol=0, atol=1e-12, equal_nan=True)
+        assert torch.equal(ends[0][1][m], ends[1][1][m])

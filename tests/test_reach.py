@@ -9,7 +9,7 @@ import torch
 from lone import close
 from torch import nn, optim
 
-from mbkit import ModelBatch, OptimizerFactory
+from mbkit import ModelBatch, OptimizerFactory, fit
 from mbkit.operators import reached_models
 
 M, STEPS = 3, 8
@@ -222,3 +222,18 @@ def test_other_ways_to_a_parameter_count_too(way, passes):
     for name, stacked in batch.stacked_params.items():
         for m, model in enumerate(models):
             close(stacked[m], model.get_parameter(name), 1e-12, f"{name} of model {m}")
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, None])
+@pytest.mark.parametrize("net", ["a layer chosen", "two heads"])
+@pytest.mark.filterwarnings("ignore:.*model by model")
+def test_in_chunks(net, chunk_size):
+    torch.manual_seed(3)
+    models = [NETS[net]().double() for _ in range(M)]
+    batch = ModelBatch(models)
+    optimizer = OptimizerFactory(optim.Adam).create_optimizer(batch, lr=0.05, weight_decay=0.1)
+    fit(batch, optimizer, [data(2 * step) for step in range(STEPS)], loss_fn, chunk_size=chunk_size, progress=False)
+    for m, model in enumerate(models):
+        train_alone(model, optim.Adam(model.parameters(), lr=0.05, weight_decay=0.1), [])
+        for name, p in model.named_parameters():
+            close(batch.stacked_params[name][m], p, 1e-12, f"{name} of model {m}")
