@@ -32,7 +32,7 @@ EXPERIMENTS = (
     suspects.memory, suspects.weights, suspects.order, crosstalk.settings, suspects.stale, suspects.gradient,
     suspects.masks, suspects.clipping, crosstalk.states, crosstalk.leak, crosstalk.schedule,
 )  # fmt: skip
-MARKS = {"guilty": "✗", "cleared": "✓", "not measured": "?"}
+MARKS = {"guilty": "✗", "cleared": "✓", "not measured": "?", "all there is": "≈"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -202,6 +202,6 @@ def _rounding(report: EquivalenceReport, others: bool) -> Finding:
     text = f"after {len(report.relative)} steps they are at most {gap:.1e} of their way apart, "
     text += f"and a lone model up to {floor:.1e} from itself"
     if report.equivalent and not others:
-        return Finding("rounding", "guilty" if gap else "cleared", text, size=gap)
+        return Finding("rounding", "all there is" if gap else "cleared", text, size=gap)
     what = "the parameters do not show it yet" if report.equivalent else "it does not explain the difference"
     return Finding("rounding", "cleared", f"{what}: {text}")

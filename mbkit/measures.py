@@ -26,7 +26,7 @@ class Finding:
 
     Attributes:
         suspect: its name, one of `faults.FAULTS` or "rounding".
-        verdict: "guilty", "cleared" or "not measured".
+        verdict: "guilty", "cleared" or "not measured"; of rounding that explains the whole difference "all there is".
         evidence: what was measured.
         model, parameter, step: where it shows most, and from which step on.
         size: how large the difference is, relative to what it is a difference of.

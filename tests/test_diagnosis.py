@@ -45,16 +45,16 @@ def test_every_fault_is_found_by_its_own_name(name):
         assert finding.parameter
 
 
-@pytest.mark.parametrize("setting", GRID[::5], ids=str)
+@pytest.mark.parametrize("setting", GRID[::7], ids=str)
 def test_without_a_fault_nobody_is_guilty(setting):
     report = found([], setting, seed=1)
     assert report.guilty == []
-    assert report.findings["rounding"].verdict == "guilty"  # in float32 there is always some
+    assert report.findings["rounding"].verdict == "all there is"  # in float32 there is always some
     assert all(finding.verdict == "cleared" for name, finding in report.findings.items() if name != "rounding")
     assert report.conclusion.startswith("The batch is its models alone")
 
 
-@pytest.mark.parametrize("pair", random.Random(0).sample(PAIRS, 6), ids="+".join)
+@pytest.mark.parametrize("pair", random.Random(0).sample(PAIRS, 4), ids="+".join)
 def test_a_pair_of_faults_is_found(pair):
     assert set(found(pair, setting_of(pair[0]), seed=PAIRS.index(pair)).guilty) == set(pair)
 
@@ -129,6 +129,26 @@ def test_masks_that_repeat_are_other_masks():
     assert report.findings["other-masks"].step == 2
 
 
+class Noisy(nn.Module):
+    """Draws what nothing can switch off."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.linear(x + 0.3 * torch.randn_like(x))
+
+
+@pytest.mark.parametrize("names", [[], ["other-masks"]])
+def test_random_numbers_that_cannot_be_switched_off(names):
+    (_, optimizer_cls, configs, *rest), keywords, recipe = case("mlp")
+    models = [Noisy() for _ in range(M)]
+    report = diagnose(models, optimizer_cls, configs, *rest, **keywords, build=plant(recipe, *names))
+    assert report.guilty == names
+    assert report.findings["wrong-gradient"].verdict == ("not measured" if names else "cleared")
+
+
 def test_the_published_optimizer_is_found_out():
     arguments, keywords, _ = case("mlp", dropout=0.0)
     keywords |= {"max_norm": None, "scheduler": None}
@@ -173,11 +193,6 @@ def test_a_bare_torch_func_loop():
     assert bare(dropout=0.3).guilty == ["other-masks"]  # vmap draws masks of its own
 
 
-class MeanOverModels(Bare):
-    def change_gradients(self):
-        self.grads = {name: g / len(self.rates) for name, g in self.grads.items()}
-
-
 class AddsUp(Bare):
     kept = None
 
@@ -212,7 +227,6 @@ class ClippedTogether(Bare):
 @pytest.mark.parametrize(
     ("loop", "name"),
     [
-        (MeanOverModels, "mean-loss"),
         (AddsUp, "stale-gradients"),
         (OneMomentumForAll, "shared-optimizer-state"),
         (FirstRateForAll, "setting-of-model-0"),
