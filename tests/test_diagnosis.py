@@ -37,6 +37,8 @@ def setting_of(name):
 def test_every_fault_is_found_by_its_own_name(name):
     report = found([name], setting_of(name), seed=1)
     assert report.guilty == [name]
+    unmeasured = [other for other, finding in report.findings.items() if finding.verdict == "not measured"]
+    assert unmeasured == (["other-masks"] if name == "other-mode" else [])  # in eval mode nothing is drawn
     finding = report.findings[name]
     assert finding.size > 1e-6
     assert finding.step is not None
@@ -175,6 +177,7 @@ def test_a_difference_that_is_no_suspects_is_not_pinned_on_one():
     report = diagnose(*arguments, **keywords, build=build)
     assert report.guilty == []
     assert "none of the suspects" in report.conclusion
+    assert report.findings["rounding"].verdict == "cleared"
 
 
 # ---------------------------------------------------------------- from outside
