@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -76,6 +77,7 @@ class LearningRates:
         self.right.set_ylabel("final loss" if accuracy is None else "accuracy on the test set (%)")
         for axes in (self.left, self.right):
             tidy(axes)
+        label_decades(self.right.xaxis)
         curves = self.left.add_collection(LineCollection([], colors=self.colors, linewidths=1.1), autolim=False)
         (chosen,) = self.left.plot([], [], color=WRONG, linewidth=3)
         (median,) = self.right.plot([], [], color=GRAY, linewidth=1.2, label="median of the seeds")
@@ -160,6 +162,17 @@ def smooth(loss: Tensor, window: int) -> Tensor:
     total = loss.double().masked_fill(~loss.isfinite(), math.nan).clamp(max=1e6).cumsum(0)  # 1e6 leaves digits for 1e-9
     before = torch.cat([total.new_zeros(window, loss.shape[1]), total])[: len(loss)]
     return (total - before) / torch.arange(1, len(loss) + 1).clamp(max=window)[:, None]
+
+
+def label_decades(axis: Axis) -> None:
+    """Write a log axis's ticks as plain numbers, which are drawn ten times faster than formulas."""
+
+    def minor(value: float, _: int) -> str:
+        low, high = sorted(axis.get_view_interval())
+        return f"{value:g}" if high < 10 * low else ""  # they are bare where powers of ten can be seen
+
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(minor)
 
 
 def tidy(axes: Axes, grid: str = "y") -> None:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from torch import Tensor
 
-from .curves import ALONE, WRONG, Picture, tidy
+from .curves import ALONE, WRONG, Picture, label_decades, tidy
 from .trainability import Trainability
 
 __all__ = ["RateMap"]
@@ -47,6 +47,7 @@ class RateMap:
         self.right.set(xlabel="step", ylabel="loss / first loss", yscale="log", xlim=(0, max(2, steps)))
         self.right.set_ylim(10**LOWEST, 10.0)
         tidy(self.right)
+        label_decades(self.right.yaxis)
         (ring,) = self.left.plot([], [], "o", color=WRONG, markersize=11, fillstyle="none", markeredgewidth=2.5)
         (curve,) = self.right.plot([], [], color=ALONE, linewidth=2)
         said = [axes.text(0, 1.03, "", transform=axes.transAxes, fontsize=9) for axes in (self.left, self.right)]

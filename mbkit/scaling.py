@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .curves import ALONE, BATCHED, Picture, tidy
+from .curves import ALONE, BATCHED, Picture, label_decades, tidy
 
 __all__ = ["scaling"]
 
@@ -35,6 +35,7 @@ def scaling(measured: Mapping[str, Mapping[int, Any]]) -> Picture:
             axes.fill_between(list(times), lows, highs, color=color, alpha=0.25, linewidth=0)  # the quartiles
         axes.set(xscale="log", yscale="log", xlabel=what)
         axes.minorticks_off()
+        label_decades(axes.yaxis)
         axes.set_xticks(list(results), [f"{value:,}" for value in results])
         tidy(axes)
     panels[0].set_ylabel("ms a model and step")

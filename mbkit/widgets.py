@@ -7,7 +7,6 @@ stays, as a PNG. In notebooks leave a core to the browser: `torch.set_num_thread
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -203,14 +202,13 @@ class LearningRateExplorer(Explorer):
         self.request(learning_rates=rates, num_seeds=self.num_seeds.value, optimizer=self.optimizer.value)
 
     def _start(self, learning_rates: Sequence[float], num_seeds: int, optimizer: str) -> Iterator[None]:
-        models = []
+        rates = [rate for rate in learning_rates for _ in range(num_seeds)]
+        seeds, models = [*range(num_seeds)] * len(learning_rates), []  # M = rates x seeds
         with GENERATOR, torch.random.fork_rng(devices=[]):
-            for seed in range(num_seeds):
+            for seed in seeds:  # built anew at each rate: that is quicker than a deep copy
                 torch.default_generator.manual_seed(seed)
                 models.append(self._build())
-        rates = [rate for rate in learning_rates for _ in models]
-        grid = [copy.deepcopy(model) for _ in learning_rates for model in models]  # M = rates x seeds
-        batch = ModelBatch(grid, seeds=[*range(num_seeds)] * len(learning_rates))
+        batch = ModelBatch(models, seeds=seeds)
         factory = OptimizerFactory(getattr(torch.optim, optimizer), self._hyperparameters)
         updates = factory.create_optimizer(batch, lr=rates)
         self.curves = plots.LearningRates(rates, self.steps)
