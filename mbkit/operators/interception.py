@@ -87,10 +87,14 @@ class Interception(TorchFunctionMode):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Let every call pass, while the models run one after the other on tensors of their own."""
+        """Let every call pass, while the models run one after the other on tensors of their own.
+
+        With no mode on at all: torch's encoder layers take another path where they see one.
+        """
         self.paused = True
         try:
-            yield
+            with torch._C.DisableTorchFunction():
+                yield
         finally:
             self.paused = False
 
