@@ -16,6 +16,7 @@ from .benchmark import run_benchmark
 from .consistency import PRESETS, PUBLISHED, dissect, preset, run, switches
 from .data import load_images
 from .outcome import DEMO_FAULTS
+from .suite import run_suite
 from .tables import text_table
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -79,6 +80,7 @@ def _build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch-only", action="store_true", help="leave out the models alone")
     bench.add_argument("--save", type=Path, metavar="FILE", help="write the raw runs as JSON")
     bench.add_argument("--figure", type=Path, help="save a picture")
+    bench.add_argument("--suite", action="store_true", help="measure every way to train, case by case, instead")
     bench.set_defaults(run=_benchmark, prog=bench.prog)
 
     lab = commands.add_parser("lab", help="open the notebooks in JupyterLab")
@@ -131,6 +133,8 @@ def _benchmark(options: argparse.Namespace) -> None:
     if options.threads < 1:
         raise ValueError(f"Expected at least 1 thread, got {options.threads}.")
     torch.set_num_threads(options.threads)
+    if options.suite:
+        return _suite(options)
     data = load_images(options.dataset)
     if options.images is not None:
         data = data.subset(options.images)
@@ -150,6 +154,18 @@ def _benchmark(options: argparse.Namespace) -> None:
         from .plots import benchmark
 
         _save(benchmark(result), options.figure)
+
+
+def _suite(options: argparse.Namespace) -> None:
+    result = run_suite()
+    print(result)
+    if options.save:
+        result.save(options.save)
+        print(f"\nRaw runs: {options.save}")
+    if options.figure:
+        from .plots import suite_figure
+
+        _save(suite_figure(result), options.figure)
 
 
 def _lab(options: argparse.Namespace) -> None:

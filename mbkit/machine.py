@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import platform
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["PeakMemory", "describe_machine", "measure_peak_memory", "synchronize"]
+__all__ = ["PeakMemory", "describe_machine", "keep_pages", "measure_peak_memory", "synchronize"]
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h; glibc takes no more than 32 MiB for the second
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -43,6 +45,21 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
     }
+
+
+@functools.cache
+def keep_pages() -> bool:
+    """Have glibc keep the memory that tensors give back, for the next step; return whether it does.
+
+    By default it hands activations back to the system in every step and takes them anew, which on a CPU costs thousands
+    of page faults a step. It is a setting of the process; whoever has set malloc by the environment has it their way.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return False
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        return bool(mallopt(_MMAP_THRESHOLD, 32 << 20) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    return False
 
 
 class PeakMemory:

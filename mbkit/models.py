@@ -1,4 +1,4 @@
-"""The lessons' networks."""
+"""The networks of the lessons and of the benchmark suite."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MLP", "LeNet5", "TinyMLP", "init_small_normal_"]
+__all__ = ["GPT", "MLP", "LSTMClassifier", "LeNet5", "ResNet", "TinyMLP", "init_small_normal_"]
 
 
 class MLP(nn.Module):
@@ -22,7 +22,6 @@ class MLP(nn.Module):
         ValueError: fewer than two sizes, or a rate outside 0 to 1.
 
     Example:
-        >>> import torch
         >>> MLP([20, 16, 16, 4])(torch.zeros(5, 20)).shape  # [B, 20] to [B, 4]
         torch.Size([5, 4])
     """
@@ -66,7 +65,6 @@ class LeNet5(nn.Module):
         dropout: the rate after each of the two hidden fully connected layers, 0 to 1.
 
     Example:
-        >>> import torch
         >>> LeNet5()(torch.zeros(2, 3, 32, 32)).shape  # [B, 3, 32, 32] to [B, K]
         torch.Size([2, 10])
         >>> sum(p.numel() for p in LeNet5().parameters())
@@ -88,6 +86,110 @@ class LeNet5(nn.Module):
         x = self.dropout(F.relu(self.fc1(x.flatten(-3))))  # [B, 120]
         x = self.dropout(F.relu(self.fc2(x)))  # [B, 84]
         return self.fc3(x)  # [B, K]
+
+
+class ResNet(nn.Module):
+    """A small residual network with BatchNorm for 3 x 32 x 32 images: a block for each width, halving the image.
+
+    After He et al. (2016); the shortcut is a 1 x 1 convolution, as in their variant B.
+
+    Args:
+        num_classes: K.
+        widths: channels of each block.
+
+    Example:
+        >>> ResNet()(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, num_classes: int = 10, widths: Sequence[int] = (16, 32, 64)) -> None:
+        super().__init__()
+        sizes = (widths[0], *widths)
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]))
+        self.blocks = nn.ModuleList(_Residual(a, b) for a, b in itertools.pairwise(sizes))
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((-2, -1)))  # [B, K]
+
+
+class _Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=2, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(outputs) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norms[1](self.second(F.relu(self.norms[0](self.first(x)))))
+        return F.relu(inner + self.norms[2](self.shortcut(x)))
+
+
+class GPT(nn.Module):
+    """A small causal transformer over tokens `[B, T]` that predicts the next token after the last: `[B, K]`.
+
+    After Radford et al. (2019): pre-norm blocks, GELU, learned positions.
+
+    Args:
+        num_tokens: K. length: the largest T. width: features, in 4 heads. depth: blocks. dropout: its rate.
+
+    Example:
+        >>> GPT()(torch.zeros(2, 32, dtype=torch.long)).shape
+        torch.Size([2, 64])
+    """
+
+    def __init__(
+        self, num_tokens: int = 64, length: int = 32, width: int = 64, depth: int = 2, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(num_tokens, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, num_tokens)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.places.weight[: tokens.shape[-1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[..., -1, :]))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, dropout: float, heads: int = 4) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.queries, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.inner = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.queries(self.norms[0](x)).unflatten(-1, (3 * self.heads, -1)).transpose(-3, -2)
+        seen = F.scaled_dot_product_attention(*parts.chunk(3, -3), is_causal=True)
+        x = x + self.dropout(self.out(seen.transpose(-3, -2).flatten(-2)))
+        return x + self.dropout(self.inner(self.norms[1](x)))
+
+
+class LSTMClassifier(nn.Module):
+    """An LSTM over `[B, T, features]` with a linear layer on its last output: `[B, K]`.
+
+    Args:
+        num_classes: K. features: of the input. hidden: of the LSTM.
+
+    Example:
+        >>> LSTMClassifier()(torch.zeros(2, 32, 16)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, num_classes: int = 10, features: int = 16, hidden: int = 32) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(features, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][..., -1, :])
 
 
 def init_small_normal_(model: nn.Module, std: float = 0.01) -> nn.Module:

@@ -17,10 +17,12 @@ from torch import Tensor
 from .chunks import Chunks
 from .freezing import stop_nonfinite
 from .loop import call, detach
+from .machine import keep_pages
 
 __all__ = ["Stepper", "batch_step", "check_chunk_size"]
 
 _CACHE = 4 << 20  # bytes kept for the backward pass from which on cutting a batch can pay
+_TINY = 2e-4  # seconds a model and step below which nothing but all models at once can be fastest
 _SHARE = 0.5  # of the free memory that one chunk's activations may take
 _TRIALS = 3  # timed steps of each way
 _SIZES = (32, 16, 8, 4)
@@ -101,6 +103,13 @@ class Stepper:
         size = batch.num_models if chunk_size is None else chunk_size
         self._chunks = None if chunk_size == "auto" or size >= batch.num_models else Chunks(batch, size)
         self.how = ""
+        if next(batch.parameters()).device.type == "cpu":
+            keep_pages()
+
+    @property
+    def settled(self) -> bool:
+        """Whether the way to make the steps has been chosen."""
+        return self._compiled is not None or self._choice is None or self._choice.settled
 
     def step(self, x: Any, y: Any) -> tuple[Tensor, Any]:
         """Make one update of all models; return the losses [M] and the outputs from before it, detached."""
@@ -139,7 +148,7 @@ class _Choice:
     """Finds the fastest way by trying each for a few steps, largest chunks first, for as long as smaller ones gain.
 
     The first step is made in chunks and tells how much memory a model's activations take. Where all models' fit into
-    the cache, nothing is timed: all models at once is fastest, and always to the same bits.
+    the cache, chunks cannot gain and are not tried.
     """
 
     def __init__(self, batch: Any) -> None:
@@ -158,14 +167,17 @@ class _Choice:
             return self.best, self._measure
         return (self._ways[0], self._settle) if self._ways else (self.best, None)
 
+    @property
+    def settled(self) -> bool:
+        return self._measured and not self._ways
+
     def _measure(self, seconds: float) -> None:
         each, num_models, batch = self.best.bytes_each, self._batch.num_models, self._batch
         largest = max(1, int(_SHARE * _free_memory(batch) // max(1, each)))
         self.best = None if largest >= num_models else Chunks(batch, largest)
         self._measured = True
-        if each * num_models > _CACHE:
-            sizes = [size for size in _SIZES if size < min(num_models, largest)]
-            self._ways = [self.best, *(Chunks(batch, size) for size in sizes), Chunks(batch, 1, apart=True)]
+        sizes = [size for size in _SIZES if size < min(num_models, largest)] if each * num_models > _CACHE else []
+        self._ways = [self.best, *(Chunks(batch, size) for size in sizes), Chunks(batch, 1, apart=True)]
 
     def _settle(self, seconds: float) -> None:
         self._times.append(seconds)
@@ -176,6 +188,8 @@ class _Choice:
         self._times = []
         if self._record is None or found < 0.97 * self._record:
             self.best, self._record = way, found
+            if found < _TINY * self._batch.num_models:
+                self._ways.clear()
         elif found > 1.1 * self._record:
             self._ways.clear()  # still smaller chunks are slower still
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -200,3 +201,37 @@ def test_complex_parameters_equal_lone_runs(cls: type, hyperparameters: dict) ->
     # not to the bit: some classes decay weights in complex arithmetic, which rounds twice where real rounds once
     batch, models = run(cls, hyperparameters, torch.complex128, steps=12)
     assert largest_difference(batch, models) <= 1e-12
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("fused", [None, False])
+def test_larger_models_take_the_fused_kernel_unless_told_not_to(monkeypatch, cls, fused):
+    """With fused=False the bits are those of torch's for-loop, without it those of torch's fused kernel."""
+    calls = []
+    name = "_fused_adam_" if cls is torch.optim.Adam else "_fused_adamw_"
+    kernel = getattr(torch, name)
+    monkeypatch.setattr(torch, name, lambda *args, **rest: calls.append(1) or kernel(*args, **rest))
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(130, 130) for _ in range(3)]
+    lones = [copy.deepcopy(model) for model in models]
+    batch = ModelBatch(models)
+    settings = {"weight_decay": 0.1, "betas": (0.8, 0.95)}
+    optimizer = OptimizerFactory(cls).create_optimizer(batch, lr=[0.1, 0.2, 0.3], fused=fused, **settings)
+    alone = [
+        cls(lone.parameters(), lr=lr, fused=fused is None, **settings)
+        for lone, lr in zip(lones, (0.1, 0.2, 0.3), strict=True)
+    ]
+    for _ in range(4):
+        for i, stacked in enumerate(batch.parameters()):
+            stacked.grad = torch.randn_like(stacked)
+            for m, lone in enumerate(lones):
+                list(lone.parameters())[i].grad = stacked.grad[m].clone()
+        mine = len(calls)
+        optimizer.step()
+        assert len(calls) - mine == (3 if fused is None else 0)
+        for lone in alone:
+            lone.step()
+    for stacked, *own in zip(batch.parameters(), *(lone.parameters() for lone in lones), strict=True):
+        assert torch.equal(stacked, torch.stack(own))
+    taken = optimizer.unstack(1)
+    assert all(torch.equal(taken.state[p]["step"], torch.tensor(4.0)) for p in taken.param_groups[0]["params"])

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from mbkit import ModelBatch, OptimizerFactory, fit
 from mbkit.chunks import Chunks
-from mbkit.stepping import Stepper, _Choice, batch_step
+from mbkit.stepping import Stepper, batch_step
 
 M, B, K, STEPS = 5, 8, 3, 4
 RATES = [0.001 * (m + 1) for m in range(M)]
@@ -204,12 +204,23 @@ def test_a_chunk_fits_into_the_memory_that_is_free(monkeypatch):
     assert clock.tried == [4, 3, 3]
 
 
-def test_small_batches_are_never_cut():
+def test_what_fits_into_the_cache_is_not_cut(monkeypatch):
     batch = ModelBatch(models_of(Busy))
-    choice = _Choice(batch)
-    choice.best.bytes_each = 1000
-    choice._measure(1.0)
-    assert choice.next() == (None, None)
+    clock = Clock(monkeypatch, {4: 1.0, None: 1.0, 0: 1.0})
+    monkeypatch.setattr("mbkit.stepping._CACHE", 1000)
+    stepper = Stepper(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1), cross_entropy)
+    for _ in range(12):
+        stepper.step(None, None)
+    assert set(clock.tried[1:]) == {None, 0}
+
+
+def test_tiny_models_go_all_at_once_and_nothing_else_is_tried(monkeypatch):
+    batch = ModelBatch(models_of(Busy))
+    clock = Clock(monkeypatch, {4: 1e-5, None: 1e-5, 0: 1e-6})
+    stepper = Stepper(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1), cross_entropy)
+    for _ in range(12):
+        stepper.step(None, None)
+    assert set(clock.tried[1:]) == {None}
 
 
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)])

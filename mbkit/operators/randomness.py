@@ -180,11 +180,22 @@ RULES[torch.rrelu_] = _rrelu_in_place
 
 
 def _attention(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
-    """`scaled_dot_product_attention`: random only where it drops something."""
+    """`scaled_dot_product_attention`: random only where it drops something; else M models are M times the batch."""
     rate = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
     if isinstance(rate, PerModel) or rate > 0:
         return model_by_model(mode, function, args, kwargs)
-    return function(*args, **kwargs)
+    if len(args) != 3 or kwargs.get("attn_mask") is not None or any(x.dim() != 4 for x in args):
+        return function(*args, **kwargs)
+    plan: list[bool] = []
+
+    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
+        if not all(stacked):
+            return (mode.index_values,)
+        plan.append(True)
+        return (function(*(x.flatten(0, 1) for x in stacks), **kwargs).unflatten(0, (mode.num_models, -1)),)
+
+    out = on_stacks(run, mode.index, args)[0]
+    return out if plan else function(*args, **kwargs)
 
 
 RULES[torch._C._nn.scaled_dot_product_attention] = _attention

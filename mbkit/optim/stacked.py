@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..freezing import rows_where
 from ..operators import reached_models
 from .base import BatchOptimizer, construct
+from .fused import can_fuse, fused_adam
 from .hyperparameters import SWITCHES, Columns
 from .rules import RULES, Rule
 
@@ -22,7 +23,8 @@ class StackedOptimizer(BatchOptimizer):
 
     The lone optimizers meant are torch.optim's for-loop implementations, the default on a CPU (`foreach` and `fused`
     round differently), and the bits are those of float32 parameters. In float64 a power of a hyperparameter may differ
-    in its last bit (torch's vectorised `pow` against C's), in half precision a sum may.
+    in its last bit (torch's vectorised `pow` against C's), in half precision a sum may. On a CPU, Adam and AdamW of
+    models with 16,384 parameters and more take torch's fused kernel, to rounding, unless `fused=False` is given.
 
     It reads the stacked gradient itself, so there is no second copy of a gradient that could be out of date. `state`
     is keyed by the stacked parameters, like any torch optimizer's, and holds `[M, ...]` tensors under torch's own
@@ -69,6 +71,9 @@ class StackedOptimizer(BatchOptimizer):
             grads = [_gradient(param) for param in params]
             states = [self._prepare(param, columns) for param in params]
             before = self._copies(params, states, stopped)
+            if not before and can_fuse(self.optimizer_cls, params, columns):
+                fused_adam(self.optimizer_cls, params, grads, states, columns)
+                continue
             if params[0].is_complex():  # to torch.optim a complex number is a pair of real ones
                 states = [{name: _real(value) for name, value in state.items()} for state in states]
             params, grads = [_real(param) for param in params], [_real(grad) for grad in grads]

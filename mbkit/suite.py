@@ -1,0 +1,230 @@
+"""The benchmark suite: every way to train M models, case by case, in turns in one process, as ratios of medians."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .benchmark_result import Timing
+from .machine import describe_machine, synchronize
+from .models import GPT, MLP, LeNet5, LSTMClassifier, ResNet
+from .progress import Progress
+from .rivals import RIVALS
+from .tables import html_table, text_table
+
+__all__ = ["CASES", "Case", "SuiteResult", "run_suite"]
+
+ROUNDS = 5
+SECONDS = 0.3  # that a side's turn lasts, about
+_WARM_UP = 40  # steps at most until fit's own choice is made
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the suite.
+
+    Args:
+        network: the class's name. num_models: M. batch_size: B.
+    """
+
+    network: str
+    num_models: int
+    batch_size: int
+
+    def models(self) -> list[nn.Module]:
+        """Return M models from seeds 0, 1, 2, …"""
+        build, _ = NETWORKS[self.network]
+        found = []
+        with torch.random.fork_rng(devices=[]):
+            for m in range(self.num_models):
+                torch.manual_seed(m)
+                found.append(build())
+        return found
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Return one random batch, the same for all sides."""
+        _, example = NETWORKS[self.network]
+        generator = torch.Generator().manual_seed(0)
+        x = example(self.batch_size, generator)
+        return x, torch.randint(4, (self.batch_size,), generator=generator)
+
+
+def _images(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=generator)
+
+
+def _tokens(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(64, (count, 32), generator=generator)
+
+
+# The network's name -> what makes one, and what makes a batch of B inputs.
+NETWORKS = {
+    "MLP": (lambda: MLP((20, 16, 16, 4)), lambda count, g: torch.randn(count, 20, generator=g)),
+    "LeNet5": (LeNet5, _images),
+    "ResNet": (ResNet, _images),
+    "GPT": (GPT, _tokens),
+    "LSTM": (LSTMClassifier, lambda count, g: torch.randn(count, 32, 16, generator=g)),
+}
+
+CASES = (
+    *(Case("MLP", m, 32) for m in (1, 2, 16, 256, 1024, 16384)),
+    *(Case("LeNet5", m, 128) for m in (2, 4, 16, 64)),
+    *(Case("LeNet5", 16, b) for b in (32, 512)),
+    *(Case(name, m, 32) for name in ("ResNet", "GPT", "LSTM") for m in (2, 8)),
+)
+
+
+@dataclass(eq=False, repr=False)
+class SuiteResult:
+    """What the suite measured; it prints as a table.
+
+    Attributes:
+        rows: a dict a case: "network", "num_models", "batch_size", "parameters", "how" (what fit chose), and "seconds":
+            a side's name -> raw times a model and step.
+        machine: device, threads and versions.
+    """
+
+    machine: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def timing(self, row: dict[str, Any], side: str) -> Timing | None:
+        """Return a side's median and quartiles, in seconds a model and step; None where it was not run."""
+        seconds = row["seconds"].get(side)
+        return None if seconds is None else Timing.of(torch.tensor(seconds))
+
+    def ratio(self, row: dict[str, Any], side: str, over: str = "sequential") -> float | None:
+        """Return how many times as fast a side is as another: the ratio of their medians."""
+        mine, other = self.timing(row, side), self.timing(row, over)
+        return None if mine is None or other is None else other.median / mine.median
+
+    def table(self) -> list[list[str]]:
+        """Return the table's rows of text; the first is the header."""
+        sides = [side for side in RIVALS if any(side in row["seconds"] for row in self.rows)]
+        lines = [["network", "M", "batch", "sequential, ms (quartiles)", *sides[1:], "fit chose"]]
+        for row in self.rows:
+            ratios = [self.ratio(row, side) for side in sides[1:]]
+            times = ["-" if ratio is None else f"{ratio:.2f} x" for ratio in ratios]
+            sizes = [row["network"], str(row["num_models"]), str(row["batch_size"])]
+            lines.append([*sizes, str(self.timing(row, "sequential")), *times, row["how"]])
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists with the raw runs, fit for JSON."""
+        return {"kind": "suite", "machine": self.machine, "rows": self.rows}
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON; folders are made."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict()) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SuiteResult:
+        """Read what `save` wrote."""
+        values = json.loads(Path(path).read_text())
+        return cls(values["machine"], values["rows"])
+
+    def __str__(self) -> str:
+        return f"{self._title()}\n\n{text_table(self.table())}\n\n{self._note()}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(self.table(), self._title()) + html_table([], self._note())
+
+    def _title(self) -> str:
+        m = self.machine
+        return f"{m['device']}, {m['threads']} of {m['cores']} threads, torch {m['torch']}, mbkit {m['mbkit']}"
+
+    def _note(self) -> str:
+        return (
+            "Times are ms a model and step; the others' speed is a multiple of sequential, by medians. Each side has "
+            f"{ROUNDS} turns,\non one batch in float32 with Adam; sequential trains the first 8 models. "
+            "A dash: it cannot train them, or is not installed."
+        )
+
+
+def run_suite(
+    cases: Sequence[Case] = CASES, *, sides: Sequence[str] | None = None, progress: bool = True
+) -> SuiteResult:
+    """Measure all cases, each with every side that can train it.
+
+    Args:
+        cases: what to measure.
+        sides: names out of RIVALS, "sequential" among them; all when absent.
+        progress: show a bar.
+
+    Returns:
+        A SuiteResult.
+
+    Raises:
+        ValueError: an unknown side.
+
+    Example:
+        >>> result = run_suite([Case("MLP", 2, 8)], sides=["sequential", "mbkit"], progress=False)
+        >>> sorted(result.rows[0]["seconds"])
+        ['mbkit', 'sequential']
+    """
+    sides = list(RIVALS) if sides is None else list(sides)
+    if unknown := [side for side in sides if side not in RIVALS]:
+        raise ValueError(f"Expected sides out of {', '.join(RIVALS)}, got {', '.join(unknown)}.")
+    result = SuiteResult(describe_machine(torch.device("cpu")))
+    with Progress(len(cases), "suite", progress) as bar:
+        for case in cases:
+            result.rows.append(_measure(case, sides))
+            bar.advance(f"{case.network}, M = {case.num_models}")
+    return result
+
+
+def _measure(case: Case, sides: Sequence[str]) -> dict[str, Any]:
+    x, y = case.data()
+    models = case.models()
+    rates = torch.logspace(-4, -2, case.num_models).tolist()
+    made = {side: RIVALS[side](models, torch.optim.Adam, rates) for side in sides}
+    made = {side: found for side, found in made.items() if found is not None}
+    counts = {side: _warm_up(step, x, y) for side, (step, _) in made.items()}
+    made = {side: found for side, found in made.items() if counts[side]}
+    seconds: dict[str, list[float]] = {side: [] for side in made}
+    for turn in range(ROUNDS):
+        for side in list(made) if turn % 2 == 0 else reversed(list(made)):
+            step, models_trained = made[side]
+            for _ in range(counts[side]):
+                seconds[side].append(_clock(step, x, y) / models_trained)
+    row = {"network": case.network, "num_models": case.num_models, "batch_size": case.batch_size}
+    row["parameters"] = sum(p.numel() for p in models[0].parameters())
+    row["how"] = made["mbkit"][0].stepper.how if "mbkit" in made else ""
+    del made
+    gc.collect()
+    return {**row, "seconds": {side: [round(s, 9) for s in times] for side, times in seconds.items()}}
+
+
+def _warm_up(step: Any, x: Tensor, y: Tensor) -> int:
+    """Make steps until all is compiled, allocated and chosen; return how many fit into a turn, 0 if it cannot train."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a side has to say about its speed is what is measured
+        try:
+            for _ in range(_WARM_UP):
+                seconds = _clock(step, x, y)
+                if not hasattr(step, "stepper") or step.stepper.settled:
+                    break
+        except RuntimeError:
+            return 0
+    seconds = min(_clock(step, x, y) for _ in range(2 if seconds < 1 else 1))
+    return int(min(50, max(1, SECONDS / seconds)))
+
+
+def _clock(step: Any, x: Tensor, y: Tensor) -> float:
+    synchronize(x.device)
+    start = time.perf_counter()
+    step(x, y)
+    synchronize(x.device)
+    return time.perf_counter() - start
