@@ -163,9 +163,9 @@ def _suite(options: argparse.Namespace) -> None:
         result.save(options.save)
         print(f"\nRaw runs: {options.save}")
     if options.figure:
-        from .plots import suite_figure
+        from .plots import scaling
 
-        _save(suite_figure(result), options.figure)
+        _save(scaling(result.growth()), options.figure)
 
 
 def _lab(options: argparse.Namespace) -> None:

@@ -2,7 +2,8 @@
 
 Each is a function `rival(models, optimizer_cls, rates)` that returns a `step(x, y)` which makes one update of its
 models, and the number of models that it updates; or None, where it cannot train them. All train with cross-entropy, in
-place of the given models or on copies, with a learning rate a model.
+place of the given models or on copies, with a learning rate a model. `step.read(m, name)` gives a parameter, except for
+the sequential side.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -49,6 +51,7 @@ def _own(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[float
         stepper.step(x, y)
 
     step.stepper = stepper
+    step.read = lambda m, name: batch.stacked_params[name].detach()[m]
     return step, len(models)
 
 
@@ -82,6 +85,7 @@ def _modelbatch(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequenc
         batch.compute_loss(batch(x), y, cross_entropy).backward()
         optimizer.step()
 
+    step.read = lambda m, name: batch.get_model_states()[m][name]
     return step, len(models)
 
 
@@ -103,6 +107,7 @@ def _naive_vmap(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequenc
         losses(parameters, buffers, x, y).sum().backward()
         optimizer.step()
 
+    step.read = lambda m, name: parameters[name].detach()[m]
     return step, len(models)
 
 
@@ -139,6 +144,7 @@ def _jax(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[float
     def step(x: Tensor, y: Tensor) -> None:
         state[:] = jax.block_until_ready(run(*state, rate, x.numpy(), y.numpy().astype("int32")))
 
+    step.read = lambda m, name: torch.from_numpy(np.array(state[0][name][m]))
     return step, len(models)
 
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -116,6 +117,20 @@ class SuiteResult:
             sizes = [row["network"], str(row["num_models"]), str(row["batch_size"])]
             lines.append([*sizes, str(self.timing(row, "sequential")), *times, row["how"]])
         return lines
+
+    def growth(self) -> dict[str, dict[int, Any]]:
+        """Return how cost grows, for `plots.scaling`: what grows -> its value -> the times `alone` and `batched`."""
+        found: dict[str, dict[int, Any]] = {}
+        for row in self.rows:
+            timed = SimpleNamespace(alone=self.timing(row, "sequential"), batched=self.timing(row, "mbkit"))
+            network, m, b = row["network"], row["num_models"], row["batch_size"]
+            if (network, b) in (("MLP", 32), ("LeNet5", 128)):
+                found.setdefault(f"models M, {network}, B = {b}", {})[m] = timed
+            if network == "LeNet5" and m == 16:
+                found.setdefault("batch B, LeNet5, M = 16", {})[b] = timed
+            if m == 8 or (network, m, b) in (("MLP", 16, 32), ("LeNet5", 16, 32)):
+                found.setdefault("parameters, M = 8 or 16, B = 32", {})[row["parameters"]] = timed
+        return {what: dict(sorted(values.items())) for what, values in found.items() if len(values) > 1}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists with the raw runs, fit for JSON."""
