@@ -18,7 +18,7 @@ from mbkit.faults import FAULTS, StaleGradientOptimizer, plant
 from mbkit.operators import Streams
 from mbkit.subject import BatchRecipe, BatchSubject
 
-# Of each fault in each setting. CI makes 2; MBKIT_DRAWS=20 pytest -m slow tests/test_diagnosis.py takes most of an hour.
+# Of each fault in each setting. With MBKIT_DRAWS=20 the slow tests of this file take most of an hour.
 DRAWS = int(os.environ.get("MBKIT_DRAWS", "2"))
 GRID = list(itertools.product(KINDS, OPTIMIZERS, RATES))
 # In eval mode nothing is drawn, so there are no masks that could be others.
