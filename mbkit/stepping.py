@@ -22,7 +22,7 @@ from .machine import keep_pages
 __all__ = ["Stepper", "batch_step", "check_chunk_size"]
 
 _CACHE = 4 << 20  # bytes kept for the backward pass from which on cutting a batch can pay
-_TINY = 2e-4  # seconds a model and step below which nothing but all models at once can be fastest
+_SMALL = 1 << 17  # bytes that a model keeps, below which nothing but all models at once can be fastest
 _SHARE = 0.5  # of the free memory that one chunk's activations may take
 _TRIALS = 3  # timed steps of each way
 _SIZES = (32, 16, 8, 4)
@@ -147,8 +147,8 @@ def _wait(tensor: Tensor) -> None:
 class _Choice:
     """Finds the fastest way by trying each for a few steps, largest chunks first, for as long as smaller ones gain.
 
-    The first step is made in chunks and tells how much memory a model's activations take. Where all models' fit into
-    the cache, chunks cannot gain and are not tried.
+    The first step is made in chunks and tells how much memory a model's activations take. Small models' go all at once
+    without a trial, so always to the same bits; where all activations fit into the cache, chunks are not tried.
     """
 
     def __init__(self, batch: Any) -> None:
@@ -176,6 +176,8 @@ class _Choice:
         largest = max(1, int(_SHARE * _free_memory(batch) // max(1, each)))
         self.best = None if largest >= num_models else Chunks(batch, largest)
         self._measured = True
+        if each < _SMALL:
+            return
         sizes = [size for size in _SIZES if size < min(num_models, largest)] if each * num_models > _CACHE else []
         self._ways = [self.best, *(Chunks(batch, size) for size in sizes), Chunks(batch, 1, apart=True)]
 
@@ -188,8 +190,6 @@ class _Choice:
         self._times = []
         if self._record is None or found < 0.97 * self._record:
             self.best, self._record = way, found
-            if found < _TINY * self._batch.num_models:
-                self._ways.clear()
         elif found > 1.1 * self._record:
             self._ways.clear()  # still smaller chunks are slower still
 

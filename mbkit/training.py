@@ -59,9 +59,9 @@ def fit(
         on_nonfinite: what to do with a model whose loss or gradient is not finite, before that update is made:
             "freeze" stops it (see ModelBatch.freeze; the History says when), "raise" ends the run, None does nothing.
         chunk_size: how many models are trained at once, which changes no result; None for all. "auto" keeps their
-            activations within half of the free memory, and where they leave the cache it times larger and smaller
-            chunks on the first steps, and one model after the other, and goes on with the fastest. The History says
-            what that was. To float32's last bit two such runs can differ.
+            activations within half of the free memory. Models that keep more than 128 KiB each for their backward pass
+            are also tried in smaller chunks and one after the other, on the first steps, and go on in the fastest way,
+            which the History names. Two such runs can differ in float32's last bits; with a number or None they don't.
         compile: make each step as one function compiled by torch.compile: after some seconds of compilation, far ahead
             for small models. Where that cannot be, a warning says why and the steps run uncompiled.
         callback: called with each Step; returning False ends the training.

@@ -161,6 +161,7 @@ class Clock:
 
     def __init__(self, monkeypatch, seconds: dict) -> None:
         self.tried, self.now, self.seconds = [], 0.0, seconds
+        monkeypatch.setattr("mbkit.stepping._SMALL", 0)
         monkeypatch.setattr("mbkit.stepping._CACHE", 0)
         monkeypatch.setattr("mbkit.stepping.batch_step", self.step)
         monkeypatch.setattr("mbkit.stepping.time.perf_counter", lambda: self.now)
@@ -214,9 +215,10 @@ def test_what_fits_into_the_cache_is_not_cut(monkeypatch):
     assert set(clock.tried[1:]) == {None, 0}
 
 
-def test_tiny_models_go_all_at_once_and_nothing_else_is_tried(monkeypatch):
+def test_small_models_go_all_at_once_and_nothing_else_is_tried(monkeypatch):
     batch = ModelBatch(models_of(Busy))
-    clock = Clock(monkeypatch, {4: 1e-5, None: 1e-5, 0: 1e-6})
+    clock = Clock(monkeypatch, {4: 1.0, None: 1.0, 0: 0.1})
+    monkeypatch.setattr("mbkit.stepping._SMALL", 2)
     stepper = Stepper(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1), cross_entropy)
     for _ in range(12):
         stepper.step(None, None)
