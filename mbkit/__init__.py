@@ -1,11 +1,6 @@
 """mbkit: train many models at once, each exactly as if it were trained alone."""
 
 import importlib
-import os
-
-# Threads that spin while they wait for each other stall as soon as anything else runs: on two cores, a step took over
-# ten times as long. It has to be said before torch is loaded; what the person has set goes first.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"  # before the rooms, because a benchmark's asks for it
 

@@ -18,7 +18,6 @@ def pytest_configure() -> None:
     """Set what the notebooks' kernels inherit; what the person at the terminal has set goes first."""
     os.environ.setdefault("MBKIT_QUICK", "1")
     os.environ.setdefault("MBKIT_OFFLINE", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stall a busy machine
     NotebookRun.execute = _and_complain(NotebookRun.execute)
 
 
