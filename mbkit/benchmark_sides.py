@@ -18,7 +18,7 @@ from .loop import walk
 from .machine import measure_peak_memory, synchronize
 from .model_batch import ModelBatch
 from .optim import OptimizerFactory
-from .training import batch_step
+from .stepping import Stepper
 
 __all__ = ["BLOCK", "Alone", "Batched", "Block", "blocks"]
 
@@ -79,12 +79,13 @@ class Alone(Side):
 class Batched(Side):
     def _build(self, models: list, optimizer_cls: Any, configs: list, seeds: list) -> None:
         self.batch = ModelBatch(models, seeds=seeds)
-        self._optimizer = OptimizerFactory(optimizer_cls).create_optimizer(self.batch, configs)
+        optimizer = OptimizerFactory(optimizer_cls).create_optimizer(self.batch, configs)
+        self._step = Stepper(self.batch, optimizer, cross_entropy).step  # as fit makes it
         self._runs: list[tuple[Tensor, float]] = []
 
     def _train(self, block: Block) -> None:
         for x, y in block:
-            self._runs.append(self._clock(batch_step, self.batch, self._optimizer, x, y, cross_entropy))
+            self._runs.append(self._clock(self._step, x, y))
 
     def seconds(self) -> Tensor:
         """[steps]"""

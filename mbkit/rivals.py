@@ -27,6 +27,7 @@ from .stepping import Stepper
 __all__ = ["RIVALS", "Rival"]
 
 Rival = Callable[[Sequence[nn.Module], type, Sequence[float]], tuple[Callable[[Any, Any], Any], int] | None]
+_MANY = 1024  # models from which on modelbatch's setup and steps, a Python loop each, take minutes
 _LONE = 8  # models that the sequential side trains in turn: all M would only take longer
 
 
@@ -72,6 +73,8 @@ def _compiled(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[
 def _modelbatch(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[float]):
     """The library modelbatch, with its stacked gradients cleared, as its own zero_grad() does by now."""
     if importlib.util.find_spec("modelbatch") is None or any(True for _ in models[0].buffers()):
+        return None
+    if len(models) > _MANY:
         return None
     import modelbatch
 

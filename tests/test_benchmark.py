@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from mbkit import benchmark_sides, machine
+from mbkit import benchmark_sides, machine, stepping
 from mbkit.benchmark import BenchmarkResult, Timing, learning_rate_grid, run_benchmark
 from mbkit.data import load_digits
 from mbkit.machine import describe_machine, measure_peak_memory
@@ -78,9 +78,9 @@ def test_only_full_batches_after_the_warmup_are_timed(result):
 def test_sides_take_turns_and_wait_for_the_device(digits, monkeypatch):
     calls = []
     monkeypatch.setattr(benchmark_sides, "synchronize", lambda device: calls.append("wait"))
-    for name in ("lone_step", "batch_step"):
-        original = getattr(benchmark_sides, name)
-        monkeypatch.setattr(benchmark_sides, name, lambda *args, f=original, n=name: (calls.append(n), f(*args))[1])
+    for room, name in ((benchmark_sides, "lone_step"), (stepping, "batch_step")):
+        original = getattr(room, name)
+        monkeypatch.setattr(room, name, lambda *args, f=original, n=name: (calls.append(n), f(*args))[1])
     run(digits, num_models=2, epochs=10, max_steps=25, warmup=3)
     assert calls[::3] == calls[2::3] == ["wait"] * (len(calls) // 3)  # before the clock starts and before it stops
     sides = calls[1::3][2:]  # the first two are for what is loaded once
@@ -103,7 +103,7 @@ def test_the_clock_covers_the_step_alone(digits, monkeypatch):
         return step
 
     monkeypatch.setattr(benchmark_sides, "lone_step", taking(3.0, benchmark_sides.lone_step))
-    monkeypatch.setattr(benchmark_sides, "batch_step", taking(4.0, benchmark_sides.batch_step))
+    monkeypatch.setattr(stepping, "batch_step", taking(4.0, stepping.batch_step))
     original = benchmark_sides.walk
     monkeypatch.setattr(benchmark_sides, "walk", lambda *args: (taking(100.0, lambda p: p)(p) for p in original(*args)))
     result = run(digits, num_models=2)
