@@ -29,6 +29,7 @@ def loop_inside(mode: Interception, module: nn.Module) -> Callable:
     """Return what stands for the module's call under vmap: a loop over the models' own copies of it."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        mode.check_hooks()
         before = read_state(module)
 
         def on(run: Callable, tensors: list[Tensor]) -> tuple[Tensor, ...]:

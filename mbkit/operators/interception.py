@@ -98,12 +98,16 @@ class Interception(TorchFunctionMode):
         finally:
             self.paused = False
 
+    def check_hooks(self) -> None:
+        """Refuse to go on under hooks that the model itself has put on saved tensors."""
+        if _saved_tensors_hooks(True) != self.hooks:
+            raise BatchingError("checkpointing and other hooks on saved tensors run again where vmap is no more")
+
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if self.paused:
             return function(*args, **kwargs)
-        if _saved_tensors_hooks(True) != self.hooks:
-            raise BatchingError("checkpointing and other hooks on saved tensors run again where vmap is no more")
+        self.check_hooks()
         if _is_composite(function):
             with self:
                 return _opened(function)(*args, **kwargs)
