@@ -87,7 +87,8 @@ def gradient(case: Case) -> None:
         one = case.lab.run(SMALL, models=case.quiet[:1], configs=case.calm[:1], seeds=case.lab.seeds[:1])
         reference, _ = case.alone(case.quiet[:1], case.training, k)
         alone, _ = case.fit(reference, one.gradients[0])
-    mean = num > 1 and abs(case.factor * num - 1) < 0.01 and abs(alone - 1) < 0.01
+    # Nearer to 1 than to the factor is enough: another fault beside this one may change the gradient itself a little.
+    mean = num > 1 and abs(case.factor * num - 1) < 0.01 and abs(alone - 1) < abs(alone - case.factor) / 2
     text = f"gradients have {case.factor:.4g} of autograd's length"
     if mean:
         text += f", which is 1 / {num}; in a batch of one model they have {alone:.4g} of it"
