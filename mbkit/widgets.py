@@ -212,7 +212,7 @@ class LearningRateExplorer(Explorer):
         factory = OptimizerFactory(getattr(torch.optim, optimizer), self._hyperparameters)
         updates = factory.create_optimizer(batch, lr=rates)
         self.curves = plots.LearningRates(rates, self.steps)
-        self.loss, self.done, self.seconds = torch.empty(self.steps, len(rates)), 0, []
+        self.done, self.seconds, self.loss = 0, [], torch.empty(self.steps, len(rates))
         walk = train_steps(batch, updates, self._batches, self._loss_fn, self.steps)  # a walk has at least one step
         for step in itertools.islice(walk, self.steps):
             self.loss[self.done] = step.losses
@@ -225,15 +225,17 @@ class LearningRateExplorer(Explorer):
         return self.curves.frame()
 
     def _facts(self) -> dict[str, Any]:
-        if not self.done:
+        seconds = sorted(self.seconds)  # a copy: the thread may begin a new run at any time
+        done = min(self.done, len(seconds))
+        if not done:
             return {}
-        loss = self.loss[: self.done]
+        loss = self.loss[:done]
         lost = int(plots.diverged(loss, self.curves.window).sum())
         shown = f"{loss[-1, min(self.chosen, loss.shape[1] - 1)].item():.4g}"
         marked = {"rate": self.rate.label, "seed": self.seed.value, "loss": shown}
-        usual = sorted(self.seconds)[len(self.seconds) // 2] / loss.shape[1]
+        usual = seconds[len(seconds) // 2] / loss.shape[1]
         cost = {"ms-a-model-and-step": f"{1e3 * usual:.3g}"}
-        return {"step": self.done, "models": loss.shape[1], "diverged": lost, **marked, **cost}
+        return {"step": done, "models": loss.shape[1], "diverged": lost, **marked, **cost}
 
 
 def explore_learning_rates(
