@@ -1,4 +1,4 @@
-"""Pictures, and loss curves of many models that can be redrawn many times a second."""
+"""Pictures, and the two that can be redrawn many times a second: loss curves, and a map of learning rates."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch import Tensor
 ALONE, BATCHED, WRONG, RIGHT, GRAY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#767676"
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")  # drawn ten times faster than a formula
 CEILING = 1.25  # times the largest first loss: there a loss axis ends, and beyond it a model counts as diverged
+LOWEST = -4  # log10 of the last loss in units of the first: a map's darkest color, and the end of its loss axis
 
 
 class Picture(Figure):
@@ -28,6 +31,11 @@ class Picture(Figure):
     def __init__(self, width: float = 8.6, height: float = 3.2, dpi: float = 140, **kwargs: Any) -> None:
         super().__init__(figsize=(width, height), dpi=dpi, layout="constrained", **kwargs)
         FigureCanvasAgg(self)
+
+    def panels(self, ratios: tuple[int, int] = (1, 1), **margins: float) -> tuple[Axes, Axes]:
+        """Return two panels with given margins: finding them would take longer than drawing does."""
+        self.set_layout_engine("none")
+        return tuple(self.subplots(1, 2, width_ratios=ratios, gridspec_kw={"right": 0.985, **margins}))
 
     def frame(self, draw: bool = True) -> bytes:
         """Return a PNG that is quick to make; of the canvas as it is, without drawing it, where asked for."""
@@ -54,8 +62,37 @@ def palette_png(png: bytes, colors: int = 128) -> bytes:
     return out.getvalue()
 
 
-class LearningRates:
-    """The figure of `learning_rates`, made to be redrawn many times a second: only what changes is painted again."""
+class Live:
+    """A figure that is redrawn many times a second: only its `artists` are painted again, over a kept background."""
+
+    picture: Picture
+    _background: Any = None
+
+    def _animate(self, *artists: Artist) -> None:
+        self.artists = artists
+        for artist in artists:
+            artist.set_animated(True)
+
+    def frame(self) -> bytes:
+        """Return the present picture as a PNG, in about 10 ms."""
+        canvas = self.picture.canvas
+        if self._background is None:
+            canvas.draw()
+            self._background = canvas.copy_from_bbox(self.picture.bbox)
+        canvas.restore_region(self._background)
+        for artist in self.artists:
+            artist.axes.draw_artist(artist)
+        return self.picture.frame(draw=False)
+
+    def still(self) -> Picture:
+        """Return the figure as any other, which is drawn as a whole."""
+        for artist in self.artists:
+            artist.set_animated(False)
+        return self.picture
+
+
+class LearningRates(Live):
+    """The figure of `plots.learning_rates`."""
 
     def __init__(
         self, rates: Sequence[float], steps: int, accuracy: Tensor | None = None, *, title: str = "", dpi: float = 100
@@ -63,18 +100,15 @@ class LearningRates:
         self.rates, self.steps, self.accuracy = torch.tensor(list(rates), dtype=torch.float64), steps, accuracy
         self.title, self.window = f"{title}: " if title else "", max(1, steps // 25)
         self.picture = Picture(dpi=dpi)
-        self.picture.set_layout_engine("none")  # finding the margins would take longer than drawing does
-        margins = {"left": 0.08, "right": 0.985, "top": 0.91, "bottom": 0.15, "wspace": 0.22}
-        self.left, self.right = self.picture.subplots(1, 2, width_ratios=(3, 2), gridspec_kw=margins)
+        self.left, self.right = self.picture.panels((3, 2), left=0.08, top=0.91, bottom=0.15, wspace=0.22)
         low, high = self.rates.min().log().item(), self.rates.max().log().item()
         place = (self.rates.log() - low) / (high - low or 1.0)  # [M], 0 to 1
         self.colors = colormaps["viridis"](0.9 * place.numpy())
         smooth = f", mean of {self.window} steps" if self.window > 1 else ""
         self.left.set(xlabel="step", ylabel=f"training loss{smooth}", xlim=(0, max(2, steps)))
-        self.right.set(
-            xlabel="learning rate", xscale="log", xlim=(self.rates.min().item() / 1.6, 1.6 * self.rates.max().item())
-        )
-        self.right.set_ylabel("final loss" if accuracy is None else "accuracy on the test set (%)")
+        ends = self.rates.min().item() / 1.6, 1.6 * self.rates.max().item()
+        last = "final loss" if accuracy is None else "accuracy on the test set (%)"
+        self.right.set(xlabel="learning rate", ylabel=last, xscale="log", xlim=ends)
         for axes in (self.left, self.right):
             tidy(axes)
         label_decades(self.right.xaxis)
@@ -83,14 +117,9 @@ class LearningRates:
         (median,) = self.right.plot([], [], color=GRAY, linewidth=1.2, label="median of the seeds")
         dots = self.right.scatter(self.rates.tolist(), [math.nan] * len(self.rates), c=self.colors, s=22, zorder=3)
         (lost,) = self.right.plot([], [], "x", color=WRONG, markersize=7, label="diverged", clip_on=False)
-        (ring,) = self.right.plot([], [], "o", color=WRONG, markersize=11, fillstyle="none", markeredgewidth=2.5)
-        count = self.left.text(0, 1.03, "", transform=self.left.transAxes, fontsize=9)
-        self.artists = [curves, chosen, median, dots, lost, ring, count]
-        for artist in self.artists:
-            artist.set_animated(True)
+        self._animate(curves, chosen, median, dots, lost, _ring(self.right), _caption(self.left))
         above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2, "borderpad": 0.2, "columnspacing": 1}
         self.right.legend(handles=[median, lost], fontsize=8, frameon=False, **above)
-        self._background: Any = None
         self._ends: tuple[float, float] | None = None  # of the loss axes
 
     def update(self, loss: Tensor, highlight: int | None = None) -> None:
@@ -117,17 +146,6 @@ class LearningRates:
             f"{self.title}step {len(loss)} of {self.steps}, {int(gone.sum())} of {len(gone)} models diverged"
         )
 
-    def frame(self) -> bytes:
-        """Return the present picture as a PNG, in about 10 ms."""
-        canvas = self.picture.canvas
-        if self._background is None:
-            canvas.draw()
-            self._background = canvas.copy_from_bbox(self.picture.bbox)
-        canvas.restore_region(self._background)
-        for artist in self.artists:
-            artist.axes.draw_artist(artist)
-        return self.picture.frame(draw=False)
-
     def _scale(self, low: float, top: float) -> None:
         """Set the axes' ends, and set them again, with room to spare, where the losses have sunk below."""
         if self._ends is None or low < self._ends[0]:
@@ -136,6 +154,73 @@ class LearningRates:
             self.left.set_ylim(self._ends)
             most = 1.0 if self.accuracy is None else self.accuracy.max().item()
             self.right.set_ylim(self._ends if self.accuracy is None else (0, min(100.0, 120 * most)))
+
+
+class RateMap(Live):
+    """The figure of `plots.trainability`: N x N networks, a pixel each, and beside them the loss of one of them.
+
+    Args:
+        first_rates, second_rates: [N]. steps: how many will be made.
+    """
+
+    def __init__(self, first_rates: Tensor, second_rates: Tensor, steps: int, dpi: float = 100) -> None:
+        self.rates = (first_rates, second_rates)
+        self.picture = Picture(height=4.0, dpi=dpi)
+        self.left, self.right = self.picture.panels((5, 4), left=0.09, top=0.92, bottom=0.13, wspace=0.34)
+        colors = ListedColormap(colormaps["viridis"](torch.linspace(0, 0.93, 128).numpy()))
+        # What diverged is not a number, and white: paler than any of viridis, to all eyes.
+        empty = torch.full((len(second_rates), len(first_rates)), math.nan)
+        look = {"cmap": colors, "vmin": LOWEST, "vmax": 0.0, "interpolation": "nearest", "origin": "lower"}
+        extent = [*_pixels(self.left.xaxis, first_rates), *_pixels(self.left.yaxis, second_rates)]
+        image = self.left.imshow(empty.numpy(), extent=extent, aspect="auto", **look)
+        bar = self.picture.colorbar(image, ax=self.left, pad=0.02, ticks=range(LOWEST, 1))
+        bar.ax.set_yticklabels([f"{10.0**tick:g}" for tick in range(LOWEST, 1)], fontsize=8)
+        bar.set_label("last loss / first loss", fontsize=8)
+        self.left.set(xlabel="first rate", ylabel="second rate")
+        self.right.set(xlabel="step", ylabel="loss / first loss", yscale="log", xlim=(0, max(2, steps)))
+        self.right.set_ylim(10.0**LOWEST, 10.0)
+        tidy(self.right)
+        label_decades(self.right.yaxis)
+        (curve,) = self.right.plot([], [], color=ALONE, linewidth=2)
+        self._animate(image, _ring(self.left), curve, _caption(self.left), _caption(self.right))
+
+    def update(self, outcome: Any, chosen: tuple[int, int] | None = None) -> None:
+        """Show the networks as they are after the steps so far, and mark the one in row and column `chosen`."""
+        image, ring, curve, left, right = self.artists
+        lost = outcome.diverged
+        ratio = outcome.ratio.double().clamp(min=10.0 ** (LOWEST - 1)).masked_fill(lost, math.nan)
+        image.set_data(ratio.log10().numpy())
+        steps = len(outcome.loss)
+        left.set_text(
+            f"step {steps} of {outcome.steps}: {int(lost.sum()):,} of {lost.numel():,} networks diverged (white)"
+        )
+        if chosen is None:
+            return
+        row, column = chosen
+        first, second = self.rates[0][column].item(), self.rates[1][row].item()
+        ring.set_data([math.log10(first)], [math.log10(second)])
+        loss = (outcome.loss[:, row, column] / outcome.loss[0, row, column]).double()
+        curve.set_data(range(1, steps + 1), loss.masked_fill(~loss.isfinite(), math.nan).tolist())
+        right.set_text(f"rates {first:.4g} and {second:.4g}{': diverged' if lost[row, column] else ''}")
+
+
+def _ring(axes: Axes) -> Artist:
+    """What marks the chosen model."""
+    return axes.plot([], [], "o", color=WRONG, markersize=11, fillstyle="none", markeredgewidth=2.5)[0]
+
+
+def _caption(axes: Axes) -> Artist:
+    return axes.text(0, 1.03, "", transform=axes.transAxes, fontsize=9)
+
+
+def _pixels(axis: Axis, rates: Tensor) -> tuple[float, float]:
+    """Label an axis in log10 with rates; return where its pixels begin and end: half a pixel around the outer rates."""
+    low, high = rates[[0, -1]].log10().tolist()
+    ticks = [low + (high - low) * part / 4 for part in range(5)]
+    digits = max(3, 2 - math.floor(math.log10(high - low or 1.0)))  # enough to tell the ticks apart
+    axis.set_ticks(ticks, [f"{10**tick:.{digits}g}" for tick in ticks], fontsize=8)
+    half = (high - low) / max(1, len(rates) - 1) / 2 or 0.5
+    return low - half, high + half
 
 
 def ceiling(loss: Tensor) -> float:

@@ -24,6 +24,7 @@ from .curves import (
     WRONG,
     LearningRates,
     Picture,
+    RateMap,
     diverged,
     palette_png,
     smooth,
@@ -31,7 +32,6 @@ from .curves import (
 )
 from .heat_map import heat_map
 from .outcome import SWITCHES
-from .ratemap import RateMap
 from .scaling import scaling
 from .trainability import Trainability
 
@@ -95,10 +95,7 @@ def differences(named: Mapping[str, Tensor], title: str = "", quantity: str = "p
 def consistency(outcome: Any) -> Picture:
     """Draw an outcome in two panels: the accuracies, and the parameters' difference after each step."""
     picture = Picture(dpi=100)
-    picture.set_layout_engine("none")  # finding the margins would take three times as long as drawing
-    left, right = picture.subplots(
-        1, 2, gridspec_kw={"left": 0.08, "right": 0.985, "top": 0.91, "bottom": 0.15, "wspace": 0.32}
-    )
+    left, right = picture.panels(left=0.08, top=0.91, bottom=0.15, wspace=0.32)
     _accuracy(left, outcome)
     _differences(right, _by_model(outcome), "Parameters: how far from training alone")
     return picture
@@ -120,9 +117,7 @@ def learning_rates(loss: Tensor, rates: Sequence[float], title: str = "", accura
     """
     curves = LearningRates(rates, len(loss), accuracy, title=title, dpi=140)
     curves.update(loss)
-    for artist in curves.artists:
-        artist.set_animated(False)
-    return curves.picture
+    return curves.still()
 
 
 def trainability(outcome: Trainability, chosen: tuple[int, int] | None = None) -> Picture:
@@ -140,9 +135,7 @@ def trainability(outcome: Trainability, chosen: tuple[int, int] | None = None) -
     rates = RateMap(outcome.first_rates, outcome.second_rates, outcome.steps, dpi=140)
     middle = len(outcome.second_rates) // 2, len(outcome.first_rates) // 2
     rates.update(outcome, middle if chosen is None else chosen)
-    for artist in rates.artists:
-        artist.set_animated(False)
-    return rates.picture
+    return rates.still()
 
 
 def benchmark(result: Any) -> Picture:

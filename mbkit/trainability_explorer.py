@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .curves import RateMap
 from .explorer import GENERATOR, OPTIMIZERS, WIDE, Explorer, choice, name_of
-from .ratemap import RateMap
 from .trainability import GROUPS, WINDOW, Range, RateGrid, Trainability, TwoLayers, spaced
 
 __all__ = ["TrainabilityExplorer", "explore_trainability"]
