@@ -6,7 +6,7 @@ import base64
 import html
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as ipw
@@ -17,7 +17,8 @@ from .plots import LearningRates, palette_png
 from .training import Step
 from .worker import Worker
 
-__all__ = ["GENERATOR", "OPTIMIZERS", "WIDE", "Explorer", "choice", "live_curves", "log_range", "name_of", "spread"]
+__all__ = """GENERATOR OPTIMIZERS WIDE Explorer choice given keywords live_curves log_range on_change slider
+    spread""".split()
 
 _STYLE = "<style>.mbkit-outdated { opacity: 0.35; } .mbkit-status code { user-select: all; }</style>"
 WIDE = {"description_width": "7.5em"}
@@ -28,9 +29,9 @@ GENERATOR = threading.Lock()  # torch's default generator is one for all explore
 class Explorer(ipw.VBox):
     """Controls, a picture, and a line that says what it shows; a subclass says how to train and how to draw.
 
-    A subclass gives `_start(**params)`, an iterator of training steps, `_picture()`, a PNG, `_facts()`, what the status
-    line says, and `call`, the code that reproduces the picture. Buttons to pause, step, reset and stop come by
-    themselves.
+    A subclass gives `settings`, what its controls say, `_start(**settings)`, an iterator of training steps,
+    `_picture()`, a PNG, `_facts()`, what the status line says once there is a picture, and `call`, the code that
+    reproduces it. Buttons to pause, step, reset and stop come by themselves.
 
     Attributes:
         worker: the thread, with `state`, `generation` and `error`. image: the picture. status: the line under it.
@@ -39,8 +40,8 @@ class Explorer(ipw.VBox):
 
     worker: Any = None  # a widget is closed when it is collected, also one that was never finished
 
-    def __init__(self, controls: Sequence[Sequence[ipw.Widget]], width: int, height: int) -> None:
-        size = {"width": f"{width}px", "height": f"{height}px"}  # or the page jumps when the first picture comes
+    def __init__(self, controls: Sequence[Sequence[ipw.Widget]], height: int) -> None:
+        size = {"width": "860px", "height": f"{height}px"}  # or the page jumps when the first picture comes
         self.image = ipw.Image(format="png", layout=ipw.Layout(**size))
         self.status = ipw.HTML()
         self.pause = ipw.ToggleButton(description="Pause", icon="pause")
@@ -85,6 +86,9 @@ class Explorer(ipw.VBox):
         """The picture as a small PNG."""
         return palette_png(self.image.value)
 
+    def _changed(self) -> None:
+        self.request(**self.settings)
+
     def _step(self) -> None:
         self.worker.step()
         self.pause.value = True
@@ -96,7 +100,8 @@ class Explorer(ipw.VBox):
                 self.image.remove_class("mbkit-outdated")
 
     def _say(self) -> None:
-        worker, facts = self.worker, self._facts()
+        worker = self.worker
+        facts = self._facts() if worker.drawn else {}
         data = {"state": worker.state, "generation": worker.generation, "drawn": worker.drawn, **facts}
         attributes = " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in data.items())
         said = ", ".join(f"{name.replace('-', ' ')}: {value}" for name, value in facts.items())
@@ -114,10 +119,31 @@ class Explorer(ipw.VBox):
         return bundle
 
 
-def name_of(build: Callable[..., Any]) -> str:
-    """Return what a function is called in a line of code; a lambda has no name that could be run."""
+def given(build: Callable[..., Any] | None, batches: Any) -> str:
+    """Return how a line of code passes on both, or neither; a lambda has no name that could be run.
+
+    Raises:
+        ValueError: only one of them.
+    """
+    if (build is None) != (batches is None):
+        raise ValueError("Expected both build and batches, or neither for the demo's: got one of them.")
     name = getattr(build, "__name__", "build")
-    return name if name.isidentifier() else "build"
+    return "" if build is None else f"{name if name.isidentifier() else 'build'}, batches, "
+
+
+def keywords(settings: Mapping[str, Any]) -> str:
+    """Return settings as keyword arguments in a line of code."""
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
+
+def on_change(controls: Iterable[ipw.Widget], callback: Callable[[], None]) -> None:
+    """Call back whenever one of the controls changes its value."""
+    for control in controls:
+        control.observe(lambda _: callback(), "value")
+
+
+def slider(name: str, value: int, low: int, high: int) -> ipw.IntSlider:
+    return ipw.IntSlider(value, low, high, description=name, style=WIDE)
 
 
 def choice(name: str, options: Sequence[str], value: str) -> ipw.Dropdown:

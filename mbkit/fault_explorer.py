@@ -9,7 +9,7 @@ from typing import Any
 import ipywidgets as ipw
 
 from .diagnosis import Diagnosis, diagnose_planted
-from .explorer import GENERATOR, WIDE, Explorer, choice, log_range, spread
+from .explorer import GENERATOR, Explorer, choice, keywords, log_range, on_change, slider, spread
 from .faults import FAULTS
 
 __all__ = ["FaultExplorer", "explore_faults"]
@@ -18,22 +18,46 @@ NONE, ASK = "none", "?"
 
 
 class FaultExplorer(Explorer):
-    """See `explore_faults`."""
+    """Show how far three models in a batch with a planted fault are from the same models alone, and what diagnose says.
 
-    def __init__(self, fault: str, rates: tuple[float, float], seed: int, optimizer: str, quiz: bool) -> None:
-        self.report: Diagnosis | None = None
+    Args:
+        fault: "none", or a name in `faults.FAULTS`.
+        rates: the lowest and the highest learning rate.
+        seed: of the data, the models, and of what the fault leaves open.
+        optimizer: "Adam" or "SGD" (with momentum 0.9).
+        quiz: plant one at random, to be guessed first.
+
+    Raises:
+        ValueError: an unknown fault or optimizer.
+
+    Example:
+        >>> explorer = explore_faults("mean-loss", optimizer="SGD")
+        >>> explorer.wait().report.guilty
+        ['mean-loss']
+        >>> explorer.close()
+    """
+
+    report: Diagnosis
+
+    def __init__(
+        self,
+        fault: str = "stale-gradients",
+        *,
+        rates: tuple[float, float] = (0.01, 0.1),
+        seed: int = 0,
+        optimizer: str = "Adam",
+        quiz: bool = False,
+    ) -> None:
         self.fault = choice("fault", [NONE, *FAULTS], fault)
         self.optimizer = choice("optimizer", ("Adam", "SGD"), optimizer)
         self.rates = log_range("learning rates", *rates)
-        self.seed = ipw.IntSlider(seed, 0, 100, description="seed", style=WIDE)
+        self.seed = slider("seed", seed, 0, 100)
         self.quiz = ipw.ToggleButton(quiz, description="Quiz", tooltip="plant one at random, and guess which")
         self.guess = choice("my guess", [ASK, *FAULTS], ASK)
-        self._planted = fault
-        super().__init__([(self.fault, self.optimizer), (self.rates, self.seed), (self.quiz, self.guess)], 860, 250)
-        for control in (self.fault, self.optimizer, self.rates, self.seed):
-            control.observe(self._changed, "value")
-        self.quiz.observe(self._ask, "value")
-        self.guess.observe(lambda _: self._say(), "value")
+        super().__init__([(self.fault, self.optimizer), (self.rates, self.seed), (self.quiz, self.guess)], height=250)
+        on_change((self.fault, self.optimizer, self.rates, self.seed), self._changed)
+        on_change([self.quiz], self._ask)
+        on_change([self.guess], self._say)
         self._ask()
 
     @property
@@ -53,16 +77,16 @@ class FaultExplorer(Explorer):
         if not self.solved:
             return "explore_faults(quiz=True)"
         names = "" if self._planted == NONE else f"{self._planted!r}, "
-        return f"diagnose_planted({names}{', '.join(f'{k}={v!r}' for k, v in self.settings.items())}).plot()"
+        return f"diagnose_planted({names}{keywords(self.settings)}).plot()"
 
-    def _ask(self, _: Any = None) -> None:
+    def _ask(self) -> None:
         """Plant another fault at random, or in the end the one that the drop-down shows."""
         self.guess.value, self.fault.disabled = ASK, self.quiz.value
         self.guess.disabled = not self.quiz.value
         self._planted = random.choice([*FAULTS]) if self.quiz.value else self.fault.value
         self._changed()
 
-    def _changed(self, _: Any = None) -> None:
+    def _changed(self) -> None:
         if not self.quiz.value:
             self._planted = self.fault.value
         self.request(fault=self._planted, **self.settings)
@@ -76,8 +100,6 @@ class FaultExplorer(Explorer):
         return self.report.plot().frame()
 
     def _facts(self) -> dict[str, Any]:
-        if self.report is None:
-            return {}
         if not self.solved:
             wrong = "" if self.guess.value == ASK else f"not {self.guess.value}; "
             return {"quiz": f"{wrong}which fault is it?"}
@@ -87,30 +109,4 @@ class FaultExplorer(Explorer):
         return {**facts, "guilty": ", ".join(guilty) or NONE, "conclusion": self.report.conclusion, **evidence}
 
 
-def explore_faults(
-    fault: str = "stale-gradients",
-    *,
-    rates: tuple[float, float] = (0.01, 0.1),
-    seed: int = 0,
-    optimizer: str = "Adam",
-    quiz: bool = False,
-) -> FaultExplorer:
-    """Show how far three models in a batch with a planted fault are from the same models alone, and what diagnose says.
-
-    Args:
-        fault: "none", or a name in `faults.FAULTS`.
-        rates: the lowest and the highest learning rate.
-        seed: of the data, the models, and of what the fault leaves open.
-        optimizer: "Adam" or "SGD" (with momentum 0.9).
-        quiz: plant one at random, to be guessed first.
-
-    Raises:
-        ValueError: an unknown fault or optimizer.
-
-    Example:
-        >>> explorer = explore_faults("mean-loss", optimizer="SGD")
-        >>> explorer.wait().report.guilty
-        ['mean-loss']
-        >>> explorer.close()
-    """
-    return FaultExplorer(fault, rates, seed, optimizer, quiz)
+explore_faults = FaultExplorer

@@ -8,7 +8,7 @@ stays, as a PNG. In notebooks leave a core to the browser: `torch.set_num_thread
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ipywidgets as ipw
@@ -18,12 +18,26 @@ from torch import Tensor, nn
 
 from . import consistency, plots
 from .data import Batches, demo_points
-from .explorer import GENERATOR, OPTIMIZERS, WIDE, Explorer, choice, live_curves, log_range, name_of, spread
+from .explorer import (
+    GENERATOR,
+    OPTIMIZERS,
+    WIDE,
+    Explorer,
+    choice,
+    given,
+    keywords,
+    live_curves,
+    log_range,
+    on_change,
+    slider,
+    spread,
+)  # fmt: skip
 from .fault_explorer import FaultExplorer, explore_faults
 from .model_batch import ModelBatch
 from .models import MLP
 from .optim import OptimizerFactory
 from .outcome import SWITCHES
+from .rng import seeded
 from .trainability_explorer import TrainabilityExplorer, explore_trainability
 from .training import train_steps
 
@@ -41,83 +55,6 @@ __all__ = [
 
 
 class ConsistencyExplorer(Explorer):
-    """See `explore_consistency`."""
-
-    def __init__(self, **settings: Any) -> None:
-        preset, gradients = settings.pop("preset"), settings.pop("gradients")
-        weights, order = settings.pop("weights"), settings.pop("order")
-        demo = consistency.preset(preset, **settings)
-        rates = demo.learning_rates
-        self._given = (min(rates), max(rates), len(rates)), rates
-        self.outcome: consistency.Outcome | None = None
-        self.preset = choice("preset", list(consistency.PRESETS), preset)
-        self.rates = log_range("learning rates", min(rates), max(rates))
-        self.models = ipw.IntSlider(len(rates), 1, 6, description="models M", style=WIDE)
-        self.seed = ipw.IntSlider(demo.seed, 0, 100, description="seed", style=WIDE)
-        self.optimizer = choice("optimizer", OPTIMIZERS, demo.optimizer)
-        given = {"gradients": gradients, "weights": weights, "order": order}
-        self.switches = {name: choice(name, SWITCHES[name], value) for name, value in given.items()}
-        controls = [
-            (self.preset, self.optimizer),
-            (self.rates, self.models, self.seed),
-            tuple(self.switches.values()),
-        ]
-        super().__init__(controls, 860, 320)
-        for control in (control for row in controls for control in row):
-            control.observe(self._changed, "value")
-        self._changed()
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the controls say, as arguments of `explore_consistency`."""
-        shown = (*self.rates.value, self.models.value)
-        rates = self._given[1] if shown == self._given[0] else spread(*shown)  # a list need not be evenly spaced
-        chosen = {name: control.value for name, control in self.switches.items()}
-        named = {"seed": self.seed.value, "optimizer": self.optimizer.value}
-        return {"preset": self.preset.value, "learning_rates": rates, **named, **chosen}
-
-    @property
-    def call(self) -> str:
-        """The code that reproduces the picture."""
-        settings = self.settings
-        switches = "".join(f", {name}={settings.pop(name)!r}" for name in SWITCHES)
-        preset = settings.pop("preset")
-        demo = f"preset({preset!r}, {', '.join(f'{name}={value!r}' for name, value in settings.items())})"
-        return f"plots.consistency(consistency.run(consistency.{demo}{switches}))"
-
-    def _changed(self, _: Any = None) -> None:
-        self.request(**self.settings)
-
-    def _start(self, preset: str, gradients: str, weights: str, order: str, **settings: Any) -> Iterator[None]:
-        demo = consistency.preset(preset, **settings)
-        with GENERATOR:
-            outcomes = consistency.walk(demo, gradients, weights, order)
-        for self.outcome in outcomes:
-            yield
-
-    def _picture(self) -> bytes:
-        return plots.consistency(self.outcome).frame()
-
-    def _facts(self) -> dict[str, Any]:
-        if self.outcome is None:
-            return {}
-        faults = ", ".join(self.outcome.faults) or "none"
-        steps = len(self.outcome.parameter_difference)
-        ends = {
-            "step": steps,
-            "largest-difference": f"{self.outcome.max_difference:.1%}",
-            "verdict": self.outcome.verdict,
-        }
-        return {**ends, "faults": faults}
-
-
-def explore_consistency(
-    preset: str = "published",
-    gradients: str = "stale",
-    weights: str = "other",
-    order: str = "other",
-    **settings: Any,
-) -> ConsistencyExplorer:
     """Show the demo trained alone and in the batch, with sliders for everything that could explain its table.
 
     Args:
@@ -137,119 +74,69 @@ def explore_consistency(
         7
         >>> explorer.close()
     """
-    return ConsistencyExplorer(preset=preset, gradients=gradients, weights=weights, order=order, **settings)
 
-
-class LearningRateExplorer(Explorer):
-    """See `explore_learning_rates`."""
+    outcome: consistency.Outcome
 
     def __init__(
         self,
-        build: Callable[[], nn.Module],
-        batches: Any,
-        loss_fn: Callable[[Any, Any], Tensor],
-        rates: tuple[float, float],
-        num_rates: int,
-        num_seeds: int,
-        optimizer: str,
-        steps: int,
-        called: str,
-        hyperparameters: dict[str, Any],
+        preset: str = "published",
+        gradients: str = "stale",
+        weights: str = "other",
+        order: str = "other",
+        **settings: Any,
     ) -> None:
-        self._build, self._batches, self._loss_fn, self._called = build, batches, loss_fn, called
-        self._hyperparameters, self.steps = hyperparameters, steps
-        self.rates = log_range("learning rates", *rates)
-        self.num_rates = ipw.IntSlider(num_rates, 1, 32, description="rates", style=WIDE)
-        self.num_seeds = ipw.IntSlider(num_seeds, 1, 16, description="seeds", style=WIDE)
-        self.optimizer = choice("optimizer", OPTIMIZERS, optimizer)
-        grid = (self.rates, self.num_rates, self.num_seeds, self.optimizer)
-        self.rate = ipw.SelectionSlider(options=[0], description="show rate", style=WIDE)
-        self.seed = ipw.IntSlider(0, 0, num_seeds - 1, description="show seed", style=WIDE)
-        self.curves: plots.LearningRates | None = None
-        self.loss, self.done = torch.empty(0, 0), 0  # [steps, M], and how many of the steps are made
-        self.seconds: list[float] = []  # a step of all models
-        super().__init__([grid[:3], (self.optimizer, self.rate, self.seed)], 860, 320)
-        for control in grid:
-            control.observe(self._changed, "value")
-        for control in (self.rate, self.seed):
-            control.observe(lambda _: self.worker.redraw(), "value")
+        demo = consistency.preset(preset, **settings)
+        rates = demo.learning_rates
+        self._given, self._others = ((min(rates), max(rates), len(rates)), rates), settings
+        self.preset = choice("preset", list(consistency.PRESETS), preset)
+        self.rates = log_range("learning rates", min(rates), max(rates))
+        self.models = slider("models M", len(rates), 1, 6)
+        self.seed = slider("seed", demo.seed, 0, 100)
+        self.optimizer = choice("optimizer", OPTIMIZERS, demo.optimizer)
+        switches = {"gradients": gradients, "weights": weights, "order": order}
+        self.switches = {name: choice(name, SWITCHES[name], value) for name, value in switches.items()}
+        rows = [(self.preset, self.optimizer), (self.rates, self.models, self.seed), (*self.switches.values(),)]
+        super().__init__(rows, height=320)
+        on_change(itertools.chain(*rows), self._changed)
         self._changed()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the grid's controls say, as arguments of `explore_learning_rates`."""
-        counts = {"num_rates": self.num_rates.value, "num_seeds": self.num_seeds.value}
-        return {"rates": self.rates.value, **counts, "optimizer": self.optimizer.value}
+        """What the controls say, as arguments of `explore_consistency`."""
+        shown = (*self.rates.value, self.models.value)
+        rates = self._given[1] if shown == self._given[0] else spread(*shown)  # a list need not be evenly spaced
+        chosen = {name: control.value for name, control in self.switches.items()}
+        named = {"learning_rates": rates, "seed": self.seed.value, "optimizer": self.optimizer.value}
+        return {"preset": self.preset.value, **chosen, **self._others, **named}
 
     @property
     def call(self) -> str:
         """The code that reproduces the picture."""
-        settings = {**self.settings, "steps": self.steps, **self._hyperparameters}
-        return f"explore_learning_rates({self._called}{', '.join(f'{k}={v!r}' for k, v in settings.items())})"
+        settings = self.settings
+        switches = keywords({name: settings.pop(name) for name in SWITCHES})
+        demo = f"preset({settings.pop('preset')!r}, {keywords(settings)})"
+        return f"plots.consistency(consistency.run(consistency.{demo}, {switches}))"
 
-    @property
-    def chosen(self) -> int:
-        """The highlighted model: rates in the outer loop, seeds in the inner one."""
-        return self.rate.index * self.num_seeds.value + self.seed.value
-
-    def _changed(self, _: Any = None) -> None:
-        rates = spread(*self.rates.value, self.num_rates.value)
-        options = [(f"{rate:.3g}", rate) for rate in rates]
-        if list(self.rate.options) != options:
-            self.rate.options = options
-            self.rate.index = len(rates) // 2
-        self.seed.max = self.num_seeds.value - 1
-        self.request(learning_rates=rates, num_seeds=self.num_seeds.value, optimizer=self.optimizer.value)
-
-    def _start(self, learning_rates: Sequence[float], num_seeds: int, optimizer: str) -> Iterator[None]:
-        rates = [rate for rate in learning_rates for _ in range(num_seeds)]
-        seeds, models = [*range(num_seeds)] * len(learning_rates), []  # M = rates x seeds
-        with GENERATOR, torch.random.fork_rng(devices=[]):
-            for seed in seeds:  # built anew at each rate: that is quicker than a deep copy
-                torch.default_generator.manual_seed(seed)
-                models.append(self._build())
-        batch = ModelBatch(models, seeds=seeds)
-        factory = OptimizerFactory(getattr(torch.optim, optimizer), self._hyperparameters)
-        updates = factory.create_optimizer(batch, lr=rates)
-        self.curves = plots.LearningRates(rates, self.steps)
-        self.done, self.seconds, self.loss = 0, [], torch.empty(self.steps, len(rates))
-        walk = train_steps(batch, updates, self._batches, self._loss_fn, self.steps)  # a walk has at least one step
-        for step in itertools.islice(walk, self.steps):
-            self.loss[self.done] = step.losses
-            self.seconds.append(step.seconds)
-            self.done += 1
+    def _start(self, preset: str, gradients: str, weights: str, order: str, **settings: Any) -> Iterator[None]:
+        demo = consistency.preset(preset, **settings)
+        with GENERATOR:
+            outcomes = consistency.walk(demo, gradients, weights, order)
+        for self.outcome in outcomes:
             yield
 
     def _picture(self) -> bytes:
-        self.curves.update(self.loss[: self.done], min(self.chosen, self.loss.shape[1] - 1))
-        return self.curves.frame()
+        return plots.consistency(self.outcome).frame()
 
     def _facts(self) -> dict[str, Any]:
-        seconds = sorted(self.seconds)  # a copy: the thread may begin a new run at any time
-        done = min(self.done, len(seconds))
-        if not done:
-            return {}
-        loss = self.loss[:done]
-        lost = int(plots.diverged(loss, self.curves.window).sum())
-        shown = f"{loss[-1, min(self.chosen, loss.shape[1] - 1)].item():.4g}"
-        marked = {"rate": self.rate.label, "seed": self.seed.value, "loss": shown}
-        usual = seconds[len(seconds) // 2] / loss.shape[1]
-        cost = {"ms-a-model-and-step": f"{1e3 * usual:.3g}"}
-        return {"step": done, "models": loss.shape[1], "diverged": lost, **marked, **cost}
+        outcome = self.outcome
+        ends = {"step": len(outcome.parameter_difference), "largest-difference": f"{outcome.max_difference:.1%}"}
+        return {**ends, "verdict": outcome.verdict, "faults": ", ".join(outcome.faults) or "none"}
 
 
-def explore_learning_rates(
-    build: Callable[[], nn.Module] | None = None,
-    batches: Any = None,
-    *,
-    loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
-    rates: tuple[float, float] = (0.001, 10.0),
-    num_rates: int = 9,
-    num_seeds: int = 4,
-    optimizer: str = "SGD",
-    steps: int = 100,
-    **hyperparameters: Any,
-) -> LearningRateExplorer:
+explore_consistency = ConsistencyExplorer
+
+
+class LearningRateExplorer(Explorer):
     """Train a grid of learning rates x seeds as one batch, live; sliders pick out one model without training again.
 
     Args:
@@ -272,16 +159,105 @@ def explore_learning_rates(
         (20, 6)
         >>> explorer.close()
     """
-    if (build is None) != (batches is None):
-        raise ValueError("Expected both build and batches, or neither for the demo's: got one of them.")
-    called = "" if build is None else f"{name_of(build)}, batches, "
-    if build is None:
-        build, batches = _demo()
-    settings = (rates, num_rates, num_seeds, optimizer, steps)
-    return LearningRateExplorer(build, batches, loss_fn, *settings, called, hyperparameters)
+
+    curves: plots.LearningRates
+    seconds: list[float]  # a step of all models
+    loss = torch.empty(0, 0)  # [steps made, M]
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module] | None = None,
+        batches: Any = None,
+        *,
+        loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
+        rates: tuple[float, float] = (0.001, 10.0),
+        num_rates: int = 9,
+        num_seeds: int = 4,
+        optimizer: str = "SGD",
+        steps: int = 100,
+        **hyperparameters: Any,
+    ) -> None:
+        self._called = given(build, batches)
+        self._build, self._batches = _demo() if build is None else (build, batches)
+        self._loss_fn, self._hyperparameters, self.steps = loss_fn, hyperparameters, steps
+        self.rates = log_range("learning rates", *rates)
+        self.num_rates = slider("rates", num_rates, 1, 32)
+        self.num_seeds = slider("seeds", num_seeds, 1, 16)
+        self.optimizer = choice("optimizer", OPTIMIZERS, optimizer)
+        self.rate = ipw.SelectionSlider(options=[0], description="show rate", style=WIDE)
+        self.seed = slider("show seed", 0, 0, num_seeds - 1)
+        grid = (self.rates, self.num_rates, self.num_seeds, self.optimizer)
+        super().__init__([grid[:3], (self.optimizer, self.rate, self.seed)], height=320)
+        on_change(grid, self._changed)
+        on_change((self.rate, self.seed), self.worker.redraw)
+        self._changed()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the grid's controls say, as arguments of `explore_learning_rates`."""
+        counts = {"num_rates": self.num_rates.value, "num_seeds": self.num_seeds.value}
+        return {"rates": self.rates.value, **counts, "optimizer": self.optimizer.value}
+
+    @property
+    def call(self) -> str:
+        """The code that reproduces the picture."""
+        settings = {**self.settings, "steps": self.steps, **self._hyperparameters}
+        return f"explore_learning_rates({self._called}{keywords(settings)})"
+
+    @property
+    def done(self) -> int:
+        """The steps made so far."""
+        return len(self.loss)
+
+    @property
+    def chosen(self) -> int:
+        """The highlighted model: rates in the outer loop, seeds in the inner one."""
+        return self.rate.index * self.num_seeds.value + self.seed.value
+
+    def _changed(self) -> None:
+        rates = spread(*self.rates.value, self.num_rates.value)
+        options = [(f"{rate:.3g}", rate) for rate in rates]
+        if list(self.rate.options) != options:
+            self.rate.options = options
+            self.rate.index = len(rates) // 2
+        self.seed.max = self.num_seeds.value - 1
+        super()._changed()
+
+    def _start(self, rates: tuple[float, float], num_rates: int, num_seeds: int, optimizer: str) -> Iterator[None]:
+        rates = [rate for rate in spread(*rates, num_rates) for _ in range(num_seeds)]
+        seeds, models = [*range(num_seeds)] * num_rates, []  # M = rates x seeds
+        with GENERATOR:
+            for seed in seeds:  # built anew at each rate: that is quicker than a deep copy
+                with seeded(seed):
+                    models.append(self._build())
+        batch = ModelBatch(models, seeds=seeds)
+        factory = OptimizerFactory(getattr(torch.optim, optimizer), self._hyperparameters)
+        updates = factory.create_optimizer(batch, lr=rates)
+        curves, seconds, loss = plots.LearningRates(rates, self.steps), [], torch.empty(self.steps, len(rates))
+        walk = train_steps(batch, updates, self._batches, self._loss_fn, self.steps)  # a walk has at least one step
+        for done, step in enumerate(itertools.islice(walk, self.steps)):
+            loss[done] = step.losses
+            seconds.append(step.seconds)
+            self.curves, self.seconds, self.loss = curves, seconds, loss[: done + 1]
+            yield
+
+    def _picture(self) -> bytes:
+        self.curves.update(self.loss, min(self.chosen, self.loss.shape[1] - 1))
+        return self.curves.frame()
+
+    def _facts(self) -> dict[str, Any]:
+        loss, seconds = self.loss, sorted(self.seconds)  # of one moment: the thread goes on
+        lost = int(plots.diverged(loss, self.curves.window).sum())
+        shown = f"{loss[-1, min(self.chosen, loss.shape[1] - 1)].item():.4g}"
+        marked = {"rate": self.rate.label, "seed": self.seed.value, "loss": shown}
+        usual = seconds[len(seconds) // 2] / loss.shape[1]
+        cost = {"ms-a-model-and-step": f"{1e3 * usual:.3g}"}
+        return {"step": len(loss), "models": loss.shape[1], "diverged": lost, **marked, **cost}
+
+
+explore_learning_rates = LearningRateExplorer
 
 
 def _demo() -> tuple[Callable[[], nn.Module], Batches]:
-    with GENERATOR, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(42)
+    with GENERATOR, seeded(42):
         return lambda: MLP((20, 16, 16, 4)), Batches(*demo_points(500, 20, 4), batch_size=50)

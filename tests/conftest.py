@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,3 +56,23 @@ def the_same_in_every_run() -> Iterator[None]:
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
     torch.set_grad_enabled(grad)
+
+
+@pytest.fixture
+def show() -> Iterator[Callable[..., Any]]:
+    """Open explorers, and close them at the end."""
+    opened = []
+
+    def show(explore: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+        opened.append(explore(*args, **settings))
+        return opened[-1]
+
+    yield show
+    for explorer in opened:
+        explorer.close()
+
+
+@pytest.fixture
+def facts() -> Callable[[Any], dict[str, str]]:
+    """What an explorer's status line says, as a page's own programs read it."""
+    return lambda explorer: dict(re.findall(r'data-([a-z-]+)="([^"]*)"', explorer.status.value))

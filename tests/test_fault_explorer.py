@@ -1,6 +1,6 @@
 """The faults' explorer without a browser: setting a control fires its callbacks, as a hand would."""
 
-import re
+import functools
 
 import pytest
 
@@ -10,23 +10,11 @@ from mbkit.faults import FAULTS
 
 
 @pytest.fixture
-def show():
-    opened = []
-
-    def show(*args, **settings):
-        opened.append(widgets.explore_faults(*args, **settings))
-        return opened[-1]
-
-    yield show
-    for explorer in opened:
-        explorer.close()
+def show(show):
+    return functools.partial(show, widgets.explore_faults)
 
 
-def facts(explorer):
-    return dict(re.findall(r'data-([a-z-]+)="([^"]*)"', explorer.status.value))
-
-
-def test_the_drop_down_and_the_sliders_change_what_is_planted_and_drawn(show):
+def test_the_drop_down_and_the_sliders_change_what_is_planted_and_drawn(show, facts):
     explorer = show("stale-gradients").wait()
     assert facts(explorer)["guilty"] == "stale-gradients"
     assert "loss is zero" in facts(explorer)["evidence"]
@@ -47,7 +35,7 @@ def test_the_line_under_the_picture_reproduces_it(show):
     assert picture.canvas.get_width_height()[0] == 860
 
 
-def test_the_quiz_tells_nothing_before_the_guess_is_right(show, monkeypatch):
+def test_the_quiz_tells_nothing_before_the_guess_is_right(show, monkeypatch, facts):
     monkeypatch.setattr("random.choice", lambda names: "mean-loss")
     explorer = show("stale-gradients", quiz=True, optimizer="SGD").wait()
     assert explorer.report.guilty == ["mean-loss"]

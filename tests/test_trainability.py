@@ -1,6 +1,6 @@
 """The map of learning rates: every pixel is the network that plain PyTorch trains alone, and the explorer shows it."""
 
-import re
+import functools
 
 import pytest
 import torch
@@ -13,22 +13,9 @@ from mbkit.trainability import RateGrid, Trainability, TwoLayers, points
 X, Y = (tensor.double() for tensor in points()[0])
 
 
-def facts(explorer):
-    return dict(re.findall(r'data-([a-z-]+)="([^"]*)"', explorer.status.value))
-
-
 @pytest.fixture
-def show():
-    """Open explorers, and close them at the end."""
-    opened = []
-
-    def show(*args, **settings):
-        opened.append(widgets.explore_trainability(*args, **settings))
-        return opened[-1]
-
-    yield show
-    for explorer in opened:
-        explorer.close()
+def show(show):
+    return functools.partial(show, widgets.explore_trainability)
 
 
 def alone(first, second, steps, cls=torch.optim.SGD, seed=3, **hyperparameters):
@@ -103,7 +90,7 @@ def test_the_figure_shows_each_loss_in_its_place_and_leaves_out_what_diverged():
     torch.testing.assert_close(torch.from_numpy(image.data)[~lost], expected)
 
 
-def test_its_sliders_train_and_mark(show):
+def test_its_sliders_train_and_mark(show, facts):
     explorer = show(size=16, steps=20).wait()
     before, generation = explorer.image.value, explorer.worker.generation
     explorer.first.value, explorer.second.value = 0.0, 1.0

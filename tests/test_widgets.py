@@ -1,7 +1,6 @@
 """Explorers without a browser: setting a slider's value fires its callbacks, as a hand would."""
 
 import io
-import re
 import threading
 import time
 
@@ -14,24 +13,6 @@ from torch import nn
 from mbkit import consistency, plots, widgets
 
 
-@pytest.fixture
-def show():
-    """Open explorers, and close them at the end."""
-    opened = []
-
-    def show(explore, *args, **settings):
-        opened.append(explore(*args, **settings))
-        return opened[-1]
-
-    yield show
-    for explorer in opened:
-        explorer.close()
-
-
-def facts(explorer):
-    return dict(re.findall(r'data-([a-z-]+)="([^"]*)"', explorer.status.value))
-
-
 def until(condition, seconds=10):
     end = time.monotonic() + seconds
     while not condition():
@@ -42,7 +23,7 @@ def until(condition, seconds=10):
 # explore_consistency
 
 
-def test_it_opens_on_the_published_table(show):
+def test_it_opens_on_the_published_table(show, facts):
     explorer = show(widgets.explore_consistency).wait()
     assert explorer.outcome.table() == consistency.PUBLISHED
     assert facts(explorer)["verdict"] == "DIVERGENT"
@@ -71,7 +52,7 @@ def test_a_control_changes_what_is_trained_and_what_is_drawn(show, control, valu
     assert torch.equal(explorer.outcome.accuracy_batched, expected.accuracy_batched)
 
 
-def test_its_drop_downs_take_the_causes_away_one_by_one(show):
+def test_its_drop_downs_take_the_causes_away_one_by_one(show, facts):
     explorer = show(widgets.explore_consistency).wait()
     for name, value in {"gradients": "cleared", "weights": "same", "order": "same"}.items():
         assert facts(explorer)["faults"] != "none"
@@ -94,7 +75,14 @@ def test_a_presets_own_rates_are_kept(show):
     assert explorer.outcome.demo.learning_rates == (0.02, 0.01, 0.05)
 
 
-def test_an_exception_is_shown_and_goes_away(show, monkeypatch):
+def test_settings_without_a_control_are_kept_too(show):
+    explorer = show(widgets.explore_consistency, epochs=4, samples=60).wait()
+    assert len(explorer.outcome.parameter_difference) == 4 * 3
+    picture = eval(explorer.call, {"plots": plots, "consistency": consistency})
+    assert picture.frame() == explorer.image.value
+
+
+def test_an_exception_is_shown_and_goes_away(show, monkeypatch, facts):
     explorer = show(widgets.explore_consistency).wait()
 
     def fail(*_, **__):
@@ -113,7 +101,7 @@ def test_an_exception_is_shown_and_goes_away(show, monkeypatch):
     assert "RuntimeError" not in explorer.status.value
 
 
-def test_what_is_out_of_date_is_dimmed(show, monkeypatch):
+def test_what_is_out_of_date_is_dimmed(show, monkeypatch, facts):
     explorer = show(widgets.explore_consistency).wait()
     gate, walk = threading.Event(), consistency.walk
     monkeypatch.setattr(consistency, "walk", lambda *args: gate.wait(10) and walk(*args))
@@ -170,7 +158,7 @@ def test_ones_own_models_train_as_they_do_alone(show):
     assert explorer.call.startswith("explore_learning_rates(build, batches, rates=(0.01, 1.0)")
 
 
-def test_highlighting_does_not_train_again(show):
+def test_highlighting_does_not_train_again(show, facts):
     explorer = show(widgets.explore_learning_rates, num_rates=3, num_seeds=2, steps=10).wait()
     generation, before, loss = explorer.worker.generation, explorer.image.value, explorer.loss.clone()
     explorer.rate.index = 0
@@ -194,7 +182,7 @@ def test_a_highlight_takes_less_than_50_ms(show):
     assert sorted(times)[4] < 0.05
 
 
-def test_changing_the_grid_trains_anew(show):
+def test_changing_the_grid_trains_anew(show, facts):
     explorer = show(widgets.explore_learning_rates, num_rates=3, num_seeds=2, steps=10).wait()
     explorer.num_seeds.value = 4
     explorer.num_rates.value = 5
@@ -208,7 +196,7 @@ def test_changing_the_grid_trains_anew(show):
     assert "'Adam'" in explorer.call
 
 
-def test_pause_step_reset_and_stop(show):
+def test_pause_step_reset_and_stop(show, facts):
     explorer = show(widgets.explore_learning_rates, num_rates=2, num_seeds=1, steps=100_000)
     until(lambda: explorer.done > 3)
     explorer.pause.value = True
@@ -232,7 +220,7 @@ def test_pause_step_reset_and_stop(show):
     explorer.stop_button.click()
 
 
-def test_an_explorer_that_is_paused_at_once_shows_its_first_step(show):
+def test_an_explorer_that_is_paused_at_once_shows_its_first_step(show, facts):
     explorer = show(widgets.explore_learning_rates, num_rates=2, num_seeds=1, steps=100_000)
     explorer.pause.value = True
     explorer.wait()
@@ -241,7 +229,7 @@ def test_an_explorer_that_is_paused_at_once_shows_its_first_step(show):
     assert "image/png" in explorer._repr_mimebundle_()
 
 
-def test_what_diverged_is_counted(show):
+def test_what_diverged_is_counted(show, facts):
     explorer = show(widgets.explore_learning_rates, rates=(0.001, 10.0), num_rates=2, num_seeds=3, steps=30).wait()
     lost = plots.diverged(explorer.loss, explorer.curves.window)
     assert not lost[:3].any()
@@ -261,7 +249,7 @@ def test_torchs_default_generator_stays_where_it_was(show):
 
 
 @pytest.mark.parametrize("explore", [widgets.explore_consistency, widgets.explore_learning_rates])
-def test_a_page_without_a_kernel_has_the_picture(show, explore):
+def test_a_page_without_a_kernel_has_the_picture(show, explore, facts):
     import base64
 
     explorer = show(explore)
