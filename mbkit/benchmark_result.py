@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .history import plain_numbers
-from .tables import html_table, text_table
+from .tables import Tables
 
 __all__ = ["BenchmarkResult", "Timing"]
 
@@ -42,7 +42,7 @@ class Timing:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class BenchmarkResult:
+class BenchmarkResult(Tables):
     """M models trained alone and in a batch on the same batches: times, accuracies, differences; it prints as tables.
 
     All tensors are on the CPU. What was not measured, because the models were not trained alone as well, is None.
@@ -131,13 +131,8 @@ class BenchmarkResult:
         """Read what `save` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text()))
 
-    def __str__(self) -> str:
-        return "\n\n".join([self._title(), text_table(self._sides()), text_table(self._models()), self._note()])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return html_table(self._sides(), self._title()) + html_table(self._models()) + html_table([], self._note())
+    def _tables(self) -> list[tuple[str, list[list[str]]]]:
+        return [(self._title(), []), ("", self._sides()), ("", self._models()), (self._note(), [])]
 
     def _title(self) -> str:
         s, m = self.setup, self.machine

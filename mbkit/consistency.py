@@ -17,18 +17,20 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .alone import lone_step
 from .demo import PRESETS, Demo, Draws, draw, preset
+from .equivalence import gap
 from .faults import StaleGradientOptimizer
 from .model_batch import ModelBatch
 from .optim import OptimizerFactory
 from .outcome import PUBLISHED, SWITCHES, Dissection, Outcome, switches
+from .stepping import batch_step
 
 __all__ = ["PRESETS", "PUBLISHED", "Demo", "Dissection", "Outcome", "dissect", "preset", "run", "switches", "walk"]
 
@@ -69,7 +71,7 @@ def walk(demo: Demo | str, gradients: str = "stale", weights: str = "other", ord
         if value not in SWITCHES[switch]:
             raise ValueError(f"Expected {' or '.join(SWITCHES[switch])} for {switch}, got {value!r}.")
     demo = preset(demo) if isinstance(demo, str) else demo
-    return _compare(demo, *_alone(demo), (gradients, weights, order))
+    return _compare(demo, _alone(demo), gradients, weights, order)
 
 
 def dissect(demo: Demo | str) -> Dissection:
@@ -84,63 +86,42 @@ def dissect(demo: Demo | str) -> Dissection:
 
 @functools.lru_cache(maxsize=4)  # a switch is turned many times before the demo is changed
 def _alone(demo: Demo) -> tuple[Draws, Tensor, Tensor]:
-    """Return all that is drawn, and what comes of training each model by itself: see `_train_alone`."""
-    draws = draw(demo)
-    return draws, *_train_alone(demo, draws)
-
-
-def _train_alone(demo: Demo, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Train each model by itself in plain PyTorch; return right answers [steps, M] and parameters [steps, M, P]."""
-    answers, paths = [], []
+    """Train each model by itself; return all that is drawn, right answers [steps, M] and parameters [steps, M, P]."""
+    draws, answers, paths = draw(demo), [], []
     for model, order, rate in zip(draws.models, draws.orders, demo.learning_rates, strict=True):
         model = copy.deepcopy(model)
         optimizer = demo.optimizer_cls(model.parameters(), lr=rate)
         correct, path = [], []
-        for batch in order:
-            x, y = draws.points[batch], draws.labels[batch]
-            optimizer.zero_grad()
-            outputs = model(x)  # [B, K]
-            F.cross_entropy(outputs, y).backward()
+        for indices in order:
+            x, y = draws.points[indices], draws.labels[indices]
+            _, outputs = lone_step(model, optimizer, x, y, F.cross_entropy)  # [B, K]
             correct.append((outputs.argmax(-1) == y).sum())
-            optimizer.step()
             path.append(torch.cat([p.detach().flatten() for p in model.parameters()]))  # [P]
         answers.append(torch.stack(correct))
         paths.append(torch.stack(path))
-    return torch.stack(answers, 1), torch.stack(paths, 1)
+    return draws, torch.stack(answers, 1), torch.stack(paths, 1)
 
 
-def _train_batched(
-    demo: Demo, draws: Draws, gradients: str, weights: str, order: str
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Train all models at once; after each step give its number of points, right answers [M] and parameters [M, P]."""
-    models = draws.models if weights == "same" else draws.other_models
-    batch = ModelBatch(models, seeds=range(demo.num_models))  # no dropout, so the seeds decide nothing
+def _compare(
+    demo: Demo, alone: tuple[Draws, Tensor, Tensor], gradients: str, weights: str, order: str
+) -> Iterator[Outcome]:
+    """Train all models at once; after each step compare all steps so far."""
+    draws, answers, path = alone
+    shared = order == "other"
+    # No dropout, so the seeds decide nothing.
+    batch = ModelBatch(draws.models if weights == "same" else draws.other_models, shared, seeds=range(demo.num_models))
     configs = [{"lr": rate} for rate in demo.learning_rates]
     if gradients == "stale":
         optimizer = StaleGradientOptimizer(batch, demo.optimizer_cls, configs)
     else:
         optimizer = OptimizerFactory(demo.optimizer_cls).create_optimizer(batch, configs)
-    shared = order == "other"
     steps = draws.other_order if shared else [torch.stack(each) for each in zip(*draws.orders, strict=True)]  # [(M,) B]
-    for indices in steps:
-        x, y = draws.points[indices], draws.labels[indices]
-        optimizer.zero_grad()
-        outputs = batch(x, shared_input=shared)  # [M, B, K]
-        batch.compute_loss(outputs, y, F.cross_entropy, shared_targets=shared).backward()
-        right = (outputs.argmax(-1) == y).sum(-1)
-        optimizer.step()
-        yield indices.shape[-1], right, torch.cat([p.detach().flatten(1) for p in batch.parameters()], 1)  # [M, P]
-
-
-def _compare(
-    demo: Demo, draws: Draws, answers: Tensor, path: Tensor, chosen: tuple[str, str, str]
-) -> Iterator[Outcome]:
     seen, right, gaps = 0, 0, path.new_empty(path.shape[:2])  # gaps [steps, M]
-    for step, (points, correct, batched) in enumerate(_train_batched(demo, draws, *chosen)):
-        seen, right, alone = seen + points, right + correct, path[step]
-        # Parameters that overflow alike (both inf or both nan) do not differ; where only one does, they differ
-        # without end.
-        alike = (alone == batched) | (alone.isnan() & batched.isnan())
-        gaps[step] = (alone - batched).abs().nan_to_num(nan=math.inf).masked_fill(alike, 0.0).amax(1)
+    for step, indices in enumerate(steps):
+        x, y = draws.points[indices], draws.labels[indices]
+        _, outputs = batch_step(batch, optimizer, x, y, F.cross_entropy, shared_targets=shared)  # [M, B, K]
+        seen, right = seen + indices.shape[-1], right + (outputs.argmax(-1) == y).sum(-1)
+        batched = torch.cat([p.detach().flatten(1) for p in batch.parameters()], 1)  # [M, P]
+        gaps[step] = gap(batched, path[step]).amax(1)
         accuracies = answers[: step + 1].sum(0).double() / seen, right.double() / seen
-        yield Outcome(demo, *chosen, *accuracies, gaps[: step + 1])
+        yield Outcome(demo, gradients, weights, order, *accuracies, gaps[: step + 1])

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 
 from .checks import check_seeds, did_you_mean
 from .data import demo_points
-from .faults import other_order, other_weights
 from .models import TinyMLP
+from .rng import seeded
 
 __all__ = ["PRESETS", "Demo", "Draws", "draw", "preset"]
 
@@ -154,17 +154,19 @@ class Draws(NamedTuple):
 
 
 def draw(demo: Demo) -> Draws:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(demo.seed)  # torch.manual_seed would touch accelerators as well
+    with seeded(demo.seed):
         points, labels = demo_points(demo.samples, demo.sizes[0], demo.sizes[-1])
         loader = DataLoader(torch.arange(demo.samples), batch_size=demo.batch_size, shuffle=True)
 
-        def build() -> nn.Module:
-            return TinyMLP(demo.sizes)
+        def build() -> list[nn.Module]:
+            return [TinyMLP(demo.sizes) for _ in demo.learning_rates]
 
-        models = [build() for _ in range(demo.num_models)]
-        orders = [[batch for _ in range(demo.epochs) for batch in loader] for _ in models]
-        others, order = other_weights(build, demo.num_models), other_order(loader, demo.epochs)
+        def read() -> list[Tensor]:
+            return [batch for _ in range(demo.epochs) for batch in loader]
+
+        models = build()
+        orders = [read() for _ in models]
+        others, order = build(), read()  # the faults: nothing is seeded again
     for model in (*models, *others):
         model.to(demo.dtype)
     return Draws(points.to(demo.dtype), labels, models, orders, others, order)

@@ -19,9 +19,9 @@ from .checks import check_seeds, per_model
 from .loop import check_run, make_schedule, part, walk
 from .rng import random_state, set_random_state
 from .subject import BatchRecipe, BatchSubject
-from .tables import html_table, text_table
+from .tables import Tables
 
-__all__ = ["EquivalenceReport", "compare"]
+__all__ = ["EquivalenceReport", "compare", "gap"]
 
 KINDS = ("alone", "one thread", "channels_last", "last bit")  # the reference, and what it is compared with
 # Allowed whatever the noise floor is: relative to the way that the parameters have come, per dtype.
@@ -33,7 +33,7 @@ Build = Callable[[list[nn.Module], list[int]], Any]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EquivalenceReport:
+class EquivalenceReport(Tables):
     """How far M models trained in a batch are from the same models trained alone, and how far rounding goes.
 
     Attributes:
@@ -106,7 +106,7 @@ class EquivalenceReport:
 
         return heat_map(self)
 
-    def _rows(self) -> list[list[str]]:
+    def _tables(self) -> list[tuple[str, list[list[str]]]]:
         steps = len(self.relative)
         shown = sorted({s for s in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, steps) if s <= steps})
         rows = [["after step", "largest difference", "in", "of its way", "rounding explains", *self.floors]]
@@ -117,13 +117,7 @@ class EquivalenceReport:
             numbers = [f"{value[step - 1, m, p].item():.1e}" for value in values]
             largest = f"{self.difference[step - 1, m, p].item():.1e}"
             rows.append([f"{step}", largest, f"{self.parameters[p]} of model {m}", *numbers])
-        return rows
-
-    def __repr__(self) -> str:
-        return f"{self.verdict}\n\n{text_table(self._rows())}"
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows(), self.verdict)
+        return [(self.verdict, []), ("", rows)]
 
 
 def compare(
@@ -211,8 +205,8 @@ def compare(
             loss, reference = trained["alone"]
             own = subject.parameters(m)
             mine = [own[name].detach() for name in names]
-            rows["loss"].append(math.nan if losses is None else _gap(losses[m], loss).item())
-            rows["difference"].append([_gap(a, b).max().item() for a, b in zip(mine, reference, strict=True)])
+            rows["loss"].append(math.nan if losses is None else gap(losses[m], loss).item())
+            rows["difference"].append([gap(a, b).max().item() for a, b in zip(mine, reference, strict=True)])
             ways = _ways(reference, start["alone"][m])
             rows["relative"].append(_apart(_ways(mine, start["alone"][m]), ways))
             for kind, (_, values) in trained.items():
@@ -289,11 +283,11 @@ def _ways(values: Sequence[Tensor], start: Sequence[Tensor]) -> list[Tensor]:
 
 def _apart(ways: Sequence[Tensor], reference: Sequence[Tensor]) -> list[float]:
     """Length of each difference over that of the reference; 0 where neither moved, inf where only the first did."""
-    ratios = [(_gap(a, b).norm(), b.norm()) for a, b in zip(ways, reference, strict=True)]
-    return [(gap / length).item() if gap > 0 else 0.0 for gap, length in ratios]
+    ratios = [(gap(a, b).norm(), b.norm()) for a, b in zip(ways, reference, strict=True)]
+    return [(apart / length).item() if apart > 0 else 0.0 for apart, length in ratios]
 
 
-def _gap(a: Tensor, b: Tensor) -> Tensor:
+def gap(a: Tensor, b: Tensor) -> Tensor:
     """Absolute differences: none between numbers that overflowed alike, endless where only one of them did."""
     alike = (a == b) | (a.isnan() & b.isnan())
     return (a - b).abs().nan_to_num(nan=torch.inf).masked_fill(alike, 0.0)

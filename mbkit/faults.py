@@ -10,16 +10,16 @@ model's ("shared-memory" hides a "wrong-gradient" in the very same parameter).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .model_batch import ModelBatch
 from .plants import plant
 
-__all__ = ["FAULTS", "StaleGradientOptimizer", "other_order", "other_weights", "plant"]
+__all__ = ["FAULTS", "StaleGradientOptimizer", "plant"]
 
 # The name under which each fault is planted and reported -> what is wrong.
 FAULTS: dict[str, str] = {
@@ -104,42 +104,3 @@ class StaleGradientOptimizer:
         for m, copies in enumerate(self.copies):
             for copy, stacked in zip(copies, stacked_params, strict=True):
                 stacked[m] = copy
-
-
-def other_weights(build: Callable[[], nn.Module], num_models: int) -> list[nn.Module]:
-    """Build M models from wherever torch's default generator happens to stand, without seeding it again.
-
-    Args:
-        build: makes one model, drawing its initial weights from torch's default generator.
-        num_models: M.
-
-    Returns:
-        M models whose weights are not those of the models built earlier.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> first, again = nn.Linear(2, 1), other_weights(lambda: nn.Linear(2, 1), 1)[0]
-        >>> torch.equal(first.weight, again.weight)
-        False
-    """
-    return [build() for _ in range(num_models)]
-
-
-def other_order(loader: Iterable[Tensor], epochs: int) -> list[Tensor]:
-    """Read a shuffling loader from wherever torch's default generator happens to stand, without seeding it again.
-
-    Args:
-        loader: shuffles each time it is iterated, seeded by torch's default generator, as `DataLoader` does.
-        epochs: how many times it is read.
-
-    Returns:
-        The batches of all epochs in one list: one order for all models, and not one that any model saw when alone.
-
-    Example:
-        >>> loader = torch.utils.data.DataLoader(range(100), batch_size=50, shuffle=True)
-        >>> _ = torch.manual_seed(0)
-        >>> first, again = list(loader), other_order(loader, epochs=1)
-        >>> torch.equal(first[0], again[0])
-        False
-    """
-    return [item for _ in range(epochs) for item in loader]

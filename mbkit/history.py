@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tables import html_table, text_table
+from .tables import Tables
 
 __all__ = ["History", "Step", "plain_numbers"]
 
@@ -43,7 +43,7 @@ class Step:
 
 
 @dataclass(repr=False, eq=False)
-class History:
+class History(Tables):
     """The course of a training run of M models; it prints itself as a table.
 
     Attributes:
@@ -128,11 +128,8 @@ class History:
     def __len__(self) -> int:
         return self.steps
 
-    def __repr__(self) -> str:
-        return f"{self._title()}\n{text_table(self._rows())}"
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows(), self._title())
+    def _tables(self) -> list[tuple[str, list[list[str]]]]:
+        return [(self._title(), self._rows())]
 
     def _last(self, values: Tensor) -> Tensor:
         last = [values[done - 1, m] if done else values.new_tensor(math.nan) for m, done in enumerate(self.steps_done)]

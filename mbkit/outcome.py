@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import did_you_mean
 from .demo import PRESETS, Demo
-from .tables import html_table, text_table
+from .tables import Tables
 
 __all__ = ["DEMO_FAULTS", "PUBLISHED", "SWITCHES", "Dissection", "Outcome", "switches"]
 
@@ -51,7 +51,7 @@ def switches(faults: Iterable[str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Outcome:
+class Outcome(Tables):
     """The same models trained alone and in a batch; prints itself as the library's table.
 
     Attributes:
@@ -109,12 +109,18 @@ class Outcome:
         steps = len(self.parameter_difference)
         shown = sorted({step for step in (1, 2, 3, 5, 10, 30, 100, 300, 1000, steps) if step <= steps})
         growth = [[f"{step}", *map(_small, self.parameter_difference[step - 1].tolist())] for step in shown]
-        tables = [(_describe(self), [["", *models], rates, *([name, *row] for name, row in self.table().items())])]
+        tables = [(self._title(), [["", *models], rates, *([name, *row] for name, row in self.table().items())])]
         if self.demo == PRESETS["published"] and len(self.faults) == len(SWITCHES):
             tables.append(("As the library printed it", [["", *models], *([k, *row] for k, row in PUBLISHED.items())]))
         tables.append((self._judgment(), []))
         tables.append(("Largest difference of a parameter", [["after step", *models], *growth]))
         return tables
+
+    def _title(self) -> str:
+        chosen = (
+            f"{self.gradients.capitalize()} gradients, {self.weights} initial weights, {self.order} order of batches"
+        )
+        return f"{chosen} ({self.demo.optimizer}, epochs: {self.demo.epochs}, seed: {self.demo.seed})"
 
     def _judgment(self) -> str:
         text = (
@@ -129,14 +135,8 @@ class Outcome:
             text += " Try dtype=torch.float64." if self.demo.dtype == torch.float32 else ""
         return text
 
-    def __repr__(self) -> str:
-        return _text(self._tables())
 
-    def _repr_html_(self) -> str:
-        return _html(self._tables())
-
-
-class Dissection(tuple):
+class Dissection(Tables, tuple):
     """The eight `Outcome`s of one demo, from all three faults to none; prints itself as one table."""
 
     def _tables(self) -> list[tuple[str, list[list[str]]]]:
@@ -161,27 +161,6 @@ class Dissection(tuple):
         alone, batched = stale.accuracy_alone[m], stale.accuracy_batched[m]
         return f"Stale gradients alone make model {m} look better: {batched:.1%}, where it has {alone:.1%} alone."
 
-    def __repr__(self) -> str:
-        return _text(self._tables())
-
-    def _repr_html_(self) -> str:
-        return _html(self._tables())
-
-
-def _describe(outcome: Outcome) -> str:
-    demo = outcome.demo
-    setting = f"{demo.optimizer}, epochs: {demo.epochs}, seed: {demo.seed}"
-    chosen = f"{outcome.weights} initial weights, {outcome.order} order of batches"
-    return f"{outcome.gradients.capitalize()} gradients, {chosen} ({setting})"
-
 
 def _small(value: float) -> str:
     return f"{value:.1e}" if value else "0"
-
-
-def _text(tables: list[tuple[str, list[list[str]]]]) -> str:
-    return "\n\n".join(f"{title}\n{text_table(rows)}" if rows else title for title, rows in tables)
-
-
-def _html(tables: list[tuple[str, list[list[str]]]]) -> str:
-    return "".join(html_table(rows, title) for title, rows in tables)

@@ -5,10 +5,27 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-__all__ = ["html_table", "text_table"]
+__all__ = ["Tables", "html_table", "text_table"]
+
+Rows = Sequence[Sequence[str]]
 
 
-def text_table(rows: Sequence[Sequence[str]]) -> str:
+class Tables:
+    """What shows itself as tables, in a terminal and in a notebook; a subclass gives `_tables()`, titles and rows."""
+
+    def _tables(self) -> list[tuple[str, Rows]]:
+        """Return pairs of a title, which may be empty, and rows, of which there may be none."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        parts = ([title] * bool(title) + [text_table(rows)] * bool(rows) for title, rows in self._tables())
+        return "\n\n".join(map("\n".join, parts))
+
+    def _repr_html_(self) -> str:
+        return "".join(html_table(rows, title) for title, rows in self._tables())
+
+
+def text_table(rows: Rows) -> str:
     """Return rows of equal length as aligned text: the first column to the left, numbers to the right.
 
     Example:
@@ -21,7 +38,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def html_table(rows: Sequence[Sequence[str]], title: str = "") -> str:
+def html_table(rows: Rows, title: str = "") -> str:
     """Return rows of equal length, the first of them the header, as an HTML table under its title.
 
     Example:

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from mbkit import ModelBatch
-from mbkit.faults import FAULTS, StaleGradientOptimizer, other_order, other_weights
+from mbkit.faults import FAULTS, StaleGradientOptimizer
 
 
 def make(num_models=3):
@@ -83,26 +82,6 @@ def test_a_wrong_number_of_configs():
     batch = ModelBatch(make()[0])
     with pytest.raises(ValueError, match=r"Expected 3 configs \(one per model\), got 2"):
         StaleGradientOptimizer(batch, torch.optim.SGD, [{"lr": 0.1}] * 2)
-
-
-def test_other_weights_and_other_order_go_on_where_the_generator_stands():
-    def build():
-        return nn.Linear(3, 2)
-
-    loader = DataLoader(torch.arange(40), batch_size=10, shuffle=True)
-    torch.manual_seed(1)
-    all_weights = [build().weight for _ in range(5)]
-    torch.manual_seed(1)
-    first = [build().weight for _ in range(2)]
-    again = [model.weight for model in other_weights(build, 3)]
-    assert all(torch.equal(a, b) for a, b in zip(all_weights, first + again, strict=True))
-    torch.manual_seed(2)
-    first = list(loader)
-    again = other_order(loader, epochs=2)
-    assert len(again) == 8
-    assert torch.cat(again[:4]).sort().values.tolist() == list(range(40))  # an epoch has every point once
-    assert not torch.equal(torch.cat(first), torch.cat(again[:4]))
-    assert not torch.equal(torch.cat(again[:4]), torch.cat(again[4:]))
 
 
 def test_every_fault_says_what_it_plants():
