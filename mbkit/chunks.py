@@ -7,14 +7,17 @@ so what it trains is trained. Only one chunk's activations exist at a time: they
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
-from .loop import call, detach
+from .loop import call, detach, first_tensor
+from .machine import free_memory
+from .model_call import check_inputs
 from .operators import BatchingError, Own, note_reached, reached_models, read_state, replica, write_state
 from .stacked_call import loss_code, targets_of_models
 
@@ -23,41 +26,49 @@ if TYPE_CHECKING:
 
 __all__ = ["Chunks"]
 
+_SHARE = 0.5  # of the free memory that one chunk's activations may take
+_ENOUGH = 256 << 20  # bytes of them on a CPU: 64 LeNets at once are no faster than 32, and 256 take 2.5 times as long
+
 
 class Chunks:
     """Cuts a batch into chunks of `size` models, and makes the forward and backward passes chunk by chunk.
 
     Args:
         batch: M models.
-        size: how many models make a chunk; the last one may have fewer.
+        size: how many models make a chunk; the last one may have fewer. None for as many as memory allows, which the
+            first call finds out on its first few models.
         apart: call the models of a chunk one after the other in plain PyTorch, without `torch.vmap`.
 
     Attributes:
-        bytes_each: what a model's forward pass keeps for its backward pass, known after the first `backward`.
+        size: the same; known after the first call.
+        bytes_each: known after the first call: what a model's forward pass keeps for its backward pass, beside weights
+            and inputs; where there is to be none, all that it makes.
     """
 
-    def __init__(self, batch: ModelBatch, size: int, apart: bool = False) -> None:
+    def __init__(self, batch: ModelBatch, size: int | None = None, apart: bool = False) -> None:
         self.batch, self.size, self.apart = batch, size, apart
         self.bytes_each = 0
-        self._rows: dict[int, tuple[Tensor, int, list[Tensor]]] = {}  # by the id of a tensor of the whole batch
-        self._steady: list[dict] = [{} for _ in range(-(-batch.num_models // size))]  # see model_call.Memory
+        self._rows: dict[int, tuple[Tensor, int, dict]] = {}  # by the id of a tensor of the whole batch
+        self._steady: dict[tuple[int, int], dict] = {}  # by chunk; see model_call.Memory
 
     def __iter__(self) -> Iterator[tuple[int, int, ModelBatch]]:
         """Yield (first model, the one after the last, chunk)."""
-        for number, start in enumerate(range(0, self.batch.num_models, self.size)):
-            stop = min(start + self.size, self.batch.num_models)
-            yield start, stop, self._chunk(number, start, stop)
+        stop, num_models = 0, self.batch.num_models
+        while stop < num_models:
+            start, stop = stop, min(stop + (self.size or max(4, -(-num_models // 16))), num_models)
+            yield start, stop, self._chunk(start, stop)
+
+    def call(self, x: Any) -> Any:
+        """Return what the batch returns for these inputs, without gradients."""
+        if self.size == self.batch.num_models:
+            return call(self.batch, x)
+        return _join([out for *_, out in self._calls(x)])
 
     def backward(self, x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None) -> tuple[Tensor, Any]:
         """Add up the gradients of all models; return the losses [M] and the outputs, detached."""
-        batch, losses, outputs, after = self.batch, [], [], []
+        batch, losses, outputs = self.batch, [], []
         gradients: dict[nn.Parameter, list[list[bool]]] = {}
-        before = read_state(batch._template)
-        for start, stop, chunk in self:
-            given = read_state(chunk._template)
-            mine = x if batch.shared_input else tree_map_only(Tensor, lambda t, a=start, b=stop: t[a:b], x)
-            with self._weighed(chunk) if start == 0 and not self.bytes_each else nullcontext():
-                out = call(chunk, mine)
+        for start, stop, chunk, out in self._calls(x):
             targets, shared = targets_of_models(y, out, batch.num_models, start, stop, shared_targets)
             if self.apart:
                 chunk.__dict__["_slow_losses"] = {loss_code(loss_fn)}
@@ -66,32 +77,42 @@ class Chunks:
             _collect(batch, chunk, start, stop, gradients)
             losses.append(loss.detach())
             outputs.append(detach(out))
-            now = read_state(chunk._template)
-            after.append({key: value for key, value in now.items() if value is not given.get(key)})
         for parameter, flags in gradients.items():
             note_reached(parameter.grad, [flag for row in flags for flag in row])
-        _keep(batch, before, after)
         batch.__dict__["latest_losses"] = torch.cat(losses)
-        return batch.latest_losses, tree_map(lambda *parts: torch.cat(parts), *outputs)
+        return batch.latest_losses, _join(outputs)
 
-    @contextmanager
-    def _weighed(self, chunk: ModelBatch) -> Iterator[None]:
-        weights, storages = {p.untyped_storage().data_ptr() for p in chunk.parameters()}, {}
+    def _calls(self, x: Any) -> Iterator[tuple[int, int, ModelBatch, Any]]:
+        """Call chunk after chunk; yield (first model, the one after the last, chunk, outputs), and keep its state."""
+        batch, after = self.batch, []
+        before = read_state(batch._template)
+        if not batch.shared_input:
+            check_inputs(tree_leaves(x), batch.num_models)
+        for start, stop, chunk in self:
+            given = read_state(chunk._template)
+            mine = x if batch.shared_input else tree_map_only(Tensor, lambda t, a=start, b=stop: t[a:b], x)
+            if self.bytes_each:
+                out = call(chunk, mine)
+            else:
+                with _weighed((list(chunk.parameters()), mine)) as sizes:
+                    out = call(chunk, mine)
+                self.bytes_each = max(1, sum(sizes) // chunk.num_models)
+                self.size = self.size or self._largest(first_tensor(out).device)
+            yield start, stop, chunk, out
+            now = read_state(chunk._template)
+            after.append({key: value for key, value in now.items() if value is not given.get(key)})
+        _keep(batch, before, after)
 
-        def pack(tensor: Tensor) -> Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
+    def _largest(self, device: torch.device) -> int:
+        room = int(_SHARE * free_memory(device))
+        room = min(room, _ENOUGH) if device.type == "cpu" else room
+        return min(max(1, room // self.bytes_each), self.batch.num_models)
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
-        total = sum(size for pointer, size in storages.items() if pointer not in weights)
-        self.bytes_each = max(1, total // chunk.num_models)
-
-    def _chunk(self, number: int, start: int, stop: int) -> ModelBatch:
+    def _chunk(self, start: int, stop: int) -> ModelBatch:
         batch = self.batch
         template = batch._template
         tensors = [*template.parameters(), *template.buffers(), *batch._attributes]
-        own = {id(t): self._row(t, number) for t in tensors}
+        own = {id(t): self._row(t, start, stop) for t in tensors}
         twin = replica(template, own, slice(start, stop), alone=True)
         chunk = object.__new__(type(batch))
         frozen = None if batch._frozen is None else batch._frozen[start:stop]
@@ -104,20 +125,63 @@ class Chunks:
             "seeds": batch.seeds[start:stop],
             "streams": batch.streams.part(start, stop),
             "_frozen": frozen if frozen is not None and frozen.any() else None,
-            "_steady": self._steady[number],
+            "_steady": self._steady.setdefault((start, stop), {}),
             "model_by_model": {""} if self.apart else batch.model_by_model,
         }
         return chunk
 
-    def _row(self, tensor: Tensor, number: int) -> Tensor:
+    def _row(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         """Return the chunk's rows of a tensor: always the same object, for as long as the tensor is the same."""
-        known, pointer, rows = self._rows.get(id(tensor), (None, 0, []))
+        known, pointer, rows = self._rows.get(id(tensor), (None, 0, {}))
         if known is not tensor or pointer != tensor.data_ptr():
-            rows = list(tensor.detach().split(self.size))
-            if isinstance(tensor, nn.Parameter):
-                rows = [nn.Parameter(row, requires_grad=tensor.requires_grad) for row in rows]
+            rows = {}
             self._rows[id(tensor)] = (tensor, tensor.data_ptr(), rows)
-        return rows[number].requires_grad_(tensor.requires_grad and tensor.is_leaf)
+        if (start, stop) not in rows:
+            row = tensor.detach()[start:stop]
+            is_parameter = isinstance(tensor, nn.Parameter)
+            rows[start, stop] = nn.Parameter(row, requires_grad=tensor.requires_grad) if is_parameter else row
+        return rows[start, stop].requires_grad_(tensor.requires_grad and tensor.is_leaf)
+
+
+@contextmanager
+def _weighed(given: Any) -> Iterator[list[int]]:
+    """Weigh a call on tensors `given`: yield a list that then gets the bytes of each storage that it keeps or makes."""
+    known, kept, sizes = _storages(given), {}, []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.update(_storages(tensor))
+        return tensor
+
+    if torch.is_grad_enabled():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield sizes
+        sizes += [size for pointer, size in kept.items() if pointer not in known]
+    else:
+        with _Made(sizes):
+            yield sizes
+
+
+class _Made(TorchDispatchMode):
+    """Notes the size of every storage that an operator makes."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self._sizes = sizes
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made, given = function(*args, **(kwargs or {})), _storages((args, kwargs))
+        self._sizes += [size for pointer, size in _storages(made).items() if pointer not in given]
+        return made
+
+
+def _storages(tree: Any) -> dict[int, int]:
+    """Return the storages of the tensors in a tree: address to bytes; a sparse tensor has none."""
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def _join(outputs: list[Any]) -> Any:
+    return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
 
 def _collect(batch: ModelBatch, chunk: ModelBatch, start: int, stop: int, found: dict) -> None:

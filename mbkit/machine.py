@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["PeakMemory", "describe_machine", "keep_pages", "measure_peak_memory", "synchronize"]
+__all__ = ["PeakMemory", "describe_machine", "free_memory", "keep_pages", "measure_peak_memory", "synchronize"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h; glibc takes no more than 32 MiB for the second
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS, _RESET, _SYSTEM = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
+_UNKNOWN = 4 << 30  # bytes that are taken to be free where the system does not tell
 
 
 def synchronize(device: torch.device) -> None:
@@ -91,9 +92,9 @@ def measure_peak_memory(device: torch.device) -> Iterator[PeakMemory]:
         return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = _resident("VmRSS") if device.type == "cpu" and _reset_high_water() else None
+    before = _line(_STATUS, "VmRSS") if device.type == "cpu" and _reset_high_water() else None
     yield peak
-    after = _resident("VmHWM")
+    after = _line(_STATUS, "VmHWM")
     if before is not None and after is not None:
         peak.bytes = max(0, after - before)
 
@@ -106,10 +107,24 @@ def _reset_high_water() -> bool:
     return True
 
 
-def _resident(field: str) -> int | None:
-    """A line of /proc/self/status in bytes."""
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that tensors on `device` can still take: on CUDA and Linux as measured, else 4 GiB.
+
+    Example:
+        >>> free_memory(torch.device("cpu")) > 1_000_000
+        True
+    """
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for new tensors
+        return torch.cuda.mem_get_info(device)[0] + kept
+    free = _line(_SYSTEM, "MemAvailable")
+    return _UNKNOWN if free is None else free
+
+
+def _line(file: Path, field: str) -> int | None:
+    """A line of a file in /proc, in bytes."""
     with contextlib.suppress(OSError, StopIteration):
-        return next(int(line.split()[1]) * 1024 for line in _STATUS.read_text().splitlines() if line.startswith(field))
+        return next(int(line.split()[1]) * 1024 for line in file.read_text().splitlines() if line.startswith(field))
     return None
 
 

@@ -39,7 +39,7 @@ from .operators import (
 if TYPE_CHECKING:
     from .model_batch import ModelBatch
 
-__all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models"]
+__all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models", "check_inputs"]
 
 # Errors that can be raised again under the same name with a longer text.
 PLAIN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
@@ -158,8 +158,7 @@ def attempt(
     leaves, spec = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     if not shared:
-        for i in places:
-            _check_inputs(leaves[i], batch.num_models)
+        check_inputs(leaves, batch.num_models)
     kept = tensors_in(before)
     stacked = {id(t) for key, t in before.items() if key[1] != "__dict__"} | set(map(id, attributes))
     device = next((t.device for t in (*kept, *(leaves[i] for i in places))), torch.device("cpu"))
@@ -290,9 +289,10 @@ def check_output(output: Any, template: nn.Module) -> None:
         raise TypeError(f"Expected {type(template).__name__} to return at least one tensor, got {output!r}.")
 
 
-def _check_inputs(tensor: Tensor, num_models: int) -> None:
-    if tensor.dim() == 0 or tensor.shape[0] != num_models:
-        raise ValueError(
-            f"Expected per-model input [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}: "
-            "stack one input a model, or pass shared_input=True for one input to all."
-        )
+def check_inputs(leaves: list[Any], num_models: int) -> None:
+    for tensor in leaves:
+        if isinstance(tensor, Tensor) and (tensor.dim() == 0 or tensor.shape[0] != num_models):
+            raise ValueError(
+                f"Expected per-model input [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}: "
+                "stack one input a model, or pass shared_input=True for one input to all."
+            )

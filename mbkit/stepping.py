@@ -5,7 +5,6 @@ Whatever is chosen, the models end up the same, to rounding. What is chosen by i
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,7 +22,6 @@ __all__ = ["Stepper", "batch_step", "check_chunk_size"]
 
 _CACHE = 4 << 20  # bytes kept for the backward pass from which on cutting a batch can pay
 _SMALL = 1 << 17  # bytes that a model keeps, below which nothing but all models at once can be fastest
-_SHARE = 0.5  # of the free memory that one chunk's activations may take
 _TRIALS = 3  # timed steps of each way
 _SIZES = (32, 16, 8, 4)
 
@@ -79,6 +77,9 @@ class Stepper:
 
     Attributes:
         how: in words, how the last step was made.
+
+    Raises:
+        ValueError: a batch without parameters.
     """
 
     def __init__(
@@ -92,6 +93,9 @@ class Stepper:
         chunk_size: int | str | None = "auto",
         compile: bool = False,
     ) -> None:
+        weight = next(batch.parameters(), None)
+        if weight is None:
+            raise ValueError("Expected models with parameters, got a batch without any: there is nothing to train.")
         self.batch, self.optimizer = batch, optimizer
         self._rest = (loss_fn, max_norm, shared_targets, on_nonfinite)
         self._compiled = None
@@ -103,7 +107,7 @@ class Stepper:
         size = batch.num_models if chunk_size is None else chunk_size
         self._chunks = None if chunk_size == "auto" or size >= batch.num_models else Chunks(batch, size)
         self.how = ""
-        if next(batch.parameters()).device.type == "cpu":
+        if weight.device.type == "cpu":
             keep_pages()
 
     @property
@@ -136,7 +140,7 @@ class Stepper:
 def _words(chunks: Chunks | None) -> str:
     if chunks is None:
         return "all models at once"
-    return "one by one" if chunks.apart else f"in chunks of {chunks.size}"
+    return "one by one" if chunks.apart else f"in chunks of {chunks.size}" if chunks.size else "in chunks"
 
 
 def _wait(tensor: Tensor) -> None:
@@ -152,14 +156,12 @@ class _Choice:
     """
 
     def __init__(self, batch: Any) -> None:
-        self.best = None if batch.num_models == 1 else Chunks(batch, max(4, -(-batch.num_models // 16)))
+        self.best = Chunks(batch) if batch.num_models > 1 and _can_cut(batch) else None
         self._batch = batch
         self._ways: list[Chunks | None] = []  # those still to be tried
         self._times: list[float] = []
         self._record: float | None = None  # the best way's seconds a step
-        self._measured = self.best is None or not _can_cut(batch)
-        if self._measured:
-            self.best = None
+        self._measured = self.best is None
 
     def next(self) -> tuple[Chunks | None, Callable[[float], None] | None]:
         """Return the way for the next step, and what wants to know how long it took, if anything."""
@@ -172,13 +174,12 @@ class _Choice:
         return self._measured and not self._ways
 
     def _measure(self, seconds: float) -> None:
-        each, num_models, batch = self.best.bytes_each, self._batch.num_models, self._batch
-        largest = max(1, int(_SHARE * _free_memory(batch) // max(1, each)))
-        self.best = None if largest >= num_models else Chunks(batch, largest)
+        each, largest, batch = self.best.bytes_each, self.best.size, self._batch
+        self.best = None if largest == batch.num_models else self.best
         self._measured = True
         if each < _SMALL:
             return
-        sizes = [size for size in _SIZES if size < min(num_models, largest)] if each * num_models > _CACHE else []
+        sizes = [size for size in _SIZES if size < largest] if each * batch.num_models > _CACHE else []
         self._ways = [self.best, *(Chunks(batch, size) for size in sizes), Chunks(batch, 1, apart=True)]
 
     def _settle(self, seconds: float) -> None:
@@ -197,10 +198,3 @@ class _Choice:
 def _can_cut(batch: Any) -> bool:
     """Say whether chunks see all that the whole batch sees: hooks on the stacked parameters they would not run."""
     return not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in batch.parameters())
-
-
-def _free_memory(batch: Any) -> int:
-    device = next(batch.parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

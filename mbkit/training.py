@@ -59,9 +59,10 @@ def fit(
         on_nonfinite: what to do with a model whose loss or gradient is not finite, before that update is made:
             "freeze" stops it (see ModelBatch.freeze; the History says when), "raise" ends the run, None does nothing.
         chunk_size: how many models are trained at once, which changes no result; None for all. "auto" keeps their
-            activations within half of the free memory. Models that keep more than 128 KiB each for their backward pass
-            are also tried in smaller chunks and one after the other, on the first steps, and go on in the fastest way,
-            which the History names. Two such runs can differ in float32's last bits; with a number or None they don't.
+            activations within half of the free memory, and on a CPU within 256 MiB, past which they only get slower.
+            Models that keep more than 128 KiB each for their backward pass are also tried in smaller chunks and one
+            after the other, on the first steps, and go on in the fastest way, which the History names. Two such runs
+            can differ in float32's last bits; with a number or None they don't.
         compile: make each step as one function compiled by torch.compile: after some seconds of compilation, far ahead
             for small models. Where that cannot be, a warning says why and the steps run uncompiled.
         callback: called with each Step; returning False ends the training.
@@ -151,10 +152,10 @@ def train_steps(
     check_on_nonfinite(on_nonfinite, optimizer)
     check_chunk_size(chunk_size)
     schedule = check_schedule(scheduler) if hasattr(scheduler, "step") else make_schedule(scheduler, optimizer)
+    run = Stepper(batch, optimizer, loss_fn, max_norm, shared_targets, on_nonfinite, chunk_size, compile)
 
     def steps() -> Iterator[Step]:
         device = next(batch.parameters()).device
-        run = Stepper(batch, optimizer, loss_fn, max_norm, shared_targets, on_nonfinite, chunk_size, compile)
         index = 0
         for epoch in range(first_epoch, first_epoch + epochs):
             for x, y in walk(batches, epoch, device):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from mbkit.accuracy import batch_accuracy, evaluate
+from mbkit.loop import call
 from mbkit.model_batch import ModelBatch
 
 M, B, T, K = 3, 6, 4, 5
@@ -81,6 +82,48 @@ def test_every_form_of_models(case):
     each = [(x.expand(M, *x.shape), y) for x, y in pairs]
     assert evaluate(models, each, shared_input=False).tolist() == pytest.approx(expected, abs=0)
     assert evaluate(ModelBatch(models, shared_input=False), each).tolist() == pytest.approx(expected, abs=0)
+
+
+class Counting(nn.Module):
+    """Assigns a buffer anew in every call, and draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, K)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        self.seen = self.seen + x.sum() * self.layer.bias[0]
+        return self.layer(nn.functional.dropout(x)) + self.seen
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_chunks_of_models_where_all_do_not_fit(monkeypatch, shared):
+    torch.manual_seed(0)
+    models = [Counting() for _ in range(10)]
+    pairs = [(torch.randn(n, 4), torch.randint(K, (n,))) for n in (B, B, 2)]
+    if not shared:
+        pairs = [(x * torch.rand(10, 1, 1), y.repeat(10, 1)) for x, y in pairs]
+    batch = ModelBatch(models, shared, seeds=range(10))
+    expected = []
+    for m, model in enumerate(models):
+        torch.manual_seed(m)
+        with torch.no_grad():
+            out = torch.cat([model.eval()(x if shared else x[m]) for x, _ in pairs])
+        expected.append(slowly(out.tolist(), torch.cat([y if shared else y[m] for _, y in pairs]).tolist()))
+    sizes = []
+    monkeypatch.setattr("mbkit.chunks.free_memory", lambda device: 2 * 3.5 * weight)
+    monkeypatch.setattr("mbkit.chunks.call", lambda chunk, x: sizes.append(chunk.num_models) or call(chunk, x))
+    # a call makes the mask, which is 1 byte each before it is scaled, the dropped input, the products and sums
+    weight = 2 * B * 4 * 4 + 2 * B * K * 4
+    assert evaluate(batch, pairs).tolist() == pytest.approx(expected, abs=0)
+    assert sizes[0] == 4  # the first ones are weighed
+    assert 1 <= sizes[1] <= 3
+    torch.testing.assert_close(batch.seen, torch.stack([model.seen for model in models]))
+    sizes.clear()
+    monkeypatch.setattr("mbkit.chunks.free_memory", lambda device: 1 << 30)
+    evaluate(batch, pairs)
+    assert sizes == [4, 6, 10, 10]
 
 
 class OwnMode(nn.Module):

@@ -238,6 +238,14 @@ def test_peak_memory_is_unknown_elsewhere(monkeypatch):
     assert peak.bytes is None
 
 
+def test_free_memory_is_what_the_system_tells_and_else_a_modest_guess(monkeypatch, tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 16 kB\nMemFree: 1 kB\nMemAvailable:    3 kB\n")
+    monkeypatch.setattr(machine, "_SYSTEM", tmp_path / "meminfo")
+    assert machine.free_memory(torch.device("cpu")) == 3 * 1024
+    monkeypatch.setattr(machine, "_SYSTEM", tmp_path / "nothing, as on macOS and Windows")
+    assert machine.free_memory(torch.device("cpu")) == 4 * 2**30
+
+
 def test_the_machine_is_named():
     described = describe_machine(torch.device("cpu"))
     assert described["threads"] == torch.get_num_threads()

@@ -12,7 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from mbkit import ModelBatch, OptimizerFactory, fit
 from mbkit.chunks import Chunks
+from mbkit.loop import call
 from mbkit.stepping import Stepper, batch_step
+from mbkit.training import train_steps
 
 M, B, K, STEPS = 5, 8, 3, 4
 RATES = [0.001 * (m + 1) for m in range(M)]
@@ -160,7 +162,7 @@ class Clock:
     """Steps that take as long as the test says, by chunk size (0 for one by one)."""
 
     def __init__(self, monkeypatch, seconds: dict) -> None:
-        self.tried, self.now, self.seconds = [], 0.0, seconds
+        self.tried, self.now, self.seconds, self.largest = [], 0.0, seconds, M
         monkeypatch.setattr("mbkit.stepping._SMALL", 0)
         monkeypatch.setattr("mbkit.stepping._CACHE", 0)
         monkeypatch.setattr("mbkit.stepping.batch_step", self.step)
@@ -170,7 +172,7 @@ class Clock:
         chunks = rest[-1]
         way = None if chunks is None else 0 if chunks.apart else chunks.size
         if chunks is not None:
-            chunks.bytes_each = 1
+            chunks.bytes_each, chunks.size = 1, chunks.size or self.largest
         self.tried.append(way)
         self.now += self.seconds[way]
         return torch.zeros(batch.num_models), None
@@ -195,14 +197,38 @@ def test_the_fastest_way_is_found_by_the_clock(monkeypatch, seconds, tried, best
     assert stepper.how == best
 
 
-def test_a_chunk_fits_into_the_memory_that_is_free(monkeypatch):
-    monkeypatch.setattr("mbkit.stepping._free_memory", lambda batch: 7)  # half of it for 3 models of 1 byte
-    batch = ModelBatch(models_of(Busy))
-    clock = Clock(monkeypatch, {4: 1.0, 3: 1.0, 0: 1.0})
-    choice = Stepper(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1), cross_entropy)
-    for _ in range(3):
-        choice.step(None, None)
-    assert clock.tried == [4, 3, 3]
+@pytest.mark.parametrize(("free", "enough"), [(6.5, 10), (1000, 3.25)])
+def test_a_chunk_fits_into_half_of_the_memory_that_is_free_and_is_no_larger_than_pays(monkeypatch, free, enough):
+    tried, each = [], B * 100 * 4  # bytes that Tanh keeps: what it has made; the batch's inputs are there anyway
+    monkeypatch.setattr("mbkit.chunks.free_memory", lambda device: int(free * each))
+    monkeypatch.setattr("mbkit.chunks._ENOUGH", int(enough * each))
+    monkeypatch.setattr("mbkit.chunks.call", lambda chunk, x: tried.append(chunk.num_models) or call(chunk, x))
+    models = [nn.Sequential(nn.Linear(100, 100, bias=False), nn.Tanh(), nn.Linear(100, 1)) for _ in range(10)]
+    batch = ModelBatch(models, shared_input=False)
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    stepper = Stepper(batch, optimizer, nn.functional.mse_loss)
+    ways = []
+    for _ in range(2):
+        stepper.step(torch.randn(10, B, 100), torch.randn(10, B, 1))
+        ways.append(stepper.how)
+    assert ways == ["in chunks", "in chunks of 3"]
+    assert tried == [4, 3, 3, 3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("chunk_size", ["auto", 2, None])
+def test_inputs_for_another_number_of_models_are_refused(chunk_size):
+    batch = ModelBatch(models_of(Busy), shared_input=False)
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    (x, y), *_ = data(each=True)
+    with pytest.raises(ValueError, match=r"per-model input \[5, B, …\].*got \[6, 8, 2, 6, 6\]"):
+        fit(batch, optimizer, [(torch.cat([x, x[:1]]), y)], cross_entropy, chunk_size=chunk_size)
+
+
+def test_models_without_parameters_are_refused():
+    batch = ModelBatch([nn.ReLU() for _ in range(2)])
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    with pytest.raises(ValueError, match="Expected models with parameters"):
+        train_steps(batch, optimizer, data(), cross_entropy)
 
 
 def test_what_fits_into_the_cache_is_not_cut(monkeypatch):
