@@ -19,6 +19,7 @@ from .model_batch import ModelBatch
 from .models import LeNet5
 from .optim import create_lr_sweep_configs
 from .progress import Progress
+from .rng import seeded
 
 __all__ = ["BenchmarkResult", "Timing", "learning_rate_grid", "run_benchmark"]
 
@@ -114,7 +115,10 @@ def run_benchmark(
     seeds = check_seeds(grid_seeds if seeds is None else seeds, num_models)
     settings = {name: per_model(v, num_models, name) for name, v in {**(hyperparameters or {}), "lr": rates}.items()}
     configs = [{name: values[m] for name, values in settings.items()} for m in range(num_models)]
-    models = [_initialized(model, seed, len(data.classes)).to(device, dtype) for seed in seeds]
+    models = []
+    for seed in seeds:
+        with seeded(seed):
+            models.append(model(len(data.classes)).to(device, dtype))
 
     kinds = [Alone, Batched] if alone else [Batched]
     sides = [kind(models, optimizer_cls, configs, seeds, device) for kind in kinds]
@@ -159,23 +163,13 @@ def run_benchmark(
     )
 
 
-def _initialized(model: Callable[[int], nn.Module], seed: int, num_classes: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        return model(num_classes)
-
-
 def _difference(models: Sequence[nn.Module], batch: ModelBatch) -> Tensor:
     """[M], the largest absolute difference of a model's parameters."""
-    stacked = [p.detach() for p in batch.stacked_params.values()]
-    return torch.stack(
-        [
-            torch.stack(
-                [(p.detach() - s[m]).abs().max() for p, s in zip(model.parameters(), stacked, strict=True)]
-            ).max()
-            for m, model in enumerate(models)
-        ]
-    ).cpu()
+    gaps = [
+        torch.stack([(p.detach() - stacked[m]).abs().max() for p, stacked in zip(own, batch.parameters(), strict=True)])
+        for m, own in enumerate(model.parameters() for model in models)
+    ]
+    return torch.stack(gaps).amax(1).detach().cpu()
 
 
 def _check_count(value: Any, name: str, least: int = 1) -> int:

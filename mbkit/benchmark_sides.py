@@ -6,7 +6,6 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from .loop import walk
 from .machine import measure_peak_memory, synchronize
 from .model_batch import ModelBatch
 from .optim import OptimizerFactory
+from .rng import OwnDraws
 from .stepping import Stepper
 
 __all__ = ["BLOCK", "Alone", "Batched", "Block", "blocks"]
@@ -58,7 +58,7 @@ class Alone(Side):
     def _build(self, models: list, optimizer_cls: Any, configs: list, seeds: list) -> None:
         self.models = copy.deepcopy(models)
         self._optimizers = [optimizer_cls(m.parameters(), **c) for m, c in zip(self.models, configs, strict=True)]
-        self._draws = [_Draws(seed, self._device) for seed in seeds]
+        self._draws = [OwnDraws(seed) for seed in seeds]
         self._runs: list[list[tuple[Tensor, float]]] = [[] for _ in models]
 
     def _train(self, block: Block) -> None:
@@ -94,29 +94,6 @@ class Batched(Side):
     def loss(self) -> Tensor:
         """[steps, M]"""
         return torch.stack([loss for loss, _ in self._runs]).cpu()
-
-
-class _Draws:
-    """The random state of one model alone, while others take their turns in between."""
-
-    def __init__(self, seed: int, device: torch.device):
-        self._devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(self._devices):
-            torch.manual_seed(seed)
-            self._save()
-
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        with torch.random.fork_rng(self._devices):
-            torch.set_rng_state(self._cpu)
-            for gpu, state in zip(self._devices, self._gpus, strict=True):
-                torch.cuda.set_rng_state(state, gpu)
-            yield
-            self._save()
-
-    def _save(self) -> None:
-        self._cpu = torch.get_rng_state()
-        self._gpus = [torch.cuda.get_rng_state(gpu) for gpu in self._devices]
 
 
 def blocks(batches: Any, epochs: int, steps: int, warmup: int, device: torch.device) -> Iterator[Block]:

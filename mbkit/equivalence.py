@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from .alone import lone_step, own_targets
 from .checks import check_seeds, per_model
 from .loop import check_run, make_schedule, part, walk
-from .rng import random_state, set_random_state
+from .rng import OwnDraws
 from .subject import BatchRecipe, BatchSubject
 from .tables import Tables
 
@@ -188,36 +188,35 @@ def compare(
         kind: [_Lone(kind, *each, optimizer_cls, scheduler) for each in zip(models, seeds, configs, strict=True)]
         for kind in kinds
     }
-    start = {kind: [[p.detach().clone() for p in lone.model.parameters()] for lone in crowd[kind]] for kind in crowd}
     names = [name for name, _ in models[0].named_parameters()]
-    found: dict[str, list[list[Any]]] = {"difference": [], "relative": [], "loss": [], **{n: [] for n in crowd}}
+    found: dict[str, list[Any]] = {name: [] for name in ("difference", "relative", "loss", *kinds)}
     device = next(models[0].parameters()).device
     pairs = ((pair, pair) for pair in endless(batches, device))
     if theirs is not None:  # the batch has an order of its own
         pairs = zip(endless(batches, device), endless(theirs, device), strict=False)
     for (x, y), fed in itertools.islice(pairs, steps):
         losses = subject.step(*fed, loss_fn)
-        rows: dict[str, list[Any]] = {name: [] for name in found}
         for m in range(len(models)):
             own_x = x if shared_input else part(x, m)
             own_y = own_targets(y, own_x, m, len(models), None if shared_input else False)
-            trained = {name: lones[m].step(own_x, own_y, loss_fn, norms[m]) for name, lones in crowd.items()}
-            loss, reference = trained["alone"]
-            own = subject.parameters(m)
+            loss, *_ = (lones[m].step(own_x, own_y, loss_fn, norms[m]) for lones in crowd.values())
+            alone, own = crowd["alone"][m], subject.parameters(m)
             mine = [own[name].detach() for name in names]
-            rows["loss"].append(math.nan if losses is None else gap(losses[m], loss).item())
-            rows["difference"].append([gap(a, b).max().item() for a, b in zip(mine, reference, strict=True)])
-            ways = _ways(reference, start["alone"][m])
-            rows["relative"].append(_apart(_ways(mine, start["alone"][m]), ways))
-            for kind, (_, values) in trained.items():
-                rows[kind].append(_apart(_ways(values, start[kind][m]), ways))
-        for name, row in rows.items():
-            found[name].append(row)
-    tensors = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in found.items()}
+            reference = alone.ways(alone.parameters)
+            found["loss"].append(math.nan if losses is None else gap(losses[m], loss).item())
+            found["difference"].append([gap(a, b).max().item() for a, b in zip(mine, alone.parameters, strict=True)])
+            found["relative"].append(_apart(alone.ways(mine), reference))
+            for kind in kinds:
+                lone = crowd[kind][m]
+                found[kind].append(_apart(lone.ways(lone.parameters), reference))
+    tensors = {
+        name: torch.tensor(values, dtype=torch.float64).unflatten(0, (-1, len(models)))
+        for name, values in found.items()
+    }
     tolerance = TOLERANCE.get(next(models[0].parameters()).dtype, 1e-2)
     # A random mask is drawn in memory order: in another format it is another mask, and tells nothing of rounding.
-    masked = any(lone.drew for lone in crowd["alone"])
-    floors = {kind: tensors[kind] for kind in crowd if kind != "alone" and not (masked and kind == "channels_last")}
+    masked = any(lone.draws.drew for lone in crowd["alone"])
+    floors = {kind: tensors[kind] for kind in kinds if kind != "alone" and not (masked and kind == "channels_last")}
     return EquivalenceReport(names, tensors["difference"], tensors["relative"], tensors["loss"], floors, tolerance)
 
 
@@ -227,33 +226,31 @@ class _Lone:
     def __init__(
         self, kind: str, model: nn.Module, seed: int, config: Mapping[str, Any], optimizer_cls: type, scheduler: Any
     ) -> None:
-        self.kind = kind
-        self.drew = False
+        self.kind, self.draws = kind, OwnDraws(seed)
         self.model = copy.deepcopy(model).train()
         if kind == "channels_last":
             self.model.to(memory_format=torch.channels_last)
+        self.parameters = [p.detach() for p in self.model.parameters()]
         if kind == "last bit":
-            with torch.no_grad():
-                for p in self.model.parameters():
-                    p.copy_(torch.nextafter(p, torch.full_like(p, torch.inf)) if p.is_floating_point() else p)
+            for p in self.parameters:
+                p.copy_(torch.nextafter(p, torch.full_like(p, torch.inf)) if p.is_floating_point() else p)
+        self.start = [p.clone() for p in self.parameters]
         self.optimizer = optimizer_cls(self.model.parameters(), **config)
         self.schedule = make_schedule(scheduler, self.optimizer)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.state = random_state()
 
-    def step(self, x: Any, y: Any, loss_fn: Callable, max_norm: float | None) -> tuple[Tensor, list[Tensor]]:
-        """Make one update; return the loss and the parameters after it."""
+    def step(self, x: Any, y: Any, loss_fn: Callable, max_norm: float | None) -> Tensor:
+        """Make one update; return the loss before it."""
         if self.kind == "channels_last":
             x = tree_map_only(Tensor, _channels_last, x)
-        with torch.random.fork_rng(), _one_thread(self.kind == "one thread"):
-            set_random_state(self.state)
+        with self.draws.current(), _one_thread(self.kind == "one thread"):
             loss, _ = lone_step(self.model, self.optimizer, x, y, loss_fn, max_norm)
-            before, self.state = self.state, random_state()
         if self.schedule is not None:
             self.schedule.step()
-        self.drew |= any(not torch.equal(a, b) for a, b in zip(before, self.state, strict=True))
-        return loss, [p.detach() for p in self.model.parameters()]
+        return loss
+
+    def ways(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """How far each of the values is from its start: ways are compared, because "last bit" starts elsewhere."""
+        return [value.double() - before.double() for value, before in zip(values, self.start, strict=True)]
 
 
 @contextmanager
@@ -274,11 +271,6 @@ def endless(batches: Any, device: torch.device) -> Iterator[tuple[Any, Any]]:
     """Yield (inputs, targets) on `device`, epoch after epoch."""
     for epoch in itertools.count():
         yield from walk(batches, epoch, device)
-
-
-def _ways(values: Sequence[Tensor], start: Sequence[Tensor]) -> list[Tensor]:
-    """How far each parameter has come. Ways are compared, not places, because "last bit" starts beside the others."""
-    return [value.double() - before.double() for value, before in zip(values, start, strict=True)]
 
 
 def _apart(ways: Sequence[Tensor], reference: Sequence[Tensor]) -> list[float]:

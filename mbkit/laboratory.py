@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .alone import own_targets
 from .loop import call, part
-from .rng import random_state, set_random_state
+from .rng import OwnDraws
 from .subject import Recipe
 
 __all__ = ["Laboratory", "Lone", "Run", "Values", "apart", "quiet"]
@@ -95,7 +95,7 @@ class Laboratory:
                 run.start = _read(made.parameters, models)
             run.rates.append(_rates(made, models))
             for (x, y), scale in zip(self.data, scales, strict=False):
-                made.step(_fresh(x), y, _Scaled(self.loss_fn, scale))
+                made.step(_fresh(x), y, _scaled(self.loss_fn, scale))
                 run.parameters.append(_read(made.parameters, models))
                 run.gradients.append(_read(made.gradients, models))
                 run.states.append(_read(lambda m: _flat(made.optimizer_state(m)), models))
@@ -148,24 +148,16 @@ class Lone:
     """
 
     def __init__(self, model: nn.Module, seed: int, training: bool) -> None:
-        self.model, self.drew = copy.deepcopy(model).train(training), False
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.state = random_state()
+        self.model, self.draws = copy.deepcopy(model).train(training), OwnDraws(seed)
 
-    def gradients(
-        self, parameters: Mapping[str, Tensor], x: Any, y: Any, loss_fn: Callable[[Any, Any], Tensor]
-    ) -> dict[str, Tensor]:
+    def gradients(self, parameters: Mapping[str, Tensor], x: Any, y: Any, loss_fn: Callable) -> dict[str, Tensor]:
         """Return the gradient at `parameters`."""
         own = dict(self.model.named_parameters())
         for name, value in parameters.items():
             own[name].data.copy_(value)
         self.model.zero_grad()
-        with torch.random.fork_rng():
-            set_random_state(self.state)
+        with self.draws.current():
             loss_fn(call(self.model, _fresh(x)), y).backward()
-            before, self.state = self.state, random_state()
-        self.drew |= any(not torch.equal(a, b) for a, b in zip(before, self.state, strict=True))
         return {name: p.grad for name, p in own.items() if p.grad is not None}
 
 
@@ -197,14 +189,8 @@ def apart(a: Tensor | None, b: Tensor | None) -> float:
     return gap if gap == gap else torch.inf
 
 
-class _Scaled:
-    """A loss, many times larger or smaller; powers of two change no digit of any gradient."""
-
-    def __init__(self, loss_fn: Callable[[Any, Any], Tensor], scale: float) -> None:
-        self.loss_fn, self.scale = loss_fn, scale
-
-    def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        return self.loss_fn(outputs, targets) * self.scale
+def _scaled(loss_fn: Callable[[Any, Any], Tensor], scale: float) -> Callable[[Any, Any], Tensor]:
+    return lambda outputs, targets: loss_fn(outputs, targets) * scale  # powers of two change no digit of any gradient
 
 
 def _few(pair: Any, dim: int, dtype: torch.dtype | None) -> Any:

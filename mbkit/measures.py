@@ -99,7 +99,7 @@ class Case:
         """Return each model's gradient by plain autograd where the batch starts, and whether random numbers were."""
         lones = self.drawing(models, training)
         found = self.gradients(lones, k, self.base.start)
-        return found, any(lone.drew for lone in lones)
+        return found, any(lone.draws.drew for lone in lones)
 
     def fit(
         self, reference: Values, seen: Values, factor: float | None = None

@@ -1,4 +1,4 @@
-"""The random state of torch, on every device."""
+"""The random state of torch, on every device, and what draws from a state of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["random_state", "seeded", "set_random_state"]
+__all__ = ["OwnDraws", "random_state", "seeded", "set_random_state"]
 
 
 def random_state() -> list[Tensor]:
@@ -29,3 +29,27 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+class OwnDraws:
+    """The random state that a lone model has to itself, while others draw in between; `drew` says whether it moved.
+
+    Args:
+        seed: from which it starts, as after `torch.manual_seed(seed)`.
+    """
+
+    drew = False
+
+    def __init__(self, seed: int) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self._state = random_state()
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Draw from it in a `with` block; afterwards torch's generators stand where they stood."""
+        with torch.random.fork_rng():
+            set_random_state(self._state)
+            yield
+            before, self._state = self._state, random_state()
+        self.drew |= any(not torch.equal(a, b) for a, b in zip(before, self._state, strict=True))
