@@ -137,7 +137,7 @@ def run_benchmark(
     return BenchmarkResult(
         learning_rates=rates,
         seeds=seeds,
-        batched_seconds=batched.seconds()[timed],
+        batched_seconds=batched.seconds()[timed, 0],
         alone_seconds=reference and reference.seconds()[timed],
         batched_loss=batched.loss(),
         alone_loss=reference and reference.loss(),

@@ -33,6 +33,7 @@ class Side:
     def __init__(self, models: list, optimizer_cls: Any, configs: list, seeds: list, device: torch.device):
         self._given = (models, optimizer_cls, configs, seeds)
         self._device = device
+        self._columns: list[list[tuple[Tensor, float]]] = []  # what trains as one: loss and seconds, step by step
         self.sizes: list[int] = []  # B, step by step
         self.memory: int | None = None
 
@@ -45,6 +46,14 @@ class Side:
             self._build(*self._given)
             self._train(block)
         self.memory = peak.bytes
+
+    def seconds(self) -> Tensor:
+        """[steps, columns]"""
+        return torch.tensor([[seconds for _, seconds in run] for run in self._columns], dtype=torch.float64).T
+
+    def loss(self) -> Tensor:
+        """[steps, M]"""
+        return torch.cat([torch.stack([loss.view(-1) for loss, _ in run]) for run in self._columns], 1).cpu()
 
     def _clock(self, step: Callable[..., tuple[Tensor, Any]], *args: Any) -> tuple[Tensor, float]:
         synchronize(self._device)
@@ -59,21 +68,12 @@ class Alone(Side):
         self.models = copy.deepcopy(models)
         self._optimizers = [optimizer_cls(m.parameters(), **c) for m, c in zip(self.models, configs, strict=True)]
         self._draws = [OwnDraws(seed) for seed in seeds]
-        self._runs: list[list[tuple[Tensor, float]]] = [[] for _ in models]
+        self._columns = [[] for _ in models]
 
     def _train(self, block: Block) -> None:
-        for m, model in enumerate(self.models):
-            with self._draws[m].current():
-                for x, y in block:
-                    self._runs[m].append(self._clock(lone_step, model, self._optimizers[m], x, y, cross_entropy))
-
-    def seconds(self) -> Tensor:
-        """[steps, M]"""
-        return torch.tensor([[seconds for _, seconds in run] for run in self._runs], dtype=torch.float64).T
-
-    def loss(self) -> Tensor:
-        """[steps, M]"""
-        return torch.stack([torch.stack([loss for loss, _ in run]) for run in self._runs], dim=1).cpu()
+        for model, optimizer, draws, run in zip(self.models, self._optimizers, self._draws, self._columns, strict=True):
+            with draws.current():
+                run += [self._clock(lone_step, model, optimizer, x, y, cross_entropy) for x, y in block]
 
 
 class Batched(Side):
@@ -81,19 +81,10 @@ class Batched(Side):
         self.batch = ModelBatch(models, seeds=seeds)
         optimizer = OptimizerFactory(optimizer_cls).create_optimizer(self.batch, configs)
         self._step = Stepper(self.batch, optimizer, cross_entropy).step  # as fit makes it
-        self._runs: list[tuple[Tensor, float]] = []
+        self._columns = [[]]
 
     def _train(self, block: Block) -> None:
-        for x, y in block:
-            self._runs.append(self._clock(self._step, x, y))
-
-    def seconds(self) -> Tensor:
-        """[steps]"""
-        return torch.tensor([seconds for _, seconds in self._runs], dtype=torch.float64)
-
-    def loss(self) -> Tensor:
-        """[steps, M]"""
-        return torch.stack([loss for loss, _ in self._runs]).cpu()
+        self._columns[0] += [self._clock(self._step, x, y) for x, y in block]
 
 
 def blocks(batches: Any, epochs: int, steps: int, warmup: int, device: torch.device) -> Iterator[Block]:

@@ -11,17 +11,7 @@ from torch import Tensor, nn
 
 __all__ = ["refuse_circles"]
 
-_OPAQUE = (
-    Tensor,
-    nn.Module,
-    functools.partial,
-    type,
-    types.ModuleType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    str,
-    bytes,
-)
+_OPAQUE = (Tensor, nn.Module, functools.partial, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 
 
 def refuse_circles(models: Iterable[nn.Module]) -> None:
@@ -71,7 +61,7 @@ def _faults(value: Any, own: set[int], above: tuple[int, ...], in_object: bool, 
             "an object that refers to the model itself and would do so in every copy: set the reference to None, "
             "or pass what is needed as an argument."
         )
-    if isinstance(value, _OPAQUE):
+    if isinstance(value, (*_OPAQUE, str, bytes)):
         return
     if isinstance(value, (list, tuple, dict)):
         if id(value) in above:

@@ -78,24 +78,23 @@ class StaleGradientOptimizer:
         self.copies = [
             [nn.Parameter(stacked.detach()[m].clone()) for stacked in stacked_params] for m in range(batch.num_models)
         ]
-        groups = [{"params": copies, **config} for copies, config in zip(self.copies, configs, strict=True)]
-        self.optimizer = optimizer_cls(groups)
-        self.param_groups = self.optimizer.param_groups  # one a model
+        self.lone = [optimizer_cls(copies, **config) for copies, config in zip(self.copies, configs, strict=True)]
+        self.param_groups = [lone.param_groups[0] for lone in self.lone]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the copies only. This is the fault: `batch.zero_grad()` is missing here."""
-        self.optimizer.zero_grad(set_to_none)
+        for lone in self.lone:
+            lone.zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self) -> None:
         """Copy the stacked gradients to the copies, update the copies, copy the result back."""
-        stacked_params = list(self.batch.stacked_params.values())
-        for m, copies in enumerate(self.copies):
-            for own, stacked in zip(copies, stacked_params, strict=True):
+        for m, (copies, lone) in enumerate(zip(self.copies, self.lone, strict=True)):
+            pairs = list(zip(copies, self.batch.stacked_params.values(), strict=True))
+            for own, stacked in pairs:
                 own.grad = None if stacked.grad is None else stacked.grad[m].clone()
-        self.optimizer.step()
-        for m, copies in enumerate(self.copies):
-            for own, stacked in zip(copies, stacked_params, strict=True):
+            lone.step()
+            for own, stacked in pairs:
                 stacked[m] = own
 
 

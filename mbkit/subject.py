@@ -82,20 +82,12 @@ class BatchSubject:
     def optimizer_state(self, m: int) -> dict[str, dict[str, Tensor]]:
         """Views of model m's slices, whichever of mbkit's optimizers it is; of another one nothing can be read."""
         optimizer, stacked, size = self.optimizer, self.batch.stacked_params, self.batch.num_models
-        if hasattr(optimizer, "lone"):  # one lone optimizer a model, over views
+        if hasattr(optimizer, "lone"):  # one lone optimizer a model, over views or copies
             own = optimizer.lone[m]
             states = [own.state.get(view, {}) for view in own.param_groups[0]["params"]]
-        elif hasattr(optimizer, "copies") and hasattr(optimizer, "optimizer"):  # faults.StaleGradientOptimizer
-            states = [optimizer.optimizer.state.get(copy, {}) for copy in optimizer.copies[m]]
         else:
-            states = [
-                {
-                    key: value[m]
-                    for key, value in own.items()
-                    if isinstance(value, Tensor) and value.shape[:1] == (size,)
-                }
-                for own in (getattr(optimizer, "state", {}).get(p, {}) for p in stacked.values())
-            ]
+            every = [getattr(optimizer, "state", {}).get(p, {}) for p in stacked.values()]
+            states = [{key: value[m] for key, value in own.items() if _is_stacked(value, size)} for own in every]
         return dict(zip(stacked, states, strict=True))
 
     def learning_rate(self, m: int) -> float | None:
@@ -111,6 +103,10 @@ class BatchSubject:
         """Write model m's parameters."""
         for name, value in values.items():
             self.batch.stacked_params[name][m].copy_(value)
+
+
+def _is_stacked(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.shape[:1] == (size,)
 
 
 class BatchRecipe:
