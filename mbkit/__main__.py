@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .benchmark import run_benchmark
+from .benchmark import BenchmarkResult, run_benchmark
 from .consistency import PRESETS, PUBLISHED, dissect, preset, run, switches
 from .data import load_images
 from .outcome import DEMO_FAULTS
@@ -59,13 +59,8 @@ def _build_parser() -> argparse.ArgumentParser:
     check.add_argument("--epochs", type=int, help="how often each point is seen")
     check.add_argument("--samples", type=int, help="number of points")
     check.add_argument("--optimizer", help="a class of torch.optim")
-    check.add_argument(
-        "--fault",
-        nargs="+",
-        metavar="FAULT",
-        default=list(DEMO_FAULTS),
-        help=f"what to plant: none, or any of {', '.join(DEMO_FAULTS)} (all of them, as published)",
-    )
+    faults = f"what to plant: none, or any of {', '.join(DEMO_FAULTS)} (all of them, as published)"
+    check.add_argument("--fault", nargs="+", metavar="FAULT", default=list(DEMO_FAULTS), help=faults)
     check.add_argument("--dissect", action="store_true", help="run all combinations of the faults instead")
     check.set_defaults(run=_consistency, prog=check.prog)
 
@@ -100,7 +95,7 @@ def _story(options: argparse.Namespace) -> None:
 
     _title("2. The fix: zero_grad() clears the stacked gradients; and the same weights, the same batches")
     fixed = run("published", gradients="cleared", weights="same", order="same")
-    print(f"{fixed}")
+    print(fixed)
 
     _title("3. Three causes in one table: all eight combinations")
     eight = dissect("published")
@@ -133,39 +128,23 @@ def _benchmark(options: argparse.Namespace) -> None:
     if options.threads < 1:
         raise ValueError(f"Expected at least 1 thread, got {options.threads}.")
     torch.set_num_threads(options.threads)
-    if options.suite:
-        return _suite(options)
+    result = run_suite() if options.suite else _race(options)
+    print(result)
+    if options.save:
+        result.save(options.save)
+        print(f"\nRaw runs: {options.save}")
+    if options.figure:
+        from . import plots
+
+        _save(plots.scaling(result.growth()) if options.suite else plots.benchmark(result), options.figure)
+
+
+def _race(options: argparse.Namespace) -> BenchmarkResult:
     data = load_images(options.dataset)
     if options.images is not None:
         data = data.subset(options.images)
-    result = run_benchmark(
-        data,
-        options.models,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        learning_rates=options.lrs,
-        alone=not options.batch_only,
-    )
-    print(result)
-    if options.save:
-        result.save(options.save)
-        print(f"\nRaw runs: {options.save}")
-    if options.figure:
-        from .plots import benchmark
-
-        _save(benchmark(result), options.figure)
-
-
-def _suite(options: argparse.Namespace) -> None:
-    result = run_suite()
-    print(result)
-    if options.save:
-        result.save(options.save)
-        print(f"\nRaw runs: {options.save}")
-    if options.figure:
-        from .plots import scaling
-
-        _save(scaling(result.growth()), options.figure)
+    settings = {"epochs": options.epochs, "batch_size": options.batch_size, "learning_rates": options.lrs}
+    return run_benchmark(data, options.models, alone=not options.batch_only, **settings)
 
 
 def _lab(options: argparse.Namespace) -> None:
