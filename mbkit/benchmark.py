@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from .accuracy import evaluate
+from .alone import lone_step
 from .benchmark_result import BenchmarkResult, Timing
-from .benchmark_sides import BLOCK, Alone, Batched, blocks
 from .checks import check_seeds, per_model
 from .data import ImageData, load_images
-from .machine import describe_machine
+from .loop import walk
+from .machine import describe_machine, measure_peak_memory, synchronize
 from .model_batch import ModelBatch
 from .models import LeNet5
-from .optim import create_lr_sweep_configs
+from .optim import OptimizerFactory, create_lr_sweep_configs
 from .progress import Progress
-from .rng import seeded
+from .rng import OwnDraws, seeded
+from .stepping import Stepper
 
 __all__ = ["BenchmarkResult", "Timing", "learning_rate_grid", "run_benchmark"]
 
 # Adam's useful range for a LeNet on CIFAR-10 in batches of 128: about 0.003 is best, both ends train, and worse.
 MIN_LR, MAX_LR = 3e-4, 1e-2
+BLOCK = 10  # steps that a model or the batch makes before it is another's turn
+_Block = list[tuple[Tensor, Tensor]]
 _TIMING = "batches are fetched outside the clock, which waits for the device"
 _TURNS = f"; the sides take turns every {BLOCK} steps"
 
@@ -120,13 +127,13 @@ def run_benchmark(
         with seeded(seed):
             models.append(model(len(data.classes)).to(device, dtype))
 
-    kinds = [Alone, Batched] if alone else [Batched]
+    kinds = [_Alone, _Batched] if alone else [_Batched]
     sides = [kind(models, optimizer_cls, configs, seeds, device) for kind in kinds]
-    first = next(iter(blocks(batches, 1, 1, 1, device)))
+    first = next(iter(_blocks(batches, 1, 1, 1, device)))
     for kind in kinds:  # what is loaded and compiled once in a process is no memory of either side
         kind(models[:1], optimizer_cls, configs[:1], seeds[:1], device).train(first, measure=True)
     with Progress(len(sides) * steps, "benchmark", progress) as bar:
-        for turn, block in enumerate(blocks(batches, epochs, steps, warmup, device)):
+        for turn, block in enumerate(_blocks(batches, epochs, steps, warmup, device)):
             for side in sides if turn % 2 == 0 else reversed(sides):
                 side.train(block, measure=turn == 0)
                 bar.advance(steps=len(block))
@@ -178,3 +185,73 @@ def _check_count(value: Any, name: str, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"Expected at least {least} as {name}, got {value}: pass {least} or more.")
     return value
+
+
+class _Side:
+    """One of the two ways to train. It is built in the first block, so that its state counts as memory."""
+
+    def __init__(self, models: list, optimizer_cls: Any, configs: list, seeds: list, device: torch.device):
+        self._given = (models, optimizer_cls, configs, seeds)
+        self._device = device
+        self._columns: list[list[tuple[Tensor, float]]] = []  # what trains as one: loss and seconds, step by step
+        self.sizes: list[int] = []  # B, step by step
+        self.memory: int | None = None
+
+    def train(self, block: _Block, measure: bool) -> None:
+        """Make the steps of one block."""
+        self.sizes += [len(y) for _, y in block]
+        if not measure:
+            return self._train(block)
+        with measure_peak_memory(self._device) as peak:
+            self._build(*self._given)
+            self._train(block)
+        self.memory = peak.bytes
+
+    def seconds(self) -> Tensor:
+        """[steps, columns]"""
+        return torch.tensor([[seconds for _, seconds in run] for run in self._columns], dtype=torch.float64).T
+
+    def loss(self) -> Tensor:
+        """[steps, M]"""
+        return torch.cat([torch.stack([loss.view(-1) for loss, _ in run]) for run in self._columns], 1).cpu()
+
+    def _clock(self, step: Callable[..., tuple[Tensor, Any]], *args: Any) -> tuple[Tensor, float]:
+        synchronize(self._device)
+        start = time.perf_counter()
+        loss, _ = step(*args)
+        synchronize(self._device)
+        return loss, time.perf_counter() - start
+
+
+class _Alone(_Side):
+    def _build(self, models: list, optimizer_cls: Any, configs: list, seeds: list) -> None:
+        self.models = copy.deepcopy(models)
+        self._optimizers = [optimizer_cls(m.parameters(), **c) for m, c in zip(self.models, configs, strict=True)]
+        self._draws = [OwnDraws(seed) for seed in seeds]
+        self._columns = [[] for _ in models]
+
+    def _train(self, block: _Block) -> None:
+        for model, optimizer, draws, run in zip(self.models, self._optimizers, self._draws, self._columns, strict=True):
+            with draws.current():
+                run += [self._clock(lone_step, model, optimizer, x, y, cross_entropy) for x, y in block]
+
+
+class _Batched(_Side):
+    def _build(self, models: list, optimizer_cls: Any, configs: list, seeds: list) -> None:
+        self.batch = ModelBatch(models, seeds=seeds)
+        optimizer = OptimizerFactory(optimizer_cls).create_optimizer(self.batch, configs)
+        self._step = Stepper(self.batch, optimizer, cross_entropy).step  # as fit makes it
+        self._columns = [[]]
+
+    def _train(self, block: _Block) -> None:
+        self._columns[0] += [self._clock(self._step, x, y) for x, y in block]
+
+
+def _blocks(batches: Any, epochs: int, steps: int, warmup: int, device: torch.device) -> Iterator[_Block]:
+    """Cut the walk into the warm-up and then blocks of equal size."""
+    pairs = itertools.chain.from_iterable(walk(batches, epoch, device) for epoch in range(epochs))
+    pairs = itertools.islice(pairs, steps)
+    block = list(itertools.islice(pairs, warmup or BLOCK))
+    while block:
+        yield block
+        block = list(itertools.islice(pairs, BLOCK))

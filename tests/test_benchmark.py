@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from mbkit import benchmark_sides, machine, stepping
+from mbkit import benchmark, machine, stepping
 from mbkit.benchmark import BenchmarkResult, Timing, learning_rate_grid, run_benchmark
 from mbkit.data import load_digits
 from mbkit.machine import describe_machine, measure_peak_memory
@@ -77,8 +77,8 @@ def test_only_full_batches_after_the_warmup_are_timed(result):
 
 def test_sides_take_turns_and_wait_for_the_device(digits, monkeypatch):
     calls = []
-    monkeypatch.setattr(benchmark_sides, "synchronize", lambda device: calls.append("wait"))
-    for room, name in ((benchmark_sides, "lone_step"), (stepping, "batch_step")):
+    monkeypatch.setattr(benchmark, "synchronize", lambda device: calls.append("wait"))
+    for room, name in ((benchmark, "lone_step"), (stepping, "batch_step")):
         original = getattr(room, name)
         monkeypatch.setattr(room, name, lambda *args, f=original, n=name: (calls.append(n), f(*args))[1])
     run(digits, num_models=2, epochs=10, max_steps=25, warmup=3)
@@ -93,7 +93,7 @@ def test_sides_take_turns_and_wait_for_the_device(digits, monkeypatch):
 
 def test_the_clock_covers_the_step_alone(digits, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(benchmark_sides.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
 
     def taking(seconds, original):
         def step(*args):
@@ -102,10 +102,10 @@ def test_the_clock_covers_the_step_alone(digits, monkeypatch):
 
         return step
 
-    monkeypatch.setattr(benchmark_sides, "lone_step", taking(3.0, benchmark_sides.lone_step))
+    monkeypatch.setattr(benchmark, "lone_step", taking(3.0, benchmark.lone_step))
     monkeypatch.setattr(stepping, "batch_step", taking(4.0, stepping.batch_step))
-    original = benchmark_sides.walk
-    monkeypatch.setattr(benchmark_sides, "walk", lambda *args: (taking(100.0, lambda p: p)(p) for p in original(*args)))
+    original = benchmark.walk
+    monkeypatch.setattr(benchmark, "walk", lambda *args: (taking(100.0, lambda p: p)(p) for p in original(*args)))
     result = run(digits, num_models=2)
     assert (result.alone.median, result.batched.median) == (3.0, 2.0)  # a model and step
     assert result.speedup == 1.5
