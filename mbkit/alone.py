@@ -146,12 +146,7 @@ def _check_models(models: Any) -> list[nn.Module]:
 def own_targets(targets: Any, inputs: Any, m: int, num_models: int, shared: bool | None) -> Any:
     """Return model m's targets: those for all, [B, ...], or its own out of [M, B, ...]; `inputs` are the model's own.
 
-    Args:
-        targets: nested tensors.
-        inputs: model m's inputs; their first dimension is B.
-        m: the model's number.
-        num_models: M.
-        shared: which of the two forms it is; None to tell by the shape.
+    `shared` says which of the two forms it is, None that the shape shall tell.
 
     Raises:
         ValueError: the shape fits both forms.

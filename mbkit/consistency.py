@@ -1,8 +1,7 @@
 """The published demo, to the decimal, and what its table is made of.
 
 The library `modelbatch` printed a table in which three models trained in a batch end with other accuracies than the
-same three trained alone. Three things differ there between the two runs: the batch's gradients are never cleared, it
-starts from other initial weights, and it reads its data in another order. Here each can be switched on and off alone:
+same three trained alone. Three things differ there between the two runs, and each can be switched on and off alone:
 
 - gradients: "stale" trains with `faults.StaleGradientOptimizer`, "cleared" with mbkit's own optimizer;
 - weights: "other" are drawn after the sequential runs, "same" are those from which the sequential models start;

@@ -8,8 +8,7 @@ All of it comes from one stream of torch's default generator, seeded once:
 4. M models for the batch, built like those of 2: "other" weights;
 5. the order of the batch's epochs, one for all models: the "other" order.
 
-All five are drawn each time, used or not, so that one switch changes one thing only. Training draws nothing here, which
-is why all orders can be drawn before it.
+All five are drawn each time, used or not, so that one switch changes one thing only; training draws nothing.
 """
 
 from __future__ import annotations

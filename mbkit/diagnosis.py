@@ -110,16 +110,8 @@ def diagnose(
     reads parameters, gradients and optimizer states. Then both are trained side by side, as by `compare`.
 
     Args:
-        models: M modules; they are not changed.
-        optimizer_cls: a class of torch.optim.
-        configs: one dict of hyperparameters for all models, or M.
-        batches: an iterable of (inputs, targets).
-        loss_fn: one model's outputs and targets to one number.
+        models, optimizer_cls, configs, batches, loss_fn, seeds, shared_input, max_norm, scheduler: as for `compare`.
         steps: how many updates are compared side by side.
-        seeds: one a model; drawn from torch's default generator when absent.
-        shared_input: False where inputs are [M, B, ...].
-        max_norm: each model's gradient is clipped to this norm; one number or one a model.
-        scheduler: a callable that makes an lr scheduler from an optimizer; it is stepped after each step.
         build: makes a `Subject` from M models, M configs and M seeds: your own batch, seen from outside. A
             `ModelBatch` and mbkit's optimizer where absent.
         dtype: of the experiments, so that rounding cannot look like a fault; None for the models' own.

@@ -21,15 +21,7 @@ class Progress:
 
     Args:
         total: the number of steps, or None where it is not known.
-        label: a word or two in front of the bar.
-        enabled: False for silence everywhere.
-
-    Example:
-        >>> with Progress(3, "training") as bar:
-        ...     for _ in range(3):
-        ...         bar.advance(lambda: "loss 0.1")
-        >>> bar.done
-        3
+        label: a word or two in front of the bar. enabled: False for silence everywhere.
     """
 
     def __init__(self, total: int | None, label: str = "", enabled: bool = True):

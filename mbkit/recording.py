@@ -26,18 +26,8 @@ class Recording:
     on its way and carries the History as its attribute `history`.
 
     Args:
-        num_models: M.
-        total: number of steps to come, or None, for the progress bar.
+        num_models: M. total: number of steps to come, or None, for the progress bar.
         alone: False where each Step is one of all models, True where each is one of the model it names.
-        progress: whether to show a bar.
-
-    Example:
-        >>> with Recording(2, total=3) as run:
-        ...     for index in range(3):
-        ...         if not run.keep(Step(index, 0, torch.ones(2), None, 0.1), lambda step: step.index < 1):
-        ...             break
-        >>> run.history.steps
-        2
     """
 
     history: History

@@ -25,22 +25,6 @@ class Replay:
     where the global generators (torch's on the CPU, Python's, NumPy's) and those of the loader and its sampler stood
     when the `with` block was entered. When it is left, all stand as if the data had been drawn once, and those of the
     models' accelerators as if nothing had been drawn.
-
-    Args:
-        batches: as for `walk`.
-        models: those that train; the data goes to their device.
-
-    Example:
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> numbers = TensorDataset(torch.arange(4), torch.arange(4))
-        >>> seen = []
-        >>> with Replay(DataLoader(numbers, shuffle=True), [torch.nn.Linear(1, 1)]) as replay:
-        ...     for seed in range(2):
-        ...         replay.restart()
-        ...         _ = torch.manual_seed(seed)
-        ...         seen.append([x.item() for x, _ in replay.epoch(0)])
-        >>> seen[0] == seen[1]
-        True
     """
 
     def __init__(self, batches: Pairs, models: Sequence[nn.Module]):

@@ -26,34 +26,23 @@ def _close_all() -> None:
 class Worker:
     """A daemon thread that owns models, generators and figures; everybody else only posts wishes, and returns at once.
 
-    A wish is a new run: `request(**params)` raises the generation, and the run under way is dropped after the step that
-    it is in. Of many requests the newest wins and the others never start, so nothing queues.
+    Of many requests the newest wins and the others never start, so nothing queues; the run under way is dropped after
+    the step that it is in.
 
     Args:
         start: called in the thread with the newest request's params; returns an iterator that makes one step a `next`.
-        draw: called in the thread to show what there is: after the first step, then 20 times a second, and at the end.
-            Never before a first step; a run that is paused at once makes that step, so that there is something to see.
+        draw: called in the thread to show what there is: after the first step, then 20 times a second, and at the end;
+            never before a first step, so a run that is paused at once makes that step.
         changed: called in the thread whenever `state` may have changed, after `draw`.
 
     Attributes:
         state: "idle" (nothing to do), "running", "paused", "stopped" or "failed".
         generation: the number of requests so far. drawn: the generation that the last picture is of.
         error: the exception that ended the last run, or None.
-
-    Example:
-        >>> seen = []
-        >>> worker = Worker(lambda n: (seen.append(n) for _ in range(n)), draw=lambda: None)
-        >>> worker.request(n=3)
-        >>> worker.wait(timeout=10), worker.state, seen
-        (True, 'idle', [3, 3, 3])
-        >>> worker.close()
     """
 
     def __init__(
-        self,
-        start: Callable[..., Iterator[Any]],
-        draw: Callable[[], None],
-        changed: Callable[[], None] = lambda: None,
+        self, start: Callable[..., Iterator[Any]], draw: Callable[[], None], changed: Callable[[], None] = lambda: None
     ) -> None:
         self._start, self._draw, self._changed = start, draw, changed
         self.state, self.generation, self.drawn = "idle", 0, 0
