@@ -17,24 +17,26 @@ __all__ = ["leak", "schedule", "settings", "states"]
 def settings(case: Case) -> None:
     """Give each model model 0's value: where that changes nothing, but model 0's value does, it had it already."""
     checked, found = [], None
-    for name in [n for n in case.groups[0] if n != "params" and any(g[n] != case.groups[0][n] for g in case.groups)]:
-        values = [group[name] for group in case.groups]
+    for name in [name for name in case.settings[0] if name != "params"]:
+        values = [group[name] for group in case.settings]
         others = [m for m, value in enumerate(values) if value != values[0]]
+        if not others:
+            continue
 
         def trained(values: Sequence[Any], name: str = name) -> Run:
-            configs = [{**c, name: value} for c, value in zip(case.lab.configs, values, strict=True)]
-            return case.lab.run(1.0, 0.0, models=case.quiet, configs=configs)
+            configs = [{**c, name: value} for c, value in zip(case.configs, values, strict=True)]
+            return case.run(1.0, 0.0, models=case.quiet, configs=configs)
 
         same, swapped = trained([values[0]] * len(values)), trained([values[others[0]], *values[1:]])
         for m in others:
-            config = case.lab.configs[m]
+            config = case.configs[m]
             own, firsts = case.law(m, config), case.law(m, {**config, name: values[0]})
             alone = max(apart(own[n], firsts[n]) for n in own)
             ours, theirs = case.moved(case.plain, same, m, 1)[0], case.moved(case.plain, swapped, m, 1)[0]
             if alone > case.tolerance and ours < 1e-3 * alone and theirs > case.tolerance:
                 found = found or (name, m, alone, theirs)
         checked.append(name)
-    for path, name, values in _differing(case.lab.models):
+    for path, name, values in _differing(case.models):
         found = _attribute(case, path, name, values) or found
         checked.append(f"{path}.{name}")
     if not found:
@@ -50,39 +52,39 @@ def _attribute(case: Case, path: str, name: str, values: Sequence[Any]) -> tuple
     others = [m for m, value in enumerate(values) if value != values[0]]
 
     def changed(values: Sequence[Any]) -> list[nn.Module]:
-        models = copy.deepcopy(case.lab.models)
+        models = copy.deepcopy(case.models)
         for model, value in zip(models, values, strict=True):
             setattr(model.get_submodule(path), name, value)
         return models
 
     equal = changed([values[0]] * len(values))
     plain, same, swapped = (
-        case.lab.run(SMALL, models=models, configs=case.calm).gradients[0]
-        for models in (case.lab.models, equal, changed([values[others[0]], *values[1:]]))
+        case.run(SMALL, models=models, configs=case.calm).gradients[0]
+        for models in (case.models, equal, changed([values[others[0]], *values[1:]]))
     )
     found = None
     for m in others:
-        own, firsts = (case.alone(models)[0][m] for models in (case.lab.models, equal))
+        own, firsts = (case.alone(models)[0][m] for models in (case.models, equal))
         alone = max(apart(own[n], firsts[n]) for n in own)
         ours = max(apart(plain[m][n], same[m][n]) for n in plain[m])
         theirs = max(apart(plain[m][n], swapped[m][n]) for n in plain[m])
         if alone > case.tolerance and ours < 1e-3 * alone and theirs > case.tolerance:
             found = found or (f"{path}.{name}", m, alone, theirs)
     if found:  # the lone models follow, so that the gradient can be judged
-        case.lab.models, case.quiet = equal, [quiet(model) for model in equal]
+        case.models, case.quiet = equal, [quiet(model) for model in equal]
     return found
 
 
 def states(case: Case) -> None:
     """Change some models' parameters: the other models' gradients and states must stay what they were."""
     spared, found, bled = set().union(*case.blurred.values()), None, None
-    for group in case.lab.groups():
-        models = case.lab.perturbed(case.quiet, group, spared)
-        run = case.lab.run(SMALL, 0.0, models=models, configs=case.calm)
-        if not any(apart(run.start[m][n], case.base.start[m][n]) for m in group for n in case.lab.names):
+    for group in case.groups():
+        models = case.perturbed(case.quiet, group, spared)
+        run = case.run(SMALL, 0.0, models=models, configs=case.calm)
+        if not any(apart(run.start[m][n], case.base.start[m][n]) for m in group for n in case.names):
             continue  # it starts from what it likes
         untouched = set()
-        for m in set(range(case.lab.num_models)) - group:
+        for m in set(range(case.num_models)) - group:
             gradients, states = (case.changes(kind, run, m) for kind in ("gradients", "states"))
             if gradients and not case.guilty("wrong-gradient"):
                 bled = max(bled or (0.0,), (*max(gradients), m, group))
@@ -98,7 +100,7 @@ def states(case: Case) -> None:
     if not any(case.base.states[-1]):
         text = "the optimizer's state cannot be read" if case.remembers() else "the optimizer remembers nothing"
         return case.find("shared-optimizer-state", None if case.remembers() else False, text)
-    if not case.trials and case.lab.num_models > 1:
+    if not case.trials and case.num_models > 1:
         return case.find("shared-optimizer-state", None, "the batch does not start from the models it is given")
     if not found:
         text = "it stays the same to the last digits when other models are changed"
@@ -111,13 +113,13 @@ def states(case: Case) -> None:
 
 def leak(case: Case) -> None:
     """Double some models' learning rates: gradients and states stay, so nothing else may move the other models."""
-    found, able = None, case.lab.num_models == 1
-    for group in () if case.guilty("setting-of-model-0") else case.lab.groups():
-        rates = [group_["lr"] * (2.0 if m in group else 1.0) for m, group_ in enumerate(case.groups)]
-        configs = [{**config, "lr": rate} for config, rate in zip(case.lab.configs, rates, strict=True)]
-        run = case.lab.run(1.0, models=case.quiet, configs=configs)
+    found, able = None, case.num_models == 1
+    for group in () if case.guilty("setting-of-model-0") else case.groups():
+        rates = [group_["lr"] * (2.0 if m in group else 1.0) for m, group_ in enumerate(case.settings)]
+        configs = [{**config, "lr": rate} for config, rate in zip(case.configs, rates, strict=True)]
+        run = case.run(1.0, models=case.quiet, configs=configs)
         able |= any(case.moved(case.plain, run, m, 0)[0] for m in group)
-        for m in set(range(case.lab.num_models)) - group:
+        for m in set(range(case.num_models)) - group:
             found = max(found or (0.0,), (*case.moved(case.plain, run, m, 0), m, group, "made twice as fast"))
     if not able:  # where learning rates are not obeyed, other parameters make other updates, too
         for group, run, untouched in case.trials:
@@ -135,17 +137,17 @@ def leak(case: Case) -> None:
 
 def schedule(case: Case) -> None:
     """Step both until the learning rates would differ if the batch stepped M times."""
-    suspect, num, most = "schedule-stepped-M-times", case.lab.num_models, len(case.lab.data)
+    suspect, num, most = "schedule-stepped-M-times", case.num_models, len(case.data)
     if case.scheduler is None or num == 1:
         why = "there is no schedule" if case.scheduler is None else "there is one model"
         return case.find(suspect, False, why)
     if case.base.rates[0] is None:
         return case.find(suspect, None, "the batch does not tell its learning rates")
-    alone = [case.rates_alone(config, num * most) for config in case.lab.configs]
+    alone = [case.rates_alone(config, num * most) for config in case.configs]
     steps = next((n for n in range(1, most + 1) if any(not _near(r[n], r[num * n]) for r in alone)), None)
     if steps is None:
         return case.find(suspect, False, f"in {most} steps it moves no learning rate")
-    read = case.lab.run(*[0.0] * steps, models=case.quiet).rates
+    read = case.run(*[0.0] * steps, models=case.quiet).rates
     for m in range(num):
         own = alone[m] if _near(read[0][m], alone[m][0]) else alone[0]  # model 0's, where settings are
         if not _near(read[steps][m], own[steps]):

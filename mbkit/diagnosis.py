@@ -17,10 +17,10 @@ from .checks import check_seeds, per_model
 from .data import demo_points
 from .equivalence import EquivalenceReport, compare, endless
 from .faults import FAULTS, plant
-from .laboratory import Laboratory
 from .loop import check_run
 from .measures import Case, Finding
 from .models import MLP
+from .rng import seeded
 from .subject import BatchRecipe, Recipe
 from .tables import html_table
 
@@ -138,15 +138,14 @@ def diagnose(
     recipe = build or BatchRecipe(optimizer_cls, max_norm, scheduler, shared_input)
     device = next(models[0].parameters()).device
     data = list(itertools.islice(endless(batches, device), steps))
-    lab = Laboratory(recipe, models, configs, seeds, data, loss_fn, shared_input, dtype)
-    case = Case(lab, optimizer_cls, scheduler)
+    case = Case(optimizer_cls, scheduler, recipe, models, configs, seeds, data, loss_fn, shared_input, dtype)
     for experiment in EXPERIMENTS:
         experiment(case)
-    findings = case.findings
     report = compare(
         models, optimizer_cls, configs, data, loss_fn, steps, seeds, shared_input=shared_input, max_norm=max_norm,
         scheduler=scheduler, build=lambda models, seeds: recipe(models, list(configs), seeds),
     )  # fmt: skip
+    findings = case.findings
     findings["rounding"] = _rounding(report, any(f.verdict == "guilty" for f in findings.values()))
     return Diagnosis({name: findings[name] for name in (*FAULTS, "rounding")}, report)
 
@@ -171,8 +170,7 @@ def diagnose_planted(
         The batch is not its models alone: the loss is averaged over the M models and not added up, so every gradient \
 is divided by M.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         x, y = demo_points(64, 8, 4)
         models = [MLP((8, 8, 4), dropout=0.2) for _ in rates]
     optimizer_cls = getattr(torch.optim, optimizer)

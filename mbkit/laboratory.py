@@ -68,13 +68,7 @@ class Laboratory:
         self.names = [name for name, _ in self.models[0].named_parameters()]
         self.num_models = len(self.models)
 
-    def run(
-        self,
-        *scales: float,
-        models: Sequence[nn.Module] | None = None,
-        configs: Sequence[Mapping[str, Any]] | None = None,
-        seeds: Sequence[int] | None = None,
-    ) -> Run:
+    def run(self, *scales: float, models: Any = None, configs: Any = None, seeds: Any = None) -> Run:
         """Make a batch, train it one step for each scale, with its loss times that scale, and read it.
 
         Where it does not start from the models given, and can be written, they are written into it: an experiment
@@ -82,24 +76,28 @@ class Laboratory:
         """
         models = self.models if models is None else models
         configs = self.configs if configs is None else configs
+        given = [{name: p.detach() for name, p in model.named_parameters()} for model in models]
         with torch.random.fork_rng():
             torch.manual_seed(0)
             made = self.build(copy.deepcopy(list(models)), copy.deepcopy(list(configs)), list(seeds or self.seeds))
-            given = [{name: p.detach() for name, p in model.named_parameters()} for model in models]
-            start = _read(made.parameters, models)
+
+            def read(reader: Callable[[int], Mapping[str, Tensor]]) -> Values:
+                return [{n: value.detach().clone() for n, value in reader(m).items()} for m in range(len(models))]
+
+            start = read(made.parameters)
             gaps = [(apart(start[m][n], given[m][n]), m, n) for m in range(len(models)) for n in self.names]
             run = Run(start, sorted((gap for gap in gaps if gap[0] > 0), key=lambda gap: -gap[0]))
             if run.unlike and hasattr(made, "load"):
                 for m, values in enumerate(given):
                     made.load(m, values)
-                run.start = _read(made.parameters, models)
-            run.rates.append(_rates(made, models))
+                run.start = read(made.parameters)
+            run.rates.append(_rates(made, len(models)))
             for (x, y), scale in zip(self.data, scales, strict=False):
                 made.step(_fresh(x), y, _scaled(self.loss_fn, scale))
-                run.parameters.append(_read(made.parameters, models))
-                run.gradients.append(_read(made.gradients, models))
-                run.states.append(_read(lambda m: _flat(made.optimizer_state(m)), models))
-                run.rates.append(_rates(made, models))
+                run.parameters.append(read(made.parameters))
+                run.gradients.append(read(made.gradients))
+                run.states.append(read(lambda m: _flat(made.optimizer_state(m))))
+                run.rates.append(_rates(made, len(models)))
                 if len(run.parameters) == 1 and len(models) > 1:
                     run.shared = _shared(made, len(models))
         return run
@@ -209,12 +207,8 @@ def _fresh(tree: Any) -> Any:
     return tree_map_only(Tensor, Tensor.clone, tree)  # a model may write into its inputs
 
 
-def _read(reader: Callable[[int], Mapping[str, Tensor]], models: Sequence[Any]) -> Values:
-    return [{name: value.detach().clone() for name, value in reader(m).items()} for m in range(len(models))]
-
-
-def _rates(made: Any, models: Sequence[Any]) -> list[float] | None:
-    rates = [made.learning_rate(m) for m in range(len(models))] if hasattr(made, "learning_rate") else [None]
+def _rates(made: Any, num_models: int) -> list[float] | None:
+    rates = [made.learning_rate(m) for m in range(num_models)] if hasattr(made, "learning_rate") else [None]
     return None if None in rates else rates
 
 
@@ -224,35 +218,31 @@ def _flat(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
 
 def _shared(made: Any, num_models: int) -> list[tuple[str, str, int, int]]:
     """Find numbers of different models that lie in the same memory; counts, of one number, may be common."""
+
+    def states(m: int) -> dict[str, Tensor]:
+        return {f"{name} {key}": v for (name, key), v in _flat(made.optimizer_state(m)).items() if v.dim()}
+
     found = []
-    readers = {
-        "parameters": made.parameters,
-        "gradients": made.gradients,
-        "states": lambda m: {
-            name[0] + " " + name[1]: v for name, v in _flat(made.optimizer_state(m)).items() if v.dim()
-        },
-    }
-    for kind, reader in readers.items():
+    for kind, reader in {"parameters": made.parameters, "gradients": made.gradients, "states": states}.items():
         spans = []
         for m in range(num_models):
             for name, value in reader(m).items():
                 if value.numel() and value.layout is torch.strided:
-                    last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-                    first = value.data_ptr()
-                    spans.append((first, first + (last + 1) * value.element_size(), m, name, value))
+                    end = value.data_ptr() + value.element_size() * _extent(value)
+                    spans.append((value.data_ptr(), end, m, name, value))
         spans.sort(key=lambda span: span[0])
         for i, (_, end, m, name, value) in enumerate(spans):
-            for begin, _, other, _, another in spans[i + 1 :]:
-                if begin >= end:
-                    break
+            for _, _, other, _, another in itertools.takewhile(lambda span, end=end: span[0] < end, spans[i + 1 :]):
                 if m != other and torch.isin(_addresses(value), _addresses(another)).any():
                     found.append((kind, name, *sorted((m, other))))
     return found
 
 
+def _extent(tensor: Tensor) -> int:
+    """How many numbers lie from a tensor's first to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _addresses(tensor: Tensor) -> Tensor:
-    places = torch.zeros(tensor.shape, dtype=torch.int64)
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        steps = torch.arange(size) * stride * tensor.element_size()
-        places += steps.view(-1, *[1] * (tensor.dim() - dim - 1))
-    return tensor.data_ptr() + places.flatten()
+    places = torch.arange(_extent(tensor)).as_strided(tensor.shape, tensor.stride())
+    return tensor.data_ptr() + tensor.element_size() * places.flatten()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Finding:
     size: float | None = None
 
 
-class Case:
+class Case(Laboratory):
     """One recipe under investigation: two runs that most experiments compare with, and what has been found so far.
 
     Attributes:
@@ -54,28 +54,24 @@ class Case:
         findings: suspect to `Finding`.
     """
 
-    def __init__(
-        self,
-        lab: Laboratory,
-        optimizer_cls: type[torch.optim.Optimizer],
-        scheduler: Callable[[Any], Any] | None = None,
-    ) -> None:
-        self.lab, self.optimizer_cls, self.scheduler = lab, optimizer_cls, scheduler
+    def __init__(self, optimizer_cls: type[torch.optim.Optimizer], scheduler: Any, *given: Any) -> None:
+        super().__init__(*given)
+        self.optimizer_cls, self.scheduler = optimizer_cls, scheduler
         self.findings: dict[str, Finding] = {}
-        self.quiet = [quiet(model) for model in lab.models]
-        self.groups = [self._lone_optimizer(config).param_groups[0] for config in lab.configs]
+        self.quiet = [quiet(model) for model in self.models]
+        self.settings = [self._lone_optimizer(config).param_groups[0] for config in self.configs]
         # Weight decay makes gradients and states depend on parameters: it would carry one fault into another's test.
         self.calm = [
             {**config, **({"weight_decay": 0.0} if group.get("weight_decay") else {})}
-            for config, group in zip(lab.configs, self.groups, strict=True)
+            for config, group in zip(self.configs, self.settings, strict=True)
         ]
-        self.tolerance = TOLERANCE.get(next(lab.models[0].parameters()).dtype, 1e-2)
+        self.tolerance = TOLERANCE.get(next(self.models[0].parameters()).dtype, 1e-2)
         self.blurred: dict[str, set[str]] = {"parameters": set(), "gradients": set(), "states": set()}
         self.training, self.factor = True, 1.0
         self.wrong: set[tuple[int, str]] = set()
         self.trials: list[tuple[set[int], Run, set[int]]] = []
-        self.base = lab.run(SMALL, 0.0, models=self.quiet, configs=self.calm)
-        self.plain = lab.run(1.0, 0.0, models=self.quiet)
+        self.base = self.run(SMALL, 0.0, models=self.quiet, configs=self.calm)
+        self.plain = self.run(1.0, 0.0, models=self.quiet)
 
     def guilty(self, suspect: str) -> bool:
         """Whether it has been found guilty so far."""
@@ -88,12 +84,12 @@ class Case:
 
     def drawing(self, models: Sequence[nn.Module], training: bool) -> list[Lone]:
         """Return the models alone, each at the start of its random numbers."""
-        return [Lone(model, seed, training) for model, seed in zip(models, self.lab.seeds, strict=False)]
+        return [Lone(model, seed, training) for model, seed in zip(models, self.seeds, strict=False)]
 
     def gradients(self, lones: Sequence[Lone], k: int, start: Values) -> Values:
         """Return each lone model's gradient on batch k at the parameters `start`."""
-        pairs = [self.lab.own(k, m) for m in range(len(lones))]
-        return [lone.gradients(start[m], *pairs[m], self.lab.loss_fn) for m, lone in enumerate(lones)]
+        pairs = [self.own(k, m) for m in range(len(lones))]
+        return [lone.gradients(start[m], *pairs[m], self.loss_fn) for m, lone in enumerate(lones)]
 
     def alone(self, models: Sequence[nn.Module], training: bool = True, k: int = 0) -> tuple[Values, bool]:
         """Return each model's gradient by plain autograd where the batch starts, and whether random numbers were."""
@@ -108,7 +104,7 @@ class Case:
         pairs = []
         for m, (alone, batch) in enumerate(zip(reference, seen, strict=True)):
             whole = max((torch.linalg.vector_norm(g).item() for g in alone.values()), default=0.0)
-            for name in self.lab.names:
+            for name in self.names:
                 a, b = alone.get(name), batch.get(name)
                 if name not in self.blurred["gradients"] and (a is not None or b is not None):
                     a = torch.zeros_like(b) if a is None else a
@@ -141,7 +137,7 @@ class Case:
     def moved(self, one: Run, other: Run, m: int, step: int) -> tuple[float, str]:
         """Return by how much of its way model m's parameters end elsewhere in one run than in the other, and which."""
         blurred, gaps = set().union(*self.blurred.values()), [(0.0, "")]
-        for name in self.lab.names:
+        for name in self.names:
             a, b = (run.parameters[step][m][name] - run.start[m][name] for run in (one, other))
             if name not in blurred:
                 gaps.append((apart(a, b), name))
@@ -152,7 +148,7 @@ class Case:
 
     def remembers(self) -> bool:
         """Whether a lone optimizer of this class keeps tensors from step to step."""
-        optimizer = self._lone_optimizer(self.lab.configs[0])
+        optimizer = self._lone_optimizer(self.configs[0])
         p = optimizer.param_groups[0]["params"][0]
         p.grad = torch.ones_like(p)
         optimizer.step()

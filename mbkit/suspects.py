@@ -37,10 +37,10 @@ def weights(case: Case) -> None:
 
 def order(case: Case) -> None:
     """Read the examples that the batch would train on; `gradient` looks for those that it does train on."""
-    theirs = case.lab.walk()
+    theirs = case.walk()
     if theirs is None:
         return case.find("other-order", False, "the batch trains on the batches that it is given")
-    for step, pairs in enumerate(zip(case.lab.given, theirs, strict=False), 1):
+    for step, pairs in enumerate(zip(case.given, theirs, strict=False), 1):
         ours, other = ([leaf for leaf in tree_leaves(pair) if isinstance(leaf, Tensor)] for pair in pairs)
         if len(ours) != len(other) or any(not torch.equal(a, b.to(a)) for a, b in zip(ours, other, strict=True)):
             text = f"in step {step} the batch reads other examples than the models alone"
@@ -63,9 +63,9 @@ def stale(case: Case) -> None:
 
 def gradient(case: Case) -> None:
     """Compare with plain autograd at the same parameters, on the same examples, without random masks."""
-    num, seen, choices = case.lab.num_models, case.base.gradients[0], [(True, 0), (False, 0)]
+    num, seen, choices = case.num_models, case.base.gradients[0], [(True, 0), (False, 0)]
     trials = []
-    for training, k in [*choices, *((True, k) for k in range(1, min(8, len(case.lab.data))))]:
+    for training, k in [*choices, *((True, k) for k in range(1, min(8, len(case.data))))]:
         reference, drew = case.alone(case.quiet, training, k)
         factor, wrong = case.fit(reference, seen)
         trials.append((len(wrong), training, k, factor, wrong))
@@ -81,10 +81,10 @@ def gradient(case: Case) -> None:
         text = f"given the examples of step 1, the batch computes the gradient of those of step {k + 1}"
         case.find("other-order", True, text, step=1, size=1.0)
     if not case.training:
-        _mode(case, "the lone models' gradient in eval mode", trials[0][4])
+        _mode(case, trials[0][4])
     alone = case.factor
     if num > 1 and abs(case.factor * num - 1) < 0.01:
-        one = case.lab.run(SMALL, models=case.quiet[:1], configs=case.calm[:1], seeds=case.lab.seeds[:1])
+        one = case.run(SMALL, models=case.quiet[:1], configs=case.calm[:1], seeds=case.seeds[:1])
         reference, _ = case.alone(case.quiet[:1], case.training, k)
         alone, _ = case.fit(reference, one.gradients[0])
     # Nearer to 1 than to the factor is enough: another fault beside this one may change the gradient itself a little.
@@ -92,7 +92,7 @@ def gradient(case: Case) -> None:
     text = f"gradients have {case.factor:.4g} of autograd's length"
     if mean:
         text += f", which is 1 / {num}; in a batch of one model they have {alone:.4g} of it"
-    where = {"model": 0, "parameter": case.lab.names[0], "step": 1, "size": abs(case.factor - 1)}
+    where = {"model": 0, "parameter": case.names[0], "step": 1, "size": abs(case.factor - 1)}
     case.find("mean-loss", mean, text, **where)
     if not mean and abs(case.factor - 1) > case.tolerance:
         return case.find("wrong-gradient", True, text, **where)
@@ -106,28 +106,27 @@ def gradient(case: Case) -> None:
 
 def masks(case: Case) -> None:
     """Compare with plain autograd after the same seeds, dropout and all, where the gradient is otherwise right."""
-    _, drew = case.alone(case.lab.models, True)
+    _, drew = case.alone(case.models, True)
     if not drew or not case.training:
         why = "the models draw no random numbers" if not drew else "in eval mode no masks are drawn"
         case.find("other-masks", False if not drew else None, why)
         if not drew and "other-mode" not in case.findings:
             case.find("other-mode", False, "its gradient is that of train mode")
         return
-    loud = case.lab.run(SMALL, SMALL, models=case.lab.models, configs=case.calm)
-    judged = {(m, n) for m in range(case.lab.num_models) for n in case.lab.names} - case.wrong
-    asleep = _masked(case, case.drawing(case.lab.models, False), loud, 0, judged)
-    drawing = case.drawing(case.lab.models, True)
+    loud = case.run(SMALL, SMALL, models=case.models, configs=case.calm)
+    judged = {(m, n) for m in range(case.num_models) for n in case.names} - case.wrong
+    asleep = _masked(case, case.drawing(case.models, False), loud, 0, judged)
+    drawing = case.drawing(case.models, True)
     for step in range(1 if case.guilty("stale-gradients") else 2):  # also whether every step has masks of its own
         wrong = _masked(case, drawing, loud, step, judged)
         if wrong and not asleep:
-            _mode(case, "the lone models' gradient in eval mode", wrong)
+            _mode(case, wrong)
             return case.find("other-masks", None, "in eval mode no masks are drawn")
         if wrong:
             gap, m, name = max(wrong)
             text = f"without masks the gradient is right, with those of step {step + 1} that of {name} of model {m} "
-            case.find(
-                "other-masks", True, text + f"is off by {gap:.1e}", model=m, parameter=name, step=step + 1, size=gap
-            )
+            text += f"is off by {gap:.1e}"
+            case.find("other-masks", True, text, model=m, parameter=name, step=step + 1, size=gap)
             break
     else:
         what = "with the same seeds the gradient is that of the same masks"
@@ -144,23 +143,22 @@ def _masked(
     return [gap for gap in wrong if gap[1:] in judged]
 
 
-def _mode(case: Case, what: str, wrong: Sequence[tuple[float, int, str]]) -> None:
+def _mode(case: Case, wrong: Sequence[tuple[float, int, str]]) -> None:
     gap, m, name = max(wrong)
     case.training = False
-    text = f"the batch's gradient is {what}, and {gap:.1e} from that in train mode"
+    text = f"the batch's gradient is the lone models' gradient in eval mode, and {gap:.1e} from that in train mode"
     case.find("other-mode", True, text, model=m, parameter=name, step=1, size=gap)
 
 
 def clipping(case: Case) -> None:
     """Make the loss so large that every clipper clips, and see which models' gradients shrink by one factor."""
-    large = case.lab.run(LARGE, models=case.quiet, configs=case.calm)
+    large = case.run(LARGE, models=case.quiet, configs=case.calm)
     lengths = case.lengths(case.base.gradients[0])
-    shrunk = [
-        b / a * SMALL / LARGE if a else 1.0 for a, b in zip(lengths, case.lengths(large.gradients[0]), strict=True)
-    ]
+    ends = case.lengths(large.gradients[0])
+    shrunk = [b / a * SMALL / LARGE if a else 1.0 for a, b in zip(lengths, ends, strict=True)]
     same = max(shrunk) - min(shrunk) < 1e-3 * max(shrunk)
     alike = max(lengths) - min(lengths) < 1e-3 * max(lengths)
-    where = {"model": 0, "parameter": case.lab.names[0], "step": 1, "size": 1 - min(shrunk)}
+    where = {"model": 0, "parameter": case.names[0], "step": 1, "size": 1 - min(shrunk)}
     if len(shrunk) == 1 or alike:
         why = "there is one model" if len(shrunk) == 1 else "all models' gradients have the same length"
         return case.find("clipped-across-models", False, f"{why}: a common norm would be its own")
