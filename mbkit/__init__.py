@@ -14,32 +14,11 @@ from .optim import OptimizerFactory, create_adam_configs, create_lr_sweep_config
 from .training import evaluate, fit, fit_alone, train_steps
 
 __all__ = [
-    "MLP",
-    "Batches",
-    "BatchingError",
-    "Diagnosis",
-    "EquivalenceReport",
-    "GradScaler",
-    "History",
-    "ImageData",
-    "LeNet5",
-    "ModelBatch",
-    "OptimizerFactory",
-    "Step",
-    "TinyMLP",
-    "compare",
-    "create_adam_configs",
-    "create_lr_sweep_configs",
-    "create_sgd_configs",
-    "diagnose",
-    "evaluate",
-    "fit",
-    "fit_alone",
-    "load_cifar10",
-    "load_digits",
-    "load_images",
-    "train_steps",
-]
+    "MLP", "Batches", "BatchingError", "Diagnosis", "EquivalenceReport", "GradScaler", "History", "ImageData",
+    "LeNet5", "ModelBatch", "OptimizerFactory", "Step", "TinyMLP", "compare", "create_adam_configs",
+    "create_lr_sweep_configs", "create_sgd_configs", "diagnose", "evaluate", "fit", "fit_alone", "load_cifar10",
+    "load_digits", "load_images", "train_steps",
+]  # fmt: skip
 
 
 # Rooms that training does not need, imported when they are first asked for.

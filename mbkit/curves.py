@@ -260,8 +260,10 @@ def label_decades(axis: Axis) -> None:
     axis.set_minor_formatter(minor)
 
 
-def tidy(axes: Axes, grid: str = "y") -> None:
-    """Leave away what an axes can do without, and add a faint grid along x or y."""
+def tidy(axes: Axes, grid: str = "y", title: str | None = None) -> None:
+    """Leave away what an axes can do without; add a faint grid along x or y, and a title."""
+    if title is not None:
+        axes.set_title(title, fontsize=10, y=1.01)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)

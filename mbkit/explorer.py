@@ -13,17 +13,16 @@ import ipywidgets as ipw
 import torch
 from IPython.display import Image, display
 
-from .plots import LearningRates, palette_png
+from .curves import LearningRates, palette_png
 from .training import Step
 from .worker import Worker
 
-__all__ = """GENERATOR OPTIMIZERS WIDE Explorer choice given keywords live_curves log_range on_change slider
+__all__ = """OPTIMIZERS WIDE Explorer choice given keywords live_curves log_range on_change slider
     spread""".split()
 
 _STYLE = "<style>.mbkit-outdated { opacity: 0.35; } .mbkit-status code { user-select: all; }</style>"
 WIDE = {"description_width": "7.5em"}
 OPTIMIZERS = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "NAdam")
-GENERATOR = threading.Lock()  # torch's default generator is one for all explorers' threads
 
 
 class Explorer(ipw.VBox):

@@ -9,8 +9,9 @@ from typing import Any
 import ipywidgets as ipw
 
 from .diagnosis import Diagnosis, diagnose_planted
-from .explorer import GENERATOR, Explorer, choice, keywords, log_range, on_change, slider, spread
+from .explorer import Explorer, choice, keywords, log_range, on_change, slider, spread
 from .faults import FAULTS
+from .rng import GENERATOR
 
 __all__ = ["FaultExplorer", "explore_faults"]
 

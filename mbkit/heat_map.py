@@ -32,14 +32,13 @@ def heat_map(report: Any) -> Picture:
     panels = picture.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     low = -8 if report.tolerance > 1e-6 else -16  # where rounding begins, in float32 and in float64
     values = report.relative.nan_to_num(nan=math.inf).clamp(1e-17, 1e3).log10()
+    look = {"aspect": "auto", "cmap": "OrRd", "vmin": low, "vmax": 1, "interpolation": "nearest"}
     rounding = report.relative <= report.allowed
     for m, axes in enumerate(panels.flat):
         if m >= num_models:
             axes.set_visible(False)
             continue
-        image = axes.imshow(
-            values[:, m].T.numpy(), aspect="auto", cmap="OrRd", vmin=low, vmax=1, interpolation="nearest"
-        )
+        image = axes.imshow(values[:, m].T.numpy(), **look)
         lost = (~rounding[:, m]).any(1).nonzero()
         since = f"differs from step {lost[0].item() + 1}" if len(lost) else "rounding"
         axes.set_title(f"model {m}: {since}", fontsize=9, color=WRONG if len(lost) else RIGHT)

@@ -11,18 +11,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 __all__ = [
-    "Pairs",
-    "arguments",
-    "call",
-    "check_run",
-    "check_schedule",
-    "count_steps",
-    "detach",
-    "first_tensor",
-    "make_schedule",
-    "part",
-    "walk",
-]
+    "Pairs", "arguments", "call", "check_run", "check_schedule", "count_steps", "detach", "first_tensor",
+    "make_schedule", "part", "walk",
+]  # fmt: skip
 
 Pairs = Iterable[tuple[Any, Any]]  # (inputs, targets)
 

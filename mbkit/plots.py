@@ -15,43 +15,16 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
-from .curves import (
-    ALONE,
-    BATCHED,
-    GRAY,
-    RAISED,
-    RIGHT,
-    WRONG,
-    LearningRates,
-    Picture,
-    RateMap,
-    diverged,
-    palette_png,
-    smooth,
-    tidy,
-)
+from .curves import ALONE, BATCHED, GRAY, RAISED, RIGHT, WRONG, LearningRates, Picture, RateMap, diverged, smooth, tidy
 from .heat_map import heat_map
 from .outcome import SWITCHES
 from .scaling import scaling
 from .trainability import Trainability
 
 __all__ = [
-    "LearningRates",
-    "Picture",
-    "accuracy",
-    "benchmark",
-    "combinations",
-    "consistency",
-    "differences",
-    "diverged",
-    "heat_map",
-    "learning_rates",
-    "palette_png",
-    "scaling",
-    "smooth",
-    "story_figure",
-    "trainability",
-]
+    "LearningRates", "Picture", "accuracy", "benchmark", "combinations", "consistency", "differences", "diverged",
+    "heat_map", "learning_rates", "scaling", "smooth", "story_figure", "trainability",
+]  # fmt: skip
 
 LINES = (BATCHED, ALONE, RIGHT, "#CC79A7", "#56B4E9", "#000000")
 
@@ -181,9 +154,8 @@ def _accuracy(axes: Axes, outcome: Any) -> None:
             axes.bar_label(bars, fmt="%.1f", fontsize=8)
     axes.set_xticks(places.tolist(), [f"{rate:g}" for rate in demo.learning_rates])
     axes.set(xlabel="learning rate", ylabel="accuracy (%)", ylim=(0, 119), yticks=range(0, 101, 20))
-    axes.set_title(f"{outcome.verdict}: up to {100 * outcome.max_difference:.1f} points apart", fontsize=10, y=1.01)
     axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper left")
-    tidy(axes)
+    tidy(axes, title=f"{outcome.verdict}: up to {100 * outcome.max_difference:.1f} points apart")
 
 
 def _by_model(outcome: Any) -> dict[str, Tensor]:
@@ -200,9 +172,7 @@ def _differences(axes: Axes, named: Mapping[str, Tensor], title: str, quantity: 
     zero = 10.0 ** (low - every)  # where exactly zero is drawn, a tick below the smallest number
     for n, (label, gap) in enumerate(values.items()):
         gap = gap.masked_fill(~gap.isfinite(), math.nan).masked_fill(gap == 0, zero)
-        style = (
-            {"linestyle": "--", "linewidth": 1.3, "zorder": 3} if n % 2 else {"linewidth": 2.6}
-        )  # one on another: both are seen
+        style = {"linestyle": "--", "linewidth": 1.3, "zorder": 3} if n % 2 else {"linewidth": 2.6}  # both are seen
         marks = {"marker": "o", "markersize": 3.5, "linewidth": 1.4} if len(gap) <= 60 else style
         axes.plot(range(1, len(gap) + 1), gap.tolist(), color=LINES[n % len(LINES)], label=label, **marks)
     ticks = range(low, high + 1, every)
@@ -211,9 +181,8 @@ def _differences(axes: Axes, named: Mapping[str, Tensor], title: str, quantity: 
     axes.yaxis.set_major_locator(FixedLocator([zero, *(10.0**tick for tick in ticks)]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_yticklabels(["exactly 0", *("10" + str(tick).translate(RAISED) for tick in ticks)])
-    axes.set_title(title, fontsize=10, y=1.01)
     axes.legend(fontsize=8, frameon=False, loc="best", ncols=1 if len(values) <= 4 else 2)
-    tidy(axes)
+    tidy(axes, title=title)
 
 
 def _combinations(axes: Sequence[Axes], dissection: Any) -> None:
@@ -236,9 +205,8 @@ def _combinations(axes: Sequence[Axes], dissection: Any) -> None:
         bars = panel.barh(places, values, 0.62, color=[WRONG if any(row) else RIGHT for row in wrong])
         panel.bar_label(bars, [form % value if value else "exactly 0" for value in values], fontsize=8, padding=3)
         panel.set(xlabel="largest difference from training alone", xlim=(0, 1.18 * max(values) or 1))
-        panel.set_title(label, fontsize=10, y=1.01)
         panel.tick_params(left=False)
-        tidy(panel, "x")
+        tidy(panel, "x", label)
 
 
 def _timing(axes: Axes, result: Any) -> None:
@@ -251,8 +219,7 @@ def _timing(axes: Axes, result: Any) -> None:
     axes.set(xlabel="time a model and step (ms), median and quartiles", xlim=(0, 1300 * max(s[1].high for s in sides)))
     axes.invert_yaxis()
     faster = f", {result.speedup:.2f} times as fast in the batch" if result.speedup else ""
-    axes.set_title(f"{result.num_models} x {result.setup['model']}{faster}", fontsize=10)
-    tidy(axes, "x")
+    tidy(axes, "x", f"{result.num_models} x {result.setup['model']}{faster}")
 
 
 def _test_accuracy(axes: Axes, result: Any) -> None:
@@ -261,16 +228,10 @@ def _test_accuracy(axes: Axes, result: Any) -> None:
         (result.batched_accuracy, BATCHED, "x", "in the batch"),
     ):
         if values is not None:
-            axes.plot(
-                result.learning_rates, 100 * values, mark, color=color, markersize=7, label=name, fillstyle="none"
-            )
+            look = {"color": color, "markersize": 7, "label": name, "fillstyle": "none"}
+            axes.plot(result.learning_rates, 100 * values, mark, **look)
     axes.axhline(10, color=GRAY, linewidth=1, linestyle=":", label="guessing")
-    axes.set(
-        xscale="log",
-        xlabel="learning rate",
-        ylabel="accuracy on the test set (%)",
-        ylim=(0, 100 * min(1, 1.2 * result.batched_accuracy.max().item())),
-    )
-    axes.set_title(f"{result.setup['dataset']}, after {result.setup['steps']:,} steps", fontsize=10)
+    top = 100 * min(1, 1.2 * result.batched_accuracy.max().item())
+    axes.set(xscale="log", xlabel="learning rate", ylabel="accuracy on the test set (%)", ylim=(0, top))
     axes.legend(fontsize=8, frameon=False, loc="best")
-    tidy(axes)
+    tidy(axes, title=f"{result.setup['dataset']}, after {result.setup['steps']:,} steps")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["OwnDraws", "random_state", "seeded", "set_random_state"]
+__all__ = ["GENERATOR", "OwnDraws", "random_state", "seeded", "set_random_state"]
 
 
 def random_state() -> list[Tensor]:
@@ -23,10 +24,13 @@ def set_random_state(state: list[Tensor]) -> None:
         torch.cuda.set_rng_state_all(state[1:])
 
 
+GENERATOR = threading.RLock()  # torch's default generator is one for all threads
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's CPU generator for a `with` block; `torch.manual_seed` would touch accelerators as well."""
-    with torch.random.fork_rng(devices=[]):
+    with GENERATOR, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 

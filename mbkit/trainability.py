@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .model_batch import ModelBatch
 from .optim import OptimizerFactory
+from .rng import seeded
 from .training import train_steps
 
 __all__ = ["GROUPS", "WINDOW", "RateGrid", "Trainability", "TwoLayers", "points", "spaced", "trainability"]
@@ -109,7 +110,7 @@ class RateGrid:
         **hyperparameters: Any,
     ) -> None:
         models = []
-        with torch.random.fork_rng(devices=[]):
+        with seeded(seed):
             for _ in range(size * size):  # anew: that is quicker than a deep copy
                 torch.default_generator.manual_seed(seed)
                 models.append(build())

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .curves import RateMap
-from .explorer import GENERATOR, OPTIMIZERS, WIDE, Explorer, choice, given, keywords, on_change, slider
+from .explorer import OPTIMIZERS, WIDE, Explorer, choice, given, keywords, on_change, slider
 from .trainability import GROUPS, WINDOW, Range, RateGrid, Trainability, TwoLayers, spaced
 
 __all__ = ["TrainabilityExplorer", "explore_trainability"]
@@ -121,8 +121,7 @@ class TrainabilityExplorer(Explorer):
         if key not in self._grids:
             self._grids = {other: grid for other, grid in self._grids.items() if other[1:] == key[1:]}
             named = {"size": size, "seed": seed, "optimizer_cls": getattr(torch.optim, optimizer)}
-            with GENERATOR:
-                self._grids[key] = RateGrid(**named, **self._trained, **self._named)
+            self._grids[key] = RateGrid(**named, **self._trained, **self._named)
         return self._grids[key]
 
     def _start(self, first_rates: Range, second_rates: Range, size: int, **named: Any) -> Iterator[None]:

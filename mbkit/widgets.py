@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from . import consistency, plots
 from .data import Batches, demo_points
 from .explorer import (
-    GENERATOR,
     OPTIMIZERS,
     WIDE,
     Explorer,
@@ -31,7 +30,7 @@ from .explorer import (
     on_change,
     slider,
     spread,
-)  # fmt: skip
+)
 from .fault_explorer import FaultExplorer, explore_faults
 from .model_batch import ModelBatch
 from .models import MLP
@@ -42,16 +41,9 @@ from .trainability_explorer import TrainabilityExplorer, explore_trainability
 from .training import train_steps
 
 __all__ = [
-    "ConsistencyExplorer",
-    "FaultExplorer",
-    "LearningRateExplorer",
-    "TrainabilityExplorer",
-    "explore_consistency",
-    "explore_faults",
-    "explore_learning_rates",
-    "explore_trainability",
-    "live_curves",
-]
+    "ConsistencyExplorer", "FaultExplorer", "LearningRateExplorer", "TrainabilityExplorer", "explore_consistency",
+    "explore_faults", "explore_learning_rates", "explore_trainability", "live_curves",
+]  # fmt: skip
 
 
 class ConsistencyExplorer(Explorer):
@@ -119,9 +111,7 @@ class ConsistencyExplorer(Explorer):
 
     def _start(self, preset: str, gradients: str, weights: str, order: str, **settings: Any) -> Iterator[None]:
         demo = consistency.preset(preset, **settings)
-        with GENERATOR:
-            outcomes = consistency.walk(demo, gradients, weights, order)
-        for self.outcome in outcomes:
+        for self.outcome in consistency.walk(demo, gradients, weights, order):
             yield
 
     def _picture(self) -> bytes:
@@ -226,10 +216,9 @@ class LearningRateExplorer(Explorer):
     def _start(self, rates: tuple[float, float], num_rates: int, num_seeds: int, optimizer: str) -> Iterator[None]:
         rates = [rate for rate in spread(*rates, num_rates) for _ in range(num_seeds)]
         seeds, models = [*range(num_seeds)] * num_rates, []  # M = rates x seeds
-        with GENERATOR:
-            for seed in seeds:  # built anew at each rate: that is quicker than a deep copy
-                with seeded(seed):
-                    models.append(self._build())
+        for seed in seeds:  # built anew at each rate: that is quicker than a deep copy
+            with seeded(seed):
+                models.append(self._build())
         batch = ModelBatch(models, seeds=seeds)
         factory = OptimizerFactory(getattr(torch.optim, optimizer), self._hyperparameters)
         updates = factory.create_optimizer(batch, lr=rates)
@@ -259,5 +248,5 @@ explore_learning_rates = LearningRateExplorer
 
 
 def _demo() -> tuple[Callable[[], nn.Module], Batches]:
-    with GENERATOR, seeded(42):
+    with seeded(42):
         return lambda: MLP((20, 16, 16, 4)), Batches(*demo_points(500, 20, 4), batch_size=50)
