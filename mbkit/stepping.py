@@ -22,7 +22,7 @@ __all__ = ["Stepper", "batch_step", "check_chunk_size"]
 
 _CACHE = 4 << 20  # bytes kept for the backward pass from which on cutting a batch can pay
 _SMALL = 1 << 17  # bytes that a model keeps, below which nothing but all models at once can be fastest
-_TRIALS = 3  # timed steps of each way
+_TRIALS = 3  # timed steps of each way; one where it takes seconds, which a moment's noise does not change
 _SIZES = (32, 16, 8, 4)
 
 
@@ -185,7 +185,8 @@ class _Choice:
     def _settle(self, seconds: float) -> None:
         self._times.append(seconds)
         hopeless = self._record is not None and len(self._times) > 1 and seconds > 1.5 * self._record
-        if len(self._times) <= _TRIALS and not hopeless:  # the first step of each way is for warm-up
+        trials = _TRIALS if seconds < 2 else 1
+        if len(self._times) <= trials and not hopeless:  # the first step of each way is for warm-up
             return
         found, way = min(self._times[1:]), self._ways.pop(0)
         self._times = []

@@ -11,6 +11,7 @@ from lone import SEEDS, B, M, close
 from torch import nn, optim
 
 from mbkit import BatchingError, ModelBatch, OptimizerFactory, fit, train_steps
+from mbkit.optim.stacked import _BLOCK
 
 STEPS = 8
 CLASSES = [
@@ -69,9 +70,12 @@ def assert_same(got, expected):
 
 
 @both_kinds
-@pytest.mark.parametrize("whole", [False, True], ids=["vmap", "model by model"])
-def test_a_frozen_model_keeps_everything_and_trains_on_as_alone(cls, numbers, whole):
+@pytest.mark.parametrize("how", ["vmap", "model by model", "updates block by block"])
+def test_a_frozen_model_keeps_everything_and_trains_on_as_alone(monkeypatch, cls, numbers, how):
     """Steps 2 to 4 pass model 1 by; alone it just does not make them."""
+    whole = how == "model by model"
+    if how == "updates block by block":
+        monkeypatch.setitem(_BLOCK, "cpu", 1)
     models = build()
     batch = ModelBatch(copy.deepcopy(models), shared_input=False, seeds=SEEDS, model_by_model=[""] if whole else [])
     optimizer = OptimizerFactory(cls).create_optimizer(batch, **numbers)

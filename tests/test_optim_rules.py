@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import math
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor, nn, optim
 
 from mbkit import ModelBatch
 from mbkit.optim import OptimizerFactory
+from mbkit.optim.rules import RULES
+from mbkit.optim.stacked import _BLOCK
 
 M = 4
 LR = {"lr": [0.1, 0.03, 0.01, 0.0]}
@@ -201,6 +205,20 @@ def test_complex_parameters_equal_lone_runs(cls: type, hyperparameters: dict) ->
     # not to the bit: some classes decay weights in complex arithmetic, which rounds twice where real rounds once
     batch, models = run(cls, hyperparameters, torch.complex128, steps=12)
     assert largest_difference(batch, models) <= 1e-12
+
+
+@pytest.mark.parametrize(("cls", "hyperparameters"), MIXED)
+def test_large_batches_are_updated_block_by_block_to_the_same_bits(
+    monkeypatch, cls: type, hyperparameters: dict
+) -> None:
+    sizes, rule = [], RULES[cls]
+    counting = dataclasses.replace(rule, update=lambda ps, *rest: sizes.append(len(ps[0])) or rule.update(ps, *rest))
+    monkeypatch.setitem(RULES, cls, counting)
+    numbers = sum(math.prod(shape) for shape in SHAPES.values())
+    monkeypatch.setitem(_BLOCK, "cpu", 3 * 4 * numbers)
+    batch, models = run(cls, hyperparameters, torch.float32, steps=6)
+    assert largest_difference(batch, models) == 0
+    assert sizes[:4] == [3, 1, 3, 1]
 
 
 @pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])

@@ -186,14 +186,17 @@ class Clock:
         ({None: 4.0, 4: 4.1, 0: 1.0}, [None, 4, 0], "one by one"),
     ],
 )
-def test_the_fastest_way_is_found_by_the_clock(monkeypatch, seconds, tried, best):
+@pytest.mark.parametrize(("scale", "steps"), [(0.01, 4), (1, 2)])
+def test_the_fastest_way_is_found_by_the_clock(monkeypatch, seconds, tried, best, scale, steps):
+    """Each way makes a step to warm up, then three, or one where it takes seconds."""
     batch = ModelBatch(models_of(Busy))
     optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
-    clock = Clock(monkeypatch, seconds)
+    clock = Clock(monkeypatch, {way: scale * time for way, time in seconds.items()})
     stepper = Stepper(batch, optimizer, cross_entropy)
     for _ in range(20):
         stepper.step(None, None)
     assert list(dict.fromkeys(clock.tried[1:])) == tried
+    assert clock.tried[1 : steps + 2] == [None] * steps + [4]
     assert stepper.how == best
 
 

@@ -114,12 +114,13 @@ class Columns:
         """Return True or False where all models agree on whether `name` is nonzero, else None."""
         return True if self._all[name] else None if self._any[name] else False
 
-    def at(self, params: list[Tensor]) -> Hyperparameters:
-        """Return the columns on the parameters' device, ready to be spread over the parameters."""
+    def at(self, params: list[Tensor], rows: slice = slice(None)) -> Hyperparameters:
+        """Return the columns of some models on the parameters' device, ready to be spread over their parameters."""
         device = params[0].device
         if device not in self._devices:
             self._devices[device] = {name: _move(column, device) for name, column in self._values.items()}
-        return Hyperparameters(self._devices[device], {name: self.on(name) for name in self.names}, params)
+        columns = {name: column[rows] for name, column in self._devices[device].items()}
+        return Hyperparameters(columns, {name: self.on(name) for name in self.names}, params)
 
 
 class Hyperparameters:
@@ -132,7 +133,7 @@ class Hyperparameters:
     """
 
     def __init__(self, columns: dict[str, Tensor], flags: dict[str, bool | None], params: list[Tensor]) -> None:
-        self.columns, self.flags, self._params = columns, flags, params
+        self.columns, self.flags, self.params = columns, flags, params
         # torch rounds a Python number to float32 even where the parameters are shorter.
         self._dtype = torch.promote_types(params[0].dtype, torch.float32)
 
@@ -159,13 +160,13 @@ class Hyperparameters:
             P tensors `[M, 1, ...]`, each with as many dimensions as its parameter (or P times the bool).
         """
         if isinstance(column, bool):
-            return [column] * len(self._params)
+            return [column] * len(self.params)
         if column.dtype != torch.bool:
             column = column.to(self._dtype)
         if column.dim() == 2:
-            return [row.view(-1, *[1] * (p.dim() - 1)) for row, p in zip(column.unbind(0), self._params, strict=True)]
-        views = {dim: column.view(-1, *[1] * (dim - 1)) for dim in {p.dim() for p in self._params}}
-        return [views[p.dim()] for p in self._params]
+            return [row.view(-1, *[1] * (p.dim() - 1)) for row, p in zip(column.unbind(0), self.params, strict=True)]
+        views = {dim: column.view(-1, *[1] * (dim - 1)) for dim in {p.dim() for p in self.params}}
+        return [views[p.dim()] for p in self.params]
 
 
 def _to_column(name: str, values: list[Any]) -> Tensor:

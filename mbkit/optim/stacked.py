@@ -17,6 +17,9 @@ from .rules import RULES, Rule
 
 __all__ = ["StackedOptimizer"]
 
+_BLOCK = {"cpu": 8 << 20}  # bytes of parameters updated at once: what a rule makes on its way then takes little memory
+_BLOCK_ELSEWHERE = 64 << 20  # and, on a CPU, stays in the cache: 256 LeNets' RMSprop takes 0.4 of the time
+
 
 class StackedOptimizer(BatchOptimizer):
     """An optimizer of a batch whose update rule works on `[M, ...]` tensors, to the bits of M lone optimizers.
@@ -70,16 +73,26 @@ class StackedOptimizer(BatchOptimizer):
         for params, columns in self.alike([param for param in self._params() if param.grad is not None]):
             grads = [_gradient(param) for param in params]
             states = [self._prepare(param, columns) for param in params]
-            before = self._copies(params, states, stopped)
-            if not before and can_fuse(self.optimizer_cls, params, columns):
+            kept = self._kept(params, states, stopped)
+            if not kept and can_fuse(self.optimizer_cls, params, columns):
                 fused_adam(self.optimizer_cls, params, grads, states, columns)
                 continue
             if params[0].is_complex():  # to torch.optim a complex number is a pair of real ones
                 states = [{name: _real(value) for name, value in state.items()} for state in states]
             params, grads = [_real(param) for param in params], [_real(grad) for grad in grads]
-            self._rule.update(params, grads, states, columns.at(params))
-            for tensor, copy, active in before:
-                tensor.copy_(rows_where(active, tensor, copy))
+            for rows in self._blocks(params):
+                copies = [(tensor[rows], tensor[rows].clone(), active[rows]) for tensor, active in kept]
+                own = [{name: value[rows] for name, value in state.items()} for state in states]
+                h = columns.at([param[rows] for param in params], rows)
+                self._rule.update(h.params, [grad[rows] for grad in grads], own, h)
+                for tensor, copy, active in copies:
+                    tensor.copy_(rows_where(active, tensor, copy))
+
+    def _blocks(self, params: list[Tensor]) -> list[slice]:
+        """Return the models to update at once, block by block."""
+        each = max(1, sum(param[0].numel() * param.element_size() for param in params))
+        size = max(1, _BLOCK.get(params[0].device.type, _BLOCK_ELSEWHERE) // each)
+        return [slice(start, start + size) for start in range(0, self.num_models, size)]
 
     def alike(self, params: Sequence[nn.Parameter]) -> list[tuple[list[nn.Parameter], Columns]]:
         """Divide parameters into lots of one group, device and dtype, each with its columns, brought up to date."""
@@ -93,10 +106,10 @@ class StackedOptimizer(BatchOptimizer):
             lots += [(members, columns) for members in kinds.values()]
         return lots
 
-    def _copies(
+    def _kept(
         self, params: list[nn.Parameter], states: list[dict[str, Tensor]], stopped: Tensor | None
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return what some models are not to change, each tensor with its copy and the models `[M]` that may change it.
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return what some models are not to change, each tensor with the models `[M]` that may change it.
 
         These are the models that are stopped, and those that have no gradient for a parameter: where models run one
         after the other, a step may use it for some of them only.
@@ -108,7 +121,7 @@ class StackedOptimizer(BatchOptimizer):
                 continue
             active = None if stopped is None else ~stopped.to(param.device)
             active = active if reached is None else reached if active is None else active & reached
-            found += [(tensor, tensor.clone(), active) for tensor in (param, *state.values())]
+            found += [(tensor, active) for tensor in (param, *state.values())]
         return found
 
     def _prepare(self, param: nn.Parameter, columns: Columns) -> dict[str, Tensor]:
