@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .accuracy import batch_accuracy
-from .checks import check_seeds, per_model
+from .checks import check_seeds, list_of_models, per_model
 from .history import History, Step
 from .loop import Pairs, call, check_run, count_steps, detach, first_tensor, make_schedule, part
 from .recording import Recording
@@ -75,7 +75,7 @@ def fit_alone(
         >>> tuple(history.loss.shape)
         (5, 3)
     """
-    models = _check_models(models)
+    models = list_of_models(models)
     num_models = len(models)
     check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs * num_models)
     seeds = check_seeds(seeds, num_models)
@@ -99,7 +99,8 @@ def fit_alone(
                 seconds = time.perf_counter() - start
                 if schedule and scheduler_every == "step":
                     schedule.step()
-                yield Step(index, epoch, loss.reshape(1), _accuracy(outputs, y), seconds, m)
+                accuracy = batch_accuracy(outputs.unsqueeze(0), y) if isinstance(outputs, Tensor) else None
+                yield Step(index, epoch, loss.reshape(1), accuracy, seconds, m)
                 index += 1
             if schedule and scheduler_every == "epoch":
                 schedule.step()
@@ -134,15 +135,6 @@ def lone_step(
     return loss.detach(), detach(outputs)
 
 
-def _check_models(models: Any) -> list[nn.Module]:
-    # One module is iterable too where it is a Sequential, and its layers are hardly what is meant.
-    found = [models] if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList) else list(models)
-    if not found or found == [models] or not all(isinstance(model, nn.Module) for model in found):
-        got = type(models).__name__ if found == [models] else str([type(model).__name__ for model in found])
-        raise (TypeError if found else ValueError)(f"Expected a list of one or more modules, got {got}: pass [model].")
-    return found
-
-
 def own_targets(targets: Any, inputs: Any, m: int, num_models: int, shared: bool | None) -> Any:
     """Return model m's targets: those for all, [B, ...], or its own out of [M, B, ...]; `inputs` are the model's own.
 
@@ -164,7 +156,3 @@ def own_targets(targets: Any, inputs: Any, m: int, num_models: int, shared: bool
         return target[m] if (each if shared is None else not shared) else target
 
     return tree_map_only(Tensor, own, targets)
-
-
-def _accuracy(outputs: Any, targets: Any) -> Tensor | None:
-    return batch_accuracy(outputs.unsqueeze(0), targets) if isinstance(outputs, Tensor) else None

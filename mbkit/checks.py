@@ -1,4 +1,4 @@
-"""Input checks that several rooms share: one value or one a model, and a guess at what was meant."""
+"""Checks that several rooms share: of models, of one value or one a model, and a guess at what was meant."""
 
 from __future__ import annotations
 
@@ -7,10 +7,39 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-__all__ = ["check_seeds", "did_you_mean", "per_model"]
+__all__ = ["check_seeds", "did_you_mean", "list_of_models", "memory_of", "per_model"]
 
 _MAX_SEED = 2**63 - 1
+
+
+def list_of_models(models: Any) -> list[nn.Module]:
+    """Return `models` as a list of modules; one module is refused, though a Sequential can be walked through.
+
+    Raises:
+        TypeError: something that is not a module, or not a list of them.
+        ValueError: no models.
+    """
+    if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList):
+        raise TypeError(f"Expected a list of models, got one {type(models).__name__}: pass [model_0, model_1, …].")
+    if not isinstance(models, Iterable):
+        raise TypeError(f"Expected a list of models, got {models!r}: pass [model_0, model_1, …].")
+    models = list(models)
+    if not models:
+        raise ValueError("Expected at least one model, got an empty list: pass [model_0, model_1, …].")
+    for m, model in enumerate(models):
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"Expected nn.Modules, got {type(model).__name__} as model {m}: pass the models themselves."
+            )
+    return models
+
+
+def memory_of(tensor: Tensor) -> tuple[int, int]:
+    """Return the address of a strided tensor's first byte, and the one after its last."""
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (steps + 1) * tensor.element_size()
 
 
 def per_model(value: Any, num_models: int, name: str) -> list[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-import types
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .checks import did_you_mean
+from .checks import did_you_mean, list_of_models, memory_of
 from .circles import refuse_circles
-from .sameness import Names, same, same_class
+from .sameness import Names, held_by, same, same_class
 
 __all__ = ["Settings", "check_models", "check_paths"]
 
@@ -24,7 +23,6 @@ Settings = dict[str, dict[str, list[float]]]  # module path -> attribute -> one 
 
 _KEPT_BY_TORCH = {"_parameters", "_buffers", "_modules", "training"}  # compared as tensors, children and flags
 _HOOKS = {name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))}
-_EMPTY_CELL = types.CellType()
 _REBUILT = ("_flat_weights", "_flat_weight_refs")  # what torch's RNNs derive from their parameters
 
 
@@ -42,18 +40,7 @@ def check_models(models: Iterable[nn.Module]) -> tuple[list[nn.Module], Settings
         TypeError: something that is not a module, or not a list of them.
         ValueError: no models, the same one twice, or anything else in which they differ; the message names it.
     """
-    if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList):
-        raise TypeError(f"Expected a list of models, got one {type(models).__name__}: pass [model_0, model_1, …].")
-    if not isinstance(models, Iterable):
-        raise TypeError(f"Expected a list of models, got {models!r}: pass [model_0, model_1, …].")
-    models = list(models)
-    if not models:
-        raise ValueError("Expected at least one model, got an empty list: pass [model_0, model_1, …].")
-    for m, model in enumerate(models):
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"Expected nn.Modules, got {type(model).__name__} as model {m}: pass the models themselves."
-            )
+    models = list_of_models(models)
     if len({id(model) for model in models}) < len(models):
         raise ValueError("Expected M different models, got the same object twice: build each, or copy.deepcopy it.")
     refuse_circles(models)
@@ -159,8 +146,7 @@ def _refuse_what_no_copy_follows(model: nn.Module) -> None:
         if isinstance(function, functools.partial):
             held = [function.func, *function.args, *function.keywords.values()]
         elif inspect.isfunction(function):
-            held = [cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY_CELL]
-            held += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+            held = held_by(function)
         else:
             return False
         return any(id(getattr(value, "__self__", value)) in own or holds_the_model(value) for value in held)
@@ -205,9 +191,7 @@ def _refuse_shared_memory(modules: dict[str, nn.Module], tensors: dict[str, Tens
     spans = []
     for name, tensor in {id(t): (name, t) for name, t in everything.items()}.values():
         if tensor.layout is torch.strided and tensor.numel() and tensor.device.type != "meta":
-            start = tensor.data_ptr()
-            steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            spans.append((start, start + (steps + 1) * tensor.element_size(), name, isinstance(tensor, nn.Parameter)))
+            spans.append((*memory_of(tensor), name, isinstance(tensor, nn.Parameter)))
     spans.sort()
     for (_, end, name, trained), (start, _, other, other_trained) in pairwise(spans):
         if start < end and (trained or other_trained):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import crosstalk, suspects
-from .checks import check_seeds, per_model
+from .checks import check_seeds, list_of_models, per_model
 from .data import demo_points
 from .equivalence import EquivalenceReport, compare, endless
 from .faults import FAULTS, plant
@@ -131,7 +131,7 @@ def diagnose(
         >>> diagnose(models, torch.optim.Adam, configs, data, nn.functional.cross_entropy, build=build).guilty
         ['stale-gradients']
     """
-    models = list(models)
+    models = list_of_models(models)
     check_run(batches, loss_fn, steps, "epoch", walks=steps)
     seeds = check_seeds(seeds, len(models))
     configs = per_model(dict(configs) if isinstance(configs, Mapping) else list(configs), len(models), "configs")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .alone import lone_step, own_targets
-from .checks import check_seeds, per_model
+from .checks import check_seeds, list_of_models, per_model
 from .loop import check_run, make_schedule, part, walk
 from .rng import OwnDraws
 from .subject import BatchRecipe, BatchSubject
@@ -169,7 +169,7 @@ def compare(
         >>> report.equivalent
         True
     """
-    models = list(models)
+    models = list_of_models(models)
     check_run(batches, loss_fn, steps, "epoch", walks=steps)
     seeds = check_seeds(seeds, len(models))
     configs = per_model(dict(configs) if isinstance(configs, Mapping) else list(configs), len(models), "configs")

@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .alone import own_targets
+from .checks import memory_of
 from .loop import call, part
 from .rng import OwnDraws
 from .subject import Recipe
@@ -228,8 +229,7 @@ def _shared(made: Any, num_models: int) -> list[tuple[str, str, int, int]]:
         for m in range(num_models):
             for name, value in reader(m).items():
                 if value.numel() and value.layout is torch.strided:
-                    end = value.data_ptr() + value.element_size() * _extent(value)
-                    spans.append((value.data_ptr(), end, m, name, value))
+                    spans.append((*memory_of(value), m, name, value))
         spans.sort(key=lambda span: span[0])
         for i, (_, end, m, name, value) in enumerate(spans):
             for _, _, other, _, another in itertools.takewhile(lambda span, end=end: span[0] < end, spans[i + 1 :]):
@@ -238,11 +238,6 @@ def _shared(made: Any, num_models: int) -> list[tuple[str, str, int, int]]:
     return found
 
 
-def _extent(tensor: Tensor) -> int:
-    """How many numbers lie from a tensor's first to its last."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
 def _addresses(tensor: Tensor) -> Tensor:
-    places = torch.arange(_extent(tensor)).as_strided(tensor.shape, tensor.stride())
-    return tensor.data_ptr() + tensor.element_size() * places.flatten()
+    begin, end = memory_of(tensor)
+    return torch.arange(begin, end, tensor.element_size()).as_strided(tensor.shape, tensor.stride()).flatten()

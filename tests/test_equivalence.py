@@ -178,3 +178,5 @@ def test_bad_input():
         compare(models, torch.optim.SGD, CONFIGS[:2], data, F.cross_entropy)
     with pytest.raises(ValueError, match="Expected 3 seeds"):
         compare(models, torch.optim.SGD, CONFIGS, data, F.cross_entropy, seeds=[1])
+    with pytest.raises(TypeError, match="Expected a list of models, got one Sequential"):
+        compare(models[0], torch.optim.SGD, CONFIGS, data, F.cross_entropy)

@@ -40,9 +40,9 @@ REFUSED_BY_FIT = {
     "a factory": (TypeError, "create one by OptimizerFactory", lambda: {"optimizer": OptimizerFactory(SGD)}),
 }
 REFUSED_BY_FIT_ALONE = {
-    "no models": (ValueError, "one or more modules", lambda: {"models": []}),
-    "one model": (TypeError, r"pass \[model\]", lambda: {"models": build()[0]}),
-    "no modules": (TypeError, "one or more modules, got .'int'", lambda: {"models": [1]}),
+    "no models": (ValueError, "at least one model", lambda: {"models": []}),
+    "one model": (TypeError, "got one Sequential", lambda: {"models": build()[0]}),
+    "no modules": (TypeError, "got int as model 0", lambda: {"models": [1]}),
     "too few configs": (ValueError, r"3 configs \(one per model\), got 2", lambda: {"configs": CONFIGS[:2]}),
     "too few seeds": (ValueError, "3 seeds", lambda: {"seeds": [1, 2]}),
     "too few schedulers": (ValueError, "3 schedulers", lambda: {"scheduler": [None]}),
