@@ -48,17 +48,13 @@ def fit_alone(
         models: M modules, trained in place.
         optimizer_cls: a class of torch.optim.
         configs: its keyword arguments, one dict for all models or a list of M.
-        batches: as for `fit`; walked through M times an epoch.
-        loss_fn: outputs and targets to one number.
-        epochs: how many times each model walks through the batches.
+        batches, loss_fn, epochs, scheduler_every, progress: as for `fit`; batches are walked through M times an epoch.
         seeds: one a model; drawn from torch's global generator, as ModelBatch draws them, when absent.
         shared_input: False where inputs are [M, B, ...] and model m gets inputs[m].
         shared_targets: False where targets are [M, B, ...]; told by their shape when absent.
         scheduler: a callable that makes an lr scheduler from an optimizer, or a list of M.
-        scheduler_every: "epoch" or "step".
         max_norm: clip each model's gradient to this norm; one number or one a model.
         callback: called with each Step, whose `model` says whose it is; returning False ends *that model's* training.
-        progress: show a bar on a terminal or in a notebook.
 
     Returns:
         A History like that of `fit`, with step_seconds [steps, M]. Ctrl-C and exceptions are treated as there.
@@ -107,7 +103,7 @@ def fit_alone(
 
     total = count_steps(batches, epochs * num_models)
     with Recording(num_models, total, alone=True, progress=progress) as run, Replay(batches, models) as replay:
-        shown = callback and replay.as_data(callback)
+        shown = callback and replay.data_draws()(callback)
         for m, model in enumerate(models):
             replay.restart()
             for step in train(m, model, replay):

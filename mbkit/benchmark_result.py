@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,9 +114,12 @@ class BenchmarkResult(Tables):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BenchmarkResult:
         """Return the result that `to_dict` was called on, with NaN for what was not finite."""
-        fields = {name: value for name, value in values.items() if name != "summary"}
         plain = ("learning_rates", "seeds", "setup", "machine", "batched_memory", "alone_memory")
-        return cls(**{name: v if name in plain or v is None else _tensor(v) for name, v in fields.items()})
+        fields = {name: value for name, value in values.items() if name != "summary"}
+        for name, value in fields.items():
+            if name not in plain and value is not None:
+                fields[name] = torch.from_numpy(np.array(value, float))  # NumPy reads None as NaN
+        return cls(**fields)
 
     def save(self, path: str | Path) -> None:
         """Write everything, raw runs included, as JSON; folders are made, and an old file is replaced as a whole."""
@@ -170,13 +173,6 @@ class BenchmarkResult(Tables):
                 "from itself as well.\nWith dtype=torch.float64 the same comparison has no room for such drift."
             )
         return f"{note}\n{self.setup['dataset_note']}"
-
-
-def _tensor(values: Any) -> Tensor:
-    def numbers(value: Any) -> Any:
-        return [numbers(v) for v in value] if isinstance(value, list) else math.nan if value is None else value
-
-    return torch.tensor(numbers(values), dtype=torch.float64)
 
 
 def _percent(share: Tensor) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .history import History, Step
 from .progress import Progress
@@ -106,8 +107,4 @@ def _last_updates(steps: Sequence[Step], num_models: int) -> list[int]:
 def _table(columns: Sequence[Sequence[Tensor]], width: int) -> Tensor:
     """Lay columns of [width] tensors side by side, [steps, columns * width], NaN where a column is shorter."""
     stacked = [torch.stack(list(column)).cpu() if column else torch.empty(0, width) for column in columns]
-    dtype = next((column.dtype for column in stacked if len(column)), torch.get_default_dtype())
-    table = torch.full((max(map(len, stacked)), len(stacked) * width), math.nan, dtype=dtype)
-    for i, column in enumerate(stacked):
-        table[: len(column), i * width : (i + 1) * width] = column
-    return table
+    return pad_sequence(stacked, padding_value=math.nan).flatten(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,7 +62,7 @@ class Replay:
         """
         pairs, first = walk(self._batches, epoch, self._device), epoch == 0
         while True:
-            with self._data_draws():
+            with self.data_draws():
                 pair = next(pairs, None)
             if pair is None:
                 return
@@ -71,17 +71,9 @@ class Replay:
                 first = False
             yield pair
 
-    def as_data(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `function`, drawing from the data's state instead of the model's, as all else but models does."""
-
-        def drawing_as_data(*args: Any) -> Any:
-            with self._data_draws():
-                return function(*args)
-
-        return drawing_as_data
-
     @contextmanager
-    def _data_draws(self) -> Iterator[None]:
+    def data_draws(self) -> Iterator[None]:
+        """Draw in a `with` block, or in a decorated function, from the data's state: as all else but models does."""
         model = torch.get_rng_state()
         torch.set_rng_state(self._now)
         try:
