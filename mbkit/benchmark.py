@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from .accuracy import evaluate
 from .alone import lone_step
 from .benchmark_result import BenchmarkResult, Timing
-from .checks import check_seeds, per_model
+from .checks import check_seeds, per_model, whole_number
 from .data import ImageData, load_images
 from .loop import walk
 from .machine import describe_machine, measure_peak_memory, synchronize
@@ -104,14 +104,14 @@ def run_benchmark(
         (torch.Size([6, 2]), True)
     """
     for name, value in {"num_models": num_models, "batch_size": batch_size, "epochs": epochs}.items():
-        _check_count(value, name)
-    _check_count(warmup, "warmup", least=0)
+        whole_number(value, name)
+    whole_number(warmup, "warmup", least=0)
     device = torch.device(device)
     data = (load_images(data) if isinstance(data, str) else data).to(device)
     batches = data.batches(batch_size, dtype=dtype)
     steps = epochs * len(batches)
     if max_steps is not None:
-        steps = min(steps, _check_count(max_steps, "max_steps"))
+        steps = min(steps, whole_number(max_steps, "max_steps"))
     if steps <= warmup or len(data.images) < batch_size:
         raise ValueError(
             f"Expected more than {warmup} steps (that many are for warm-up) and a full batch of {batch_size}, got "
@@ -177,14 +177,6 @@ def _difference(models: Sequence[nn.Module], batch: ModelBatch) -> Tensor:
         for m, own in enumerate(model.parameters() for model in models)
     ]
     return torch.stack(gaps).amax(1).detach().cpu()
-
-
-def _check_count(value: Any, name: str, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"Expected a whole number as {name}, got {value!r}: pass {least} or more.")
-    if value < least:
-        raise ValueError(f"Expected at least {least} as {name}, got {value}: pass {least} or more.")
-    return value
 
 
 class _Side:

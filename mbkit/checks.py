@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_seeds", "did_you_mean", "list_of_models", "memory_of", "per_model"]
+__all__ = ["check_seeds", "did_you_mean", "list_of_models", "memory_of", "per_model", "whole_number"]
 
 _MAX_SEED = 2**63 - 1
 
@@ -34,6 +34,21 @@ def list_of_models(models: Any) -> list[nn.Module]:
                 f"Expected nn.Modules, got {type(model).__name__} as model {m}: pass the models themselves."
             )
     return models
+
+
+def whole_number(value: Any, name: str, least: int = 1) -> int:
+    """Return `value`, or refuse it as no whole number (TypeError) or too small a one (ValueError).
+
+    Example:
+        >>> whole_number(0, "epochs")
+        Traceback (most recent call last):
+        ValueError: Expected at least 1 as epochs, got 0: pass 1 or more.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Expected a whole number as {name}, got {value!r}: pass {least} or more.")
+    if value < least:
+        raise ValueError(f"Expected at least {least} as {name}, got {value}: pass {least} or more.")
+    return value
 
 
 def memory_of(tensor: Tensor) -> tuple[int, int]:

@@ -241,7 +241,9 @@ class _Lone:
     def step(self, x: Any, y: Any, loss_fn: Callable, max_norm: float | None) -> Tensor:
         """Make one update; return the loss before it."""
         if self.kind == "channels_last":
-            x = tree_map_only(Tensor, _channels_last, x)
+            x = tree_map_only(
+                Tensor, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t, x
+            )
         with self.draws.current(), _one_thread(self.kind == "one thread"):
             loss, _ = lone_step(self.model, self.optimizer, x, y, loss_fn, max_norm)
         if self.schedule is not None:
@@ -261,10 +263,6 @@ def _one_thread(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def endless(batches: Any, device: torch.device) -> Iterator[tuple[Any, Any]]:

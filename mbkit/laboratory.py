@@ -94,7 +94,8 @@ class Laboratory:
                 run.start = read(made.parameters)
             run.rates.append(_rates(made, len(models)))
             for (x, y), scale in zip(self.data, scales, strict=False):
-                made.step(_fresh(x), y, _scaled(self.loss_fn, scale))
+                # Powers of two change no digit of any gradient.
+                made.step(_fresh(x), y, lambda outputs, y, scale=scale: self.loss_fn(outputs, y) * scale)
                 run.parameters.append(read(made.parameters))
                 run.gradients.append(read(made.gradients))
                 run.states.append(read(lambda m: _flat(made.optimizer_state(m))))
@@ -186,10 +187,6 @@ def apart(a: Tensor | None, b: Tensor | None) -> float:
     length = max(torch.linalg.vector_norm(a).item(), torch.linalg.vector_norm(b).item())
     gap = torch.linalg.vector_norm(a - b).item() / length
     return gap if gap == gap else torch.inf
-
-
-def _scaled(loss_fn: Callable[[Any, Any], Tensor], scale: float) -> Callable[[Any, Any], Tensor]:
-    return lambda outputs, targets: loss_fn(outputs, targets) * scale  # powers of two change no digit of any gradient
 
 
 def _few(pair: Any, dim: int, dtype: torch.dtype | None) -> Any:

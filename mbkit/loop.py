@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from .checks import whole_number
+
 __all__ = [
     "Pairs", "arguments", "call", "check_run", "check_schedule", "count_steps", "detach", "first_tensor",
     "make_schedule", "part", "walk",
@@ -33,10 +35,7 @@ def check_run(batches: Any, loss_fn: Any, epochs: Any, scheduler_every: str, wal
     """
     if not callable(loss_fn):
         raise TypeError(f"Expected loss_fn(outputs, targets), got {loss_fn!r}: pass e.g. nn.functional.cross_entropy.")
-    if isinstance(epochs, bool) or not isinstance(epochs, int):
-        raise TypeError(f"Expected a whole number of epochs, got {epochs!r}: pass 1 or more.")
-    if epochs < 1:
-        raise ValueError(f"Expected at least 1 epoch, got {epochs}: pass 1 or more.")
+    whole_number(epochs, "epochs")
     if scheduler_every not in ("epoch", "step"):
         raise ValueError(f"Expected scheduler_every 'epoch' or 'step', got {scheduler_every!r}: choose one of them.")
     check_batches(batches, walks)

@@ -87,7 +87,7 @@ class BatchSubject:
             states = [own.state.get(view, {}) for view in own.param_groups[0]["params"]]
         else:
             every = [getattr(optimizer, "state", {}).get(p, {}) for p in stacked.values()]
-            states = [{key: value[m] for key, value in own.items() if _is_stacked(value, size)} for own in every]
+            states = [{k: v[m] for k, v in own.items() if getattr(v, "shape", ())[:1] == (size,)} for own in every]
         return dict(zip(stacked, states, strict=True))
 
     def learning_rate(self, m: int) -> float | None:
@@ -103,10 +103,6 @@ class BatchSubject:
         """Write model m's parameters."""
         for name, value in values.items():
             self.batch.stacked_params[name][m].copy_(value)
-
-
-def _is_stacked(value: Any, size: int) -> bool:
-    return isinstance(value, Tensor) and value.shape[:1] == (size,)
 
 
 class BatchRecipe:

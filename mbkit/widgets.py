@@ -168,7 +168,10 @@ class LearningRateExplorer(Explorer):
         **hyperparameters: Any,
     ) -> None:
         self._called = given(build, batches)
-        self._build, self._batches = _demo() if build is None else (build, batches)
+        if build is None:
+            with seeded(42):
+                build, batches = lambda: MLP((20, 16, 16, 4)), Batches(*demo_points(500, 20, 4), batch_size=50)
+        self._build, self._batches = build, batches
         self._loss_fn, self._hyperparameters, self.steps = loss_fn, hyperparameters, steps
         self.rates = log_range("learning rates", *rates)
         self.num_rates = slider("rates", num_rates, 1, 32)
@@ -245,8 +248,3 @@ class LearningRateExplorer(Explorer):
 
 
 explore_learning_rates = LearningRateExplorer
-
-
-def _demo() -> tuple[Callable[[], nn.Module], Batches]:
-    with seeded(42):
-        return lambda: MLP((20, 16, 16, 4)), Batches(*demo_points(500, 20, 4), batch_size=50)

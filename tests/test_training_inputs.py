@@ -20,8 +20,8 @@ def _plateau(optimizer):
 
 # What is wrong -> (error, what it says, what to pass instead of the right thing).
 REFUSED_BY_BOTH = {
-    "no epochs": (ValueError, "at least 1 epoch", lambda: {"epochs": 0}),
-    "half an epoch": (TypeError, "whole number of epochs", lambda: {"epochs": 1.5}),
+    "no epochs": (ValueError, "at least 1 as epochs", lambda: {"epochs": 0}),
+    "half an epoch": (TypeError, "whole number as epochs", lambda: {"epochs": 1.5}),
     "no batch": (ValueError, "at least one batch", lambda: {"batches": []}),
     "no iterable": (TypeError, "iterable of", lambda: {"batches": 5}),
     "a used-up iterator": (TypeError, "used up", lambda: {"batches": iter(points()), "epochs": 2}),
