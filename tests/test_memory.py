@@ -1,0 +1,136 @@
+"""M models take M times one model's own state (parameters, gradients, moments) and one chunk's activations, no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mbkit import ModelBatch, OptimizerFactory, evaluate, fit
+from mbkit.machine import measure_peak_memory
+from mbkit.models import MLP, LeNet5
+from mbkit.optim.stacked import _BLOCK
+
+FLOAT = 4  # bytes
+LENET = 62_006  # parameters
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive; `peak` is the most there were. A kernel's own scratch is unseen.
+
+    Args:
+        *present: trees of tensors that count from the start.
+    """
+
+    def __init__(self, *present: Any) -> None:
+        super().__init__()
+        self.peak, self._known = 0, {}
+        self._note(present)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self._known = {key: (ref, size) for key, (ref, size) in self._known.items() if not ref.expired()}
+        self._note(made)
+        self.peak = max(self.peak, sum(size for _, size in self._known.values()))
+        return made
+
+    def _note(self, tree: Any) -> None:
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._known.setdefault(StorageWeakRef(storage).cdata, (StorageWeakRef(storage), storage.nbytes()))
+
+
+def lone_peak(build: Callable, pair: tuple[Tensor, Tensor], cls: type, settings: dict) -> int:
+    model = build()
+    optimizer = cls(model.parameters(), foreach=False, **settings)
+    with Live(list(model.parameters())) as live:
+        for _ in range(3):
+            optimizer.zero_grad()
+            cross_entropy(model(pair[0]), pair[1]).backward()
+            optimizer.step()
+    return live.peak
+
+
+def batch_of(build: Callable, num_models: int, cls: type, settings: dict) -> tuple[ModelBatch, Any]:
+    batch = ModelBatch([build() for _ in range(num_models)])
+    return batch, OptimizerFactory(cls).create_optimizer(batch, **settings)
+
+
+CASES = {  # what is built, its input, the optimizer, and how many floats a parameter's own state has
+    "Adam of LeNet5": (LeNet5, (16, 3, 32, 32), torch.optim.Adam, {"lr": 1e-3}, 4),
+    "RMSprop of an MLP": (
+        lambda: MLP((64, 128, 128, 10)),
+        (32, 64),
+        torch.optim.RMSprop,
+        {"lr": 1e-3, "weight_decay": 0.1},
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("chunk_size", [4, "auto"])
+@pytest.mark.parametrize(("build", "shape", "cls", "settings", "floats"), CASES.values(), ids=CASES)
+def test_fit_takes_each_models_own_state_and_one_chunk_of_activations(
+    monkeypatch, build, shape, cls, settings, floats, chunk_size
+):
+    """The allowance is the chunk's own state once more: its gradients are there twice, and an update has its sums."""
+    pair, size = (torch.randn(shape), torch.randint(10, shape[:1])), 4
+    numbers = sum(p.numel() for p in build().parameters())
+    alone, state = lone_peak(build, pair, cls, settings), floats * FLOAT * numbers
+    monkeypatch.setitem(_BLOCK, "cpu", size * FLOAT * numbers)  # a block is 8 MiB, more than all models of this test
+    monkeypatch.setattr("mbkit.chunks.Chunks._largest", lambda *_: size)
+    peaks = {}
+    for num_models in (16, 32):
+        batch, optimizer = batch_of(build, num_models, cls, settings)
+        with Live(list(batch.parameters())) as live:
+            fit(batch, optimizer, [pair] * 6, cross_entropy, chunk_size=chunk_size, progress=False)
+        peaks[num_models] = live.peak
+        assert num_models * state < live.peak <= num_models * state + size * alone
+    assert peaks[32] - peaks[16] <= 1.02 * 16 * state  # a further model takes its own state, and nothing else
+
+
+def test_evaluate_takes_one_chunk_of_activations(monkeypatch):
+    model, x, y = LeNet5(), torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+    with torch.no_grad(), Live() as alone:
+        model(x)
+    monkeypatch.setattr("mbkit.chunks._ENOUGH", 8 * alone.peak)
+    batch = ModelBatch([LeNet5() for _ in range(64)])
+    with Live(list(batch.parameters())) as live:
+        evaluate(batch, [(x, y)] * 2)
+    assert live.peak <= 64 * FLOAT * LENET + 8 * alone.peak
+
+
+@pytest.mark.slow
+def test_a_thousand_lenets_train():
+    """By the process's own resident memory, which nothing escapes: gradients, moments, and what 46 models keep.
+
+    These keep 256 MiB; as much again for what their passes make on the way, and for gaps in the heap. All 1,000 at once
+    would keep 1.4 GiB.
+    """
+    num_models = 1000
+    batch, optimizer = batch_of(LeNet5, num_models, torch.optim.Adam, {"lr": [1e-3 + 1e-6 * m for m in range(1000)]})
+    pair = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+    with measure_peak_memory(torch.device("cpu")) as peak:
+        history = fit(batch, optimizer, [pair] * 3, cross_entropy, progress=False)
+        evaluate(batch, [pair])
+    assert (history.loss[-1] < history.loss[0]).all()
+    assert peak.bytes is None or peak.bytes <= 3 * FLOAT * LENET * num_models + 3 * (256 << 20)
+
+
+@pytest.mark.slow
+def test_the_rate_holds_from_256_to_16384_small_models():
+    seconds = {}
+    for num_models, steps in ((256, 30), (16_384, 6)):
+        batch, optimizer = batch_of(lambda: MLP((8, 12, 12, 3)), num_models, torch.optim.Adam, {"lr": 1e-3})
+        pair = torch.randn(32, 8), torch.randint(3, (32,))
+        history = fit(batch, optimizer, [pair] * steps, cross_entropy, progress=False)
+        seconds[num_models] = history.step_seconds.min().item() / num_models
+    assert seconds[16_384] <= 2 * seconds[256]
