@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .history import plain_numbers
-from .tables import Tables
+from .tables import Tables, plain
 
 __all__ = ["BenchmarkResult", "Timing"]
 
@@ -108,8 +107,7 @@ class BenchmarkResult(Tables):
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists with the raw runs, fit for JSON; what is not finite becomes None."""
         summary = {"speedup": self.speedup, "batched": vars(self.batched), "alone": self.alone and vars(self.alone)}
-        raw = {name: plain_numbers(v) if isinstance(v, Tensor) else v for name, v in vars(self).items()}
-        return {"summary": summary, **raw}
+        return plain({"summary": summary, **vars(self)})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BenchmarkResult:

@@ -6,7 +6,7 @@ import base64
 import html
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .measures import Case, Finding
 from .models import MLP
 from .rng import seeded
 from .subject import BatchRecipe, Recipe
-from .tables import html_table
+from .tables import html_table, plain
 
 __all__ = ["Diagnosis", "diagnose", "diagnose_planted"]
 
@@ -63,9 +63,9 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists, fit for JSON."""
-        findings = {name: asdict(finding) for name, finding in self.findings.items()}
+        findings = {name: vars(finding) for name, finding in self.findings.items()}
         head = {"conclusion": self.conclusion, "guilty": self.guilty, "findings": findings}
-        return {**head, "equivalence": self.equivalence.to_dict()}
+        return {**plain(head), "equivalence": self.equivalence.to_dict()}
 
     def plot(self) -> Any:
         """Return a figure: how far each parameter is, step by step, one panel a model."""

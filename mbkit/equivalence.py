@@ -19,7 +19,7 @@ from .checks import check_seeds, list_of_models, per_model
 from .loop import check_run, make_schedule, part, walk
 from .rng import OwnDraws
 from .subject import BatchRecipe, BatchSubject
-from .tables import Tables
+from .tables import Tables, plain
 
 __all__ = ["EquivalenceReport", "compare", "gap"]
 
@@ -94,11 +94,8 @@ class EquivalenceReport(Tables):
             raise AssertionError(str(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and lists, fit for JSON."""
-        tensors = {name: getattr(self, name).tolist() for name in ("difference", "relative", "loss_difference")}
-        floors = {name: floor.tolist() for name, floor in self.floors.items()}
-        head = {"verdict": self.verdict, "equivalent": self.equivalent, "parameters": self.parameters}
-        return {**head, **tensors, "floors": floors, "tolerance": self.tolerance}
+        """Return plain numbers and lists, fit for JSON; what is not finite becomes None."""
+        return plain({"verdict": self.verdict, "equivalent": self.equivalent, **vars(self)})
 
     def plot(self) -> Any:
         """Return a figure: how far each parameter is, step by step, one panel a model."""

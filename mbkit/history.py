@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tables import Tables
+from .tables import Tables, plain
 
-__all__ = ["History", "Step", "plain_numbers"]
+__all__ = ["History", "Step"]
 
 _ROWS_SHOWN = 20
 
@@ -113,17 +113,7 @@ class History(Tables):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists, fit for JSON; what is not finite becomes None."""
-        return {
-            "loss": plain_numbers(self.loss),
-            "accuracy": None if self.accuracy is None else plain_numbers(self.accuracy),
-            "seconds": self.seconds,
-            "step_seconds": plain_numbers(self.step_seconds),
-            "epoch": self.epoch.tolist(),
-            "steps_done": list(self.steps_done),
-            "interrupted": self.interrupted,
-            "how": self.how,
-            "frozen": list(self.frozen),
-        }
+        return plain(vars(self))
 
     def __len__(self) -> int:
         return self.steps
@@ -159,13 +149,6 @@ class History(Tables):
         if self.num_models > _ROWS_SHOWN:
             rows.append(["..."] * len(header))
         return rows
-
-
-def plain_numbers(values: Tensor) -> list[Any]:
-    """Return nested lists of a tensor's numbers, None for those that JSON has no word for."""
-    if values.ndim > 1:
-        return [plain_numbers(row) for row in values]
-    return [number if math.isfinite(number) else None for number in values.tolist()]
 
 
 def _count(number: int, noun: str) -> str:
