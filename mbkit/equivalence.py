@@ -99,7 +99,7 @@ class EquivalenceReport(Tables):
 
     def plot(self) -> Any:
         """Return a figure: how far each parameter is, step by step, one panel a model."""
-        from .heat_map import heat_map
+        from .plots import heat_map
 
         return heat_map(self)
 

@@ -15,15 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
-from .curves import ALONE, BATCHED, GRAY, RAISED, RIGHT, WRONG, LearningRates, Picture, RateMap, diverged, smooth, tidy
-from .heat_map import heat_map
+from .curves import ALONE, BATCHED, GRAY, RAISED, RIGHT, WRONG, LearningRates, Picture, RateMap, label_decades, tidy
 from .outcome import SWITCHES
-from .scaling import scaling
 from .trainability import Trainability
 
 __all__ = [
-    "LearningRates", "Picture", "accuracy", "benchmark", "combinations", "consistency", "differences", "diverged",
-    "heat_map", "learning_rates", "scaling", "smooth", "story_figure", "trainability",
+    "LearningRates", "Picture", "accuracy", "benchmark", "combinations", "consistency", "differences", "heat_map",
+    "learning_rates", "scaling", "story_figure", "trainability",
 ]  # fmt: skip
 
 LINES = (BATCHED, ALONE, RIGHT, "#CC79A7", "#56B4E9", "#000000")
@@ -120,14 +118,76 @@ def benchmark(result: Any) -> Picture:
     return picture
 
 
-def story_figure(published: Any, dissection: Any, measured: Any = None) -> Picture:
-    """Draw the whole story: the published table, the parameters' difference, what the table is made of, the speed.
+def scaling(measured: Mapping[str, Mapping[int, Any]]) -> Picture:
+    """Draw the time that a model and step takes alone and in the batch, a panel for each quantity that grows.
 
     Args:
-        published: the `Outcome` of the published demo.
-        dissection: its eight combinations.
-        measured: a benchmark's result, or None to leave that row away.
+        measured: what grows, to its values, each with a `BenchmarkResult`: {"models M": {1: result, 16: result}}.
+
+    Example:
+        >>> from mbkit.benchmark import run_benchmark
+        >>> results = {m: run_benchmark("digits", m, max_steps=4, warmup=2) for m in (1, 2)}
+        >>> [axes.get_xlabel() for axes in scaling({"models M": results}).axes]
+        ['models M']
     """
+    picture = Picture(max(6.5, 3.4 * len(measured)), 3.2)
+    panels = picture.subplots(1, len(measured), sharey=True, squeeze=False)[0]
+    for axes, (what, results) in zip(panels, measured.items(), strict=True):
+        for side, color, mark in (("alone", ALONE, "o--"), ("batched", BATCHED, "s-")):
+            times = {value: getattr(result, side) for value, result in results.items() if getattr(result, side)}
+            lows, medians, highs = (
+                [1e3 * getattr(t, end) for t in times.values()] for end in ("low", "median", "high")
+            )
+            label = "alone" if side == "alone" else "in the batch"
+            axes.plot(list(times), medians, mark, color=color, markersize=5, label=label)
+            axes.fill_between(list(times), lows, highs, color=color, alpha=0.25, linewidth=0)  # the quartiles
+        axes.set(xscale="log", yscale="log", xlabel=what)
+        axes.minorticks_off()
+        label_decades(axes.yaxis)
+        axes.set_xticks(list(results), [f"{value:,}" for value in results])
+        tidy(axes)
+    panels[0].set_ylabel("ms a model and step")
+    panels[0].legend(fontsize=8, frameon=False, loc="best")
+    return picture
+
+
+def heat_map(report: Any) -> Picture:
+    """Draw how far each parameter of each model is from the same model alone, step by step: one panel a model.
+
+    Args:
+        report: from `compare`; what its noise floors explain is white or light, what they don't is dark.
+    """
+    steps, num_models, num_parameters = report.relative.shape
+    columns = min(num_models, 4)
+    rows = math.ceil(num_models / columns)
+    picture = Picture(8.6, rows * min(6.0, 0.9 + 0.24 * num_parameters) + 0.3, dpi=100)
+    panels = picture.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    low = -8 if report.tolerance > 1e-6 else -16  # where rounding begins, in float32 and in float64
+    values = report.relative.nan_to_num(nan=math.inf).clamp(1e-17, 1e3).log10()
+    look = {"aspect": "auto", "cmap": "OrRd", "vmin": low, "vmax": 1, "interpolation": "nearest"}
+    rounding = report.relative <= report.allowed
+    for m, axes in enumerate(panels.flat):
+        if m >= num_models:
+            axes.set_visible(False)
+            continue
+        image = axes.imshow(values[:, m].T.numpy(), **look)
+        lost = (~rounding[:, m]).any(1).nonzero()
+        since = f"differs from step {lost[0].item() + 1}" if len(lost) else "rounding"
+        axes.set_title(f"model {m}: {since}", fontsize=9, color=WRONG if len(lost) else RIGHT)
+        axes.set_yticks(range(num_parameters), report.parameters, fontsize=7)
+        every = max(1, math.ceil(steps / 8))
+        axes.set_xticks(range(0, steps, every), [str(step + 1) for step in range(0, steps, every)], fontsize=8)
+        axes.spines[:].set_visible(False)
+    picture.supxlabel("step", fontsize=9)
+    ticks = range(low, 2, 3 if low == -8 else 4)
+    bar = picture.colorbar(image, ax=panels, ticks=ticks, pad=0.01, extend="both")
+    bar.ax.set_yticklabels(["10" + str(tick).translate(RAISED) for tick in ticks], fontsize=8)
+    bar.set_label("difference / way come", fontsize=8)
+    return picture
+
+
+def story_figure(published: Any, dissection: Any, measured: Any = None) -> Picture:
+    """Draw the whole story: the published table, the parameters' difference, its eight combinations; and a benchmark."""
     picture = Picture(10, 6.4 if measured is None else 9.4)
     rows = picture.subfigures(2 if measured is None else 3, 1, squeeze=False)[:, 0]
     top = rows[0].subplots(1, 2)

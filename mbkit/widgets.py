@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import consistency, plots
+from . import consistency, curves, plots
 from .data import Batches, demo_points
 from .explorer import (
     OPTIMIZERS,
@@ -150,7 +150,7 @@ class LearningRateExplorer(Explorer):
         >>> explorer.close()
     """
 
-    curves: plots.LearningRates
+    curves: curves.LearningRates
     seconds: list[float]  # a step of all models
     loss = torch.empty(0, 0)  # [steps made, M]
 
@@ -225,12 +225,12 @@ class LearningRateExplorer(Explorer):
         batch = ModelBatch(models, seeds=seeds)
         factory = OptimizerFactory(getattr(torch.optim, optimizer), self._hyperparameters)
         updates = factory.create_optimizer(batch, lr=rates)
-        curves, seconds, loss = plots.LearningRates(rates, self.steps), [], torch.empty(self.steps, len(rates))
+        chart, seconds, loss = curves.LearningRates(rates, self.steps), [], torch.empty(self.steps, len(rates))
         walk = train_steps(batch, updates, self._batches, self._loss_fn, self.steps)  # a walk has at least one step
         for done, step in enumerate(itertools.islice(walk, self.steps)):
             loss[done] = step.losses
             seconds.append(step.seconds)
-            self.curves, self.seconds, self.loss = curves, seconds, loss[: done + 1]
+            self.curves, self.seconds, self.loss = chart, seconds, loss[: done + 1]
             yield
 
     def _picture(self) -> bytes:
@@ -239,7 +239,7 @@ class LearningRateExplorer(Explorer):
 
     def _facts(self) -> dict[str, Any]:
         loss, seconds = self.loss, sorted(self.seconds)  # of one moment: the thread goes on
-        lost = int(plots.diverged(loss, self.curves.window).sum())
+        lost = int(curves.diverged(loss, self.curves.window).sum())
         shown = f"{loss[-1, min(self.chosen, loss.shape[1] - 1)].item():.4g}"
         marked = {"rate": self.rate.label, "seed": self.seed.value, "loss": shown}
         usual = seconds[len(seconds) // 2] / loss.shape[1]

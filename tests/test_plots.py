@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mbkit import consistency, plots
+from mbkit import consistency, curves, plots
 from mbkit.benchmark_result import Timing
 
 
@@ -76,8 +76,8 @@ def test_differences_that_are_all_zero_are_drawn_too():
 def test_learning_rates_leave_out_what_diverged_and_mark_it():
     loss = torch.tensor([[2.0, 2.0, 2.0], [1.5, 2.4, 9.0], [1.0, 1.0, math.nan]])
     left, right = plots.learning_rates(loss, [0.1, 1.0, 10.0]).axes
-    (curves,) = left.collections
-    paths = [torch.tensor(path) for path in curves.get_segments()]
+    (drawn,) = left.collections
+    paths = [torch.tensor(path) for path in drawn.get_segments()]
     assert paths[0][:, 1].tolist() == [2.0, 1.5, 1.0]
     assert paths[2][:, 1].tolist()[:1] == [2.0]
     assert paths[2][1:, 1].isnan().all()
@@ -97,9 +97,9 @@ def test_the_line_goes_through_the_medians_of_those_that_did_not_diverge():
 
 
 def test_colors_follow_the_learning_rate_and_models_of_one_rate_share_theirs():
-    curves = plots.LearningRates([0.1, 0.1, 1.0], 5)
-    assert (curves.colors[0] == curves.colors[1]).all()
-    assert (curves.colors[0] != curves.colors[2]).any()
+    chart = plots.LearningRates([0.1, 0.1, 1.0], 5)
+    assert (chart.colors[0] == chart.colors[1]).all()
+    assert (chart.colors[0] != chart.colors[2]).any()
 
 
 def test_accuracy_takes_the_place_of_the_loss_at_the_right():
@@ -120,19 +120,19 @@ def test_accuracy_takes_the_place_of_the_loss_at_the_right():
     ],
 )
 def test_diverged(loss, expected):
-    assert plots.diverged(torch.tensor(loss)).tolist() == [expected]
+    assert curves.diverged(torch.tensor(loss)).tolist() == [expected]
 
 
 def test_one_model_that_is_lost_does_not_hide_another():
-    assert plots.diverged(torch.tensor([[math.inf, 2.0], [math.nan, 1.0]])).tolist() == [True, False]
+    assert curves.diverged(torch.tensor([[math.inf, 2.0], [math.nan, 1.0]])).tolist() == [True, False]
 
 
 def test_smooth_is_the_mean_of_the_last_steps():
     loss = torch.rand(20, 3, dtype=torch.float64)
     expected = torch.stack([loss[max(0, t - 3) : t + 1].mean(0) for t in range(20)])
-    torch.testing.assert_close(plots.smooth(loss, 4), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(curves.smooth(loss, 4), expected, rtol=0, atol=1e-12)
     spike = torch.tensor([[1.0], [1e30], [1.0], [1.0]])
-    assert plots.smooth(spike, 2)[-1].item() == pytest.approx(1.0)  # one spike does not spoil what follows
+    assert curves.smooth(spike, 2)[-1].item() == pytest.approx(1.0)  # one spike does not spoil what follows
 
 
 def test_benchmark_shows_times_in_milliseconds_and_both_accuracies():
@@ -172,11 +172,11 @@ def test_a_picture_shows_itself_as_a_small_png_that_keeps_rare_colors():
 
 
 def test_a_frame_paints_what_changed_over_the_same_background():
-    curves = plots.LearningRates([0.1, 1.0], 10)
+    chart = plots.LearningRates([0.1, 1.0], 10)
     loss = torch.linspace(2, 1, 10)[:, None].expand(-1, 2)
     frames = []
     for steps, marked in ((5, None), (10, None), (10, 1), (10, None)):
-        curves.update(loss[:steps], marked)
-        frames.append(curves.frame())
+        chart.update(loss[:steps], marked)
+        frames.append(chart.frame())
     assert len(set(frames)) == 3
     assert frames[1] == frames[3]

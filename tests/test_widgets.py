@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from mbkit import consistency, plots, widgets
+from mbkit import consistency, curves, plots, widgets
 
 
 def until(condition, seconds=10):
@@ -231,7 +231,7 @@ def test_an_explorer_that_is_paused_at_once_shows_its_first_step(show, facts):
 
 def test_what_diverged_is_counted(show, facts):
     explorer = show(widgets.explore_learning_rates, rates=(0.001, 10.0), num_rates=2, num_seeds=3, steps=30).wait()
-    lost = plots.diverged(explorer.loss, explorer.curves.window)
+    lost = curves.diverged(explorer.loss, explorer.curves.window)
     assert not lost[:3].any()
     assert lost[3:].any()
     assert facts(explorer)["diverged"] == str(int(lost.sum()))
