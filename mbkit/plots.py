@@ -187,7 +187,7 @@ def heat_map(report: Any) -> Picture:
 
 
 def story_figure(published: Any, dissection: Any, measured: Any = None) -> Picture:
-    """Draw the whole story: the published table, the parameters' difference, its eight combinations; and a benchmark."""
+    """Draw the whole story: the published table, how parameters drift, the eight combinations; and a benchmark."""
     picture = Picture(10, 6.4 if measured is None else 9.4)
     rows = picture.subfigures(2 if measured is None else 3, 1, squeeze=False)[:, 0]
     top = rows[0].subplots(1, 2)
