@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from .checks import did_you_mean, list_of_models, memory_of
 from .circles import refuse_circles
-from .sameness import Names, held_by, same, same_class
+from .sameness import Comparison, Names, held_by
 
 __all__ = ["Settings", "check_models", "check_paths"]
 
@@ -52,7 +52,7 @@ def check_models(models: Iterable[nn.Module]) -> tuple[list[nn.Module], Settings
     _refuse_shared_memory(modules, tensors)
     settings: Settings = {}
     for m, model in enumerate(models[1:], 1):
-        if not same_class(type(model), type(first), {}, {}):
+        if not Comparison({}, {}).same(type(model), type(first)):
             _refuse(m, "is of another class", _kind(model), _kind(first))
         others, others_tensors = _modules(model), _tensors(model)
         _compare_tensors(m, others_tensors, tensors)
@@ -232,7 +232,8 @@ def _compare_modules(
 ) -> None:
     """Compare classes, train/eval flags and plain attributes; note the floats that differ in torch's own layers."""
     where = f"at '{path}'" if path else "at its top"
-    if not same_class(type(module), type(reference), names, other_names):
+    compared = Comparison(names, other_names)
+    if not compared.same(type(module), type(reference)):
         _refuse(m, f"has another layer {where}", _kind(module), _kind(reference))
     if module.training != reference.training:
         modes = [f"{'train' if flag else 'eval'}()" for flag in (module.training, reference.training)]
@@ -245,16 +246,13 @@ def _compare_modules(
         if a is b or (name in _HOOKS and not a and not b):
             continue
         if name in _HOOKS:  # one function runs for all models, so it may not keep anything for one of them
-            if not same(list(a.values()), list(b.values()), names, other_names, strict=True):
-                _refuse(
-                    m,
-                    f"has other {name.strip('_').replace('_', ' ')} {where}",
-                    *_contrast([*a.values()], [*b.values()]),
-                )
+            if not Comparison(names, other_names, strict=True).same(list(a.values()), list(b.values())):
+                what = f"has other {name.strip('_').replace('_', ' ')} {where}"
+                _refuse(m, what, *_contrast([*a.values()], [*b.values()]))
         elif isinstance(a, Tensor) and isinstance(b, Tensor):
             if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
                 _refuse(m, f"has another {name!r} {where}", *_contrast(a, b))
-        elif not same(a, b, names, other_names):
+        elif not compared.same(a, b):
             if _is_setting(a, b) and type(module).__module__.startswith("torch.nn."):
                 settings.setdefault(path, {})[name] = []
             else:

@@ -5,81 +5,77 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["held_by", "same", "same_class"]
+__all__ = ["Comparison", "Names", "held_by"]
 
 Names = dict[int, str]  # from the id of a module or tensor that a model registers to its dotted name
 
 
-def same(a: Any, b: Any, names_a: Names, names_b: Names, strict: bool = False, seen: set[int] | None = None) -> bool:
-    """Say whether `a`, found in one model, means what `b` means in another.
+@dataclass(frozen=True)
+class Comparison:
+    """Compares values found in one model with values found in another.
 
     Args:
-        a, b: the two values.
         names_a, names_b: the modules and tensors that each model registers, which are compared elsewhere.
         strict: whether equal lists and dicts that functions hold on to count as different, because a function that
             runs once for all models would fill only one of them.
-        seen: what is being compared further up, so that cycles end.
     """
-    seen = set() if seen is None else seen
-    if a is b or id(a) in seen:
-        return True
-    if isinstance(a, type):
-        return isinstance(b, type) and same_class(a, b, names_a, names_b, strict, seen | {id(a)})
-    if type(a) is not type(b) and not isinstance(a, nn.Module):
-        return False
-    seen = seen | {id(a)}
 
-    def again(x: Any, y: Any) -> bool:
-        return same(x, y, names_a, names_b, strict, seen)
+    names_a: Names
+    names_b: Names
+    strict: bool = False
 
-    if id(a) in names_a or id(b) in names_b:
-        return names_a.get(id(a)) == names_b.get(id(b))
-    if isinstance(a, nn.Module):
-        return again(type(a), type(b)) and again(vars(a), vars(b))
-    if isinstance(a, Tensor):
-        alike = (a.shape, a.dtype, a.device, a.layout) == (b.shape, b.dtype, b.device, b.layout)
-        return alike and torch.equal(a, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(again(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple, deque)):
-        return len(a) == len(b) and all(again(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, weakref.ReferenceType):
-        return again(a(), b())
-    if inspect.ismethod(a):
-        return again(a.__func__, b.__func__) and again(a.__self__, b.__self__)
-    if inspect.isfunction(a):
-        return _same_function(a, b, again, strict)
-    return _same_object(a, b, again)
-
-
-def same_class(a: type, b: type, names_a: Names, names_b: Names, strict: bool = False, seen: Any = None) -> bool:
-    """Say whether two classes are one, or one definition that ran twice (a class made inside a function)."""
-    if a is b:
-        return True
-    if (a.__module__, a.__qualname__, len(a.__bases__)) != (b.__module__, b.__qualname__, len(b.__bases__)):
-        return False
-    seen = (seen or set()) | {id(a)}
-    mine, others = vars(a), vars(b)
-    methods = [name for name, value in mine.items() if inspect.isfunction(value)]
-    return (
-        mine.keys() == others.keys()
-        and all(same(x, y, names_a, names_b, strict, seen) for x, y in zip(a.__bases__, b.__bases__, strict=True))
-        and all(same(mine[name], others[name], names_a, names_b, strict, seen) for name in methods)
-    )
-
-
-def _same_function(a: Any, b: Any, again: Any, strict: bool) -> bool:
-    if a.__code__ != b.__code__:
-        return False
-    for x, y in zip(held_by(a), held_by(b), strict=True):
-        if not again(x, y) or (strict and x is not y and isinstance(x, (list, dict, set, deque))):
+    def same(self, a: Any, b: Any, above: frozenset[int] = frozenset()) -> bool:
+        """Say whether `a` means what `b` means; what is being compared further up is taken as same, so cycles end."""
+        if a is b or id(a) in above:
+            return True
+        if type(a) is not type(b) and not isinstance(a, (type, nn.Module)):
             return False
-    return again(vars(a), vars(b))
+        above = above | {id(a)}
+
+        def again(x: Any, y: Any) -> bool:
+            return self.same(x, y, above)
+
+        if isinstance(a, type):
+            return isinstance(b, type) and self._same_class(a, b, again)
+        if id(a) in self.names_a or id(b) in self.names_b:
+            return self.names_a.get(id(a)) == self.names_b.get(id(b))
+        if isinstance(a, nn.Module):
+            return again(type(a), type(b)) and again(vars(a), vars(b))
+        if isinstance(a, Tensor):
+            alike = (a.shape, a.dtype, a.device, a.layout) == (b.shape, b.dtype, b.device, b.layout)
+            return alike and torch.equal(a, b)
+        if isinstance(a, dict):
+            return list(a) == list(b) and all(again(a[key], b[key]) for key in a)
+        if isinstance(a, (list, tuple, deque)):
+            return len(a) == len(b) and all(again(x, y) for x, y in zip(a, b, strict=True))
+        if isinstance(a, weakref.ReferenceType):
+            return again(a(), b())
+        if inspect.ismethod(a):
+            return again(a.__func__, b.__func__) and again(a.__self__, b.__self__)
+        return self._same_function(a, b, again) if inspect.isfunction(a) else _same_object(a, b, again)
+
+    def _same_class(self, a: type, b: type, again: Any) -> bool:
+        """Say whether two classes are one definition that ran twice (a class made inside a function)."""
+        if (a.__module__, a.__qualname__, len(a.__bases__)) != (b.__module__, b.__qualname__, len(b.__bases__)):
+            return False
+        mine, others = vars(a), vars(b)
+        methods = [name for name, value in mine.items() if inspect.isfunction(value)]
+        alike = mine.keys() == others.keys() and all(map(again, a.__bases__, b.__bases__))
+        return alike and all(again(mine[name], others[name]) for name in methods)
+
+    def _same_function(self, a: Any, b: Any, again: Any) -> bool:
+        if a.__code__ != b.__code__:
+            return False
+        for x, y in zip(held_by(a), held_by(b), strict=True):
+            if not again(x, y) or (self.strict and x is not y and isinstance(x, (list, dict, set, deque))):
+                return False
+        return again(vars(a), vars(b))
 
 
 def held_by(function: Any) -> list[Any]:
