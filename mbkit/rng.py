@@ -45,15 +45,25 @@ class OwnDraws:
     drew = False
 
     def __init__(self, seed: int) -> None:
-        with torch.random.fork_rng():
+        with _kept():
             torch.manual_seed(seed)
             self._state = random_state()
 
     @contextmanager
     def current(self) -> Iterator[None]:
         """Draw from it in a `with` block; afterwards torch's generators stand where they stood."""
-        with torch.random.fork_rng():
+        with _kept():
             set_random_state(self._state)
             yield
             before, self._state = self._state, random_state()
         self.drew |= any(not torch.equal(a, b) for a, b in zip(before, self._state, strict=True))
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """As torch.random.fork_rng, which warns where there are several GPUs."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
