@@ -227,13 +227,17 @@ class _Lone:
         self.model = copy.deepcopy(model).train()
         if kind == "channels_last":
             self.model.to(memory_format=torch.channels_last)
-        self.parameters = [p.detach() for p in self.model.parameters()]
         if kind == "last bit":
             for p in self.parameters:
                 p.copy_(torch.nextafter(p, torch.full_like(p, torch.inf)) if p.is_floating_point() else p)
         self.start = [p.clone() for p in self.parameters]
         self.optimizer = optimizer_cls(self.model.parameters(), **config)
         self.schedule = make_schedule(scheduler, self.optimizer)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Asked for anew each time: an optimizer may put others in their place."""
+        return [p.detach() for p in self.model.parameters()]
 
     def step(self, x: Any, y: Any, loss_fn: Callable, max_norm: float | None) -> Tensor:
         """Make one update; return the loss before it."""
