@@ -132,6 +132,8 @@ class Chunks:
 
     def _row(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         """Return the chunk's rows of a tensor: always the same object, for as long as the tensor is the same."""
+        if tensor.layout is not torch.strided:  # a constant such as a graph's edges; its rows have no address to share
+            return tensor.detach().index_select(0, torch.arange(start, stop, device=tensor.device))
         known, pointer, rows = self._rows.get(id(tensor), (None, 0, {}))
         if known is not tensor or pointer != tensor.data_ptr():
             rows = {}

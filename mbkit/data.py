@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,9 +94,19 @@ class ImageData:
             test_labels=self.test_labels[tested],
         )
 
-    def batches(self, batch_size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Batches:
-        """Return the training set in shuffled batches, normalized to mean 0 and standard deviation 1 a channel."""
-        return Batches(self.images, self.labels, batch_size, seed=seed, transform=self._normalizer(dtype))
+    def batches(
+        self,
+        batch_size: int,
+        seed: int | Sequence[int] = 0,
+        dtype: torch.dtype = torch.float32,
+        subsets: Tensor | None = None,
+    ) -> Batches:
+        """Return the training set in shuffled batches, normalized to mean 0 and standard deviation 1 a channel.
+
+        With a seed a model, or subsets `[M, n]`, each model has its own; see `Batches`.
+        """
+        transform = self._normalizer(dtype)
+        return Batches(self.images, self.labels, batch_size, seed=seed, transform=transform, subsets=subsets)
 
     def test_batches(self, batch_size: int = 1000, dtype: torch.dtype = torch.float32) -> Batches:
         """Return the test set in its own order, normalized with the training set's numbers."""

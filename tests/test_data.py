@@ -103,6 +103,16 @@ def test_normalized_batches_have_mean_0_and_standard_deviation_1(name, monkeypat
     assert torch.allclose(some, by_hand, rtol=0, atol=1e-12)
 
 
+def test_each_model_may_have_images_of_its_own():
+    digits, subsets = load_digits(), torch.tensor([[5, 9, 5], [1, 2, 3]])
+    batches = digits.batches(3, seed=[7, 8], dtype=torch.float64, subsets=subsets)
+    ((x, y),) = batches
+    mean, std = torch.tensor([digits.mean, digits.std], dtype=torch.float64)[..., None, None]
+    assert torch.allclose(x, (digits.images[batches.order(0)].double() / 255 - mean) / std, rtol=0, atol=1e-12)
+    assert y.equal(digits.labels[batches.order(0)])
+    assert batches.order(0).sort().values.tolist() == [[5, 5, 9], [1, 2, 3]]
+
+
 def test_subset_is_fixed_balanced_and_named():
     digits = load_digits()
     few = digits.subset(150, 30)

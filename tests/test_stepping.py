@@ -102,6 +102,23 @@ def test_chunks_change_no_result(size, each):
     assert history.how == ("all models at once" if size in (M, None) else f"in chunks of {size}")
 
 
+class OnGraph(nn.Module):
+    """Holds a sparse tensor, other edges in each model."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.out = nn.Linear(72, K)
+        self.edges = torch.randn(B, B).double().relu().to_sparse()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.edges, self.out(x.flatten(1)))
+
+
+@pytest.mark.parametrize("size", [2, "auto"])
+def test_chunks_of_models_with_a_sparse_constant(size):
+    train(OnGraph, False, chunk_size=size)
+
+
 @pytest.mark.parametrize("cls", [Busy, Steady])
 def test_one_by_one_changes_no_result(cls):
     models, pairs = models_of(cls), data()
