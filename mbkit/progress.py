@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 __all__ = ["Progress"]
@@ -12,7 +13,7 @@ __all__ = ["Progress"]
 _REDRAW_SECONDS = 0.1  # a message to the browser costs more than a small model's training step
 
 
-class Progress:
+class Progress(AbstractContextManager):
     """Show how many of `total` steps are done; close it, or use it in a `with` statement, and it goes.
 
     In a Jupyter kernel it is a widget whose output is emptied on closing, so that a saved notebook keeps no
@@ -45,9 +46,6 @@ class Progress:
         bar, self._bar = self._bar, None
         if bar is not None:
             bar.close()
-
-    def __enter__(self) -> Progress:
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
