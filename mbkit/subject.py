@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -105,6 +106,7 @@ class BatchSubject:
             self.batch.stacked_params[name][m].copy_(value)
 
 
+@dataclass(frozen=True)
 class BatchRecipe:
     """How a `ModelBatch` and its optimizer are made: what `diagnose` takes where no other recipe is given.
 
@@ -115,15 +117,10 @@ class BatchRecipe:
         shared_input: False where inputs are [M, B, ...].
     """
 
-    def __init__(
-        self,
-        optimizer_cls: type[torch.optim.Optimizer],
-        max_norm: Any = None,
-        scheduler: Callable[[Any], Any] | None = None,
-        shared_input: bool = True,
-    ) -> None:
-        self.optimizer_cls, self.max_norm = optimizer_cls, max_norm
-        self.scheduler, self.shared_input = scheduler, shared_input
+    optimizer_cls: type[torch.optim.Optimizer]
+    max_norm: Any = None
+    scheduler: Callable[[Any], Any] | None = None
+    shared_input: bool = True
 
     def __call__(
         self, models: list[nn.Module], configs: Sequence[Mapping[str, Any]], seeds: Sequence[int]
