@@ -1,10 +1,10 @@
 """One training step as one compiled function: forward, losses, backward, clipping and update.
 
 The step is traced with tensors that hold no numbers, through the very rules that the eager step goes through, and the
-graph of plain operators that comes out is compiled by `torch.compile`. Random masks are drawn outside it, from the
-models' own streams, and passed in; so are the hyperparameters, which change without compiling again. What a graph
-cannot hold (a branch on a tensor's value, a layer that runs model by model, a hook, a tensor that a call assigns anew)
-raises `CannotCompile`, and nothing has been changed by then.
+graph of plain operators that comes out goes to inductor, the compiler behind `torch.compile`. Random masks are drawn
+outside it, from the models' own streams, and passed in; so are the hyperparameters, which change without compiling
+again. What a graph cannot hold (a branch on a tensor's value, a layer that runs model by model, a hook, a tensor that a
+call assigns anew) raises `CannotCompile` before any parameter or count has changed.
 
 What a forward reads from elsewhere than its module, its arguments and constants is read when the step is traced, not at
 every step: a global number that the user changes meanwhile, say.
@@ -107,12 +107,13 @@ class CompiledStep:
 
     def _key(self, leaves: list, spec: Any, kept: list[Tensor]) -> Any:
         """Return what the graph takes for granted: when it changes, another graph is needed."""
-        shapes = [(v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v for v in leaves]
-        tensors = [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in kept]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + kept
+        forms = tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
+        numbers = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         modules = [_settings(module) for _, module in named_modules(self.batch._template)]
         modes = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype())
-        flags = [columns.on(name) for columns in self.optimizer._columns for name in columns.names]
-        return repr((spec, shapes, tensors, modules, modes, flags))
+        flags = tuple(columns.on(name) for columns in self.optimizer._columns for name in columns.names)
+        return forms, modes, flags, repr((spec, numbers, modules))  # a repr where a value may have no hash
 
 
 def _settings(module: nn.Module) -> list[Any]:
@@ -206,6 +207,7 @@ class _Program:
         except LayoutMatters:
             self._step.batch.__dict__["folding"] = False
             return self._trace(operands)
+        _turn_products(graph.graph)
         graph.graph.set_codegen(torch.fx.graph.CodeGen())  # flat arguments and results, which torch.compile can enter
         graph.recompile()
         return graph
@@ -251,6 +253,25 @@ class _Program:
         self._reached, self._masks = list(reached), [(_form(t), rates) for t, rates in draws.wanted]
         flat, self._output_spec = tree_flatten(outputs)
         return [losses.detach(), *(t.detach() for t in flat)]
+
+
+def _turn_products(graph: torch.fx.Graph) -> None:
+    """Where only the transpose of a product is used, make the product of the transposes, in the other order.
+
+    A weight's gradient comes as such a transpose; next to the weight, row by row, it is read in vectors.
+    """
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.bmm.default):
+        turned = [user for user in node.users if user.target is aten.transpose.int and {*user.args[1:]} == {1, 2}]
+        if not turned or len(turned) < len(node.users):
+            continue
+        with graph.inserting_before(node):
+            first, second = (graph.call_function(aten.transpose.int, (factor, 1, 2)) for factor in node.args)
+            product = graph.call_function(aten.bmm.default, (second, first))
+        for user in turned:
+            user.replace_all_uses_with(product)
+            graph.erase_node(user)
+        graph.erase_node(node)
 
 
 def _fill(names: Mapping[str, Tensor], tensors: Iterator[Tensor]) -> dict[str, Tensor]:
