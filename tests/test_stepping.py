@@ -387,3 +387,28 @@ def test_a_mode_that_changes_is_compiled_anew(monkeypatch):
             cross_entropy(model(x), y).backward()
             lone.step()
         torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
+
+
+def test_a_compiled_weights_gradient_lies_in_memory_as_the_weight_does(monkeypatch):
+    """Else the update reads it number by number, across the rows."""
+    from mbkit.compiled import CompiledStep
+
+    graphs, aten = [], torch.ops.aten
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graphs.append(graph) or graph)
+    models, pairs = [nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, K)).double() for _ in range(M)], []
+    for _ in range(3):
+        pairs.append((torch.randn(7, 6).double(), torch.randint(K, (7,))))
+    batch = ModelBatch(models)
+    step = CompiledStep(batch, OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES), cross_entropy)
+    for x, y in pairs:
+        assert step.attempt(x, y) is not None
+    products = graphs[0].graph.find_nodes(op="call_function", target=aten.bmm.default)
+    assert len(products) == 3  # two weights' gradients, and that of the activations between
+    assert not [user for product in products for user in product.users if user.target is aten.transpose.int]
+    for m, model in enumerate(models):
+        lone = torch.optim.Adam(model.parameters(), lr=RATES[m])
+        for x, y in pairs:
+            lone.zero_grad()
+            cross_entropy(model(x), y).backward()
+            lone.step()
+        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
