@@ -8,10 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SWITCHES", "Columns", "Hyperparameters", "ModelGroup", "plain"]
+__all__ = ["ALL", "SWITCHES", "Columns", "Hyperparameters", "ModelGroup", "cut", "plain"]
 
 SWITCHES = ("foreach", "fused", "capturable", "differentiable")
 """Arguments of torch.optim's classes that choose an implementation, not an update."""
+
+
+ALL = slice(None)
+"""All models' rows of a tensor."""
+
+
+def cut(tensors: list[Tensor], rows: slice) -> list[Tensor]:
+    """Return some models' rows of each tensor; the tensors themselves, at no cost, for ALL."""
+    return tensors if rows == ALL else [tensor[rows] for tensor in tensors]
 
 
 def plain(value: Any) -> Any:
@@ -114,12 +123,13 @@ class Columns:
         """Return True or False where all models agree on whether `name` is nonzero, else None."""
         return True if self._all[name] else None if self._any[name] else False
 
-    def at(self, params: list[Tensor], rows: slice = slice(None)) -> Hyperparameters:
+    def at(self, params: list[Tensor], rows: slice = ALL) -> Hyperparameters:
         """Return the columns of some models on the parameters' device, ready to be spread over their parameters."""
         device = params[0].device
         if device not in self._devices:
             self._devices[device] = {name: _move(column, device) for name, column in self._values.items()}
-        columns = {name: column[rows] for name, column in self._devices[device].items()}
+        columns = self._devices[device]
+        columns = dict(zip(columns, cut(list(columns.values()), rows), strict=True))
         return Hyperparameters(columns, {name: self.on(name) for name in self.names}, params)
 
 

@@ -12,7 +12,7 @@ from ..freezing import rows_where
 from ..operators import reached_models
 from .base import BatchOptimizer, construct
 from .fused import can_fuse, fused_adam
-from .hyperparameters import SWITCHES, Columns
+from .hyperparameters import ALL, SWITCHES, Columns, cut
 from .rules import RULES, Rule
 
 __all__ = ["StackedOptimizer"]
@@ -82,9 +82,9 @@ class StackedOptimizer(BatchOptimizer):
             params, grads = [_real(param) for param in params], [_real(grad) for grad in grads]
             for rows in self._blocks(params):
                 copies = [(tensor[rows], tensor[rows].clone(), active[rows]) for tensor, active in kept]
-                own = [{name: value[rows] for name, value in state.items()} for state in states]
-                h = columns.at([param[rows] for param in params], rows)
-                self._rule.update(h.params, [grad[rows] for grad in grads], own, h)
+                own = [dict(zip(state, cut(list(state.values()), rows), strict=True)) for state in states]
+                h = columns.at(cut(params, rows), rows)
+                self._rule.update(h.params, cut(grads, rows), own, h)
                 for tensor, copy, active in copies:
                     tensor.copy_(rows_where(active, tensor, copy))
 
@@ -92,7 +92,7 @@ class StackedOptimizer(BatchOptimizer):
         """Return the models to update at once, block by block."""
         each = max(1, sum(param[0].numel() * param.element_size() for param in params))
         size = max(1, _BLOCK.get(params[0].device.type, _BLOCK_ELSEWHERE) // each)
-        return [slice(start, start + size) for start in range(0, self.num_models, size)]
+        return [slice(m, m + size) for m in range(0, self.num_models, size)] if size < self.num_models else [ALL]
 
     def alike(self, params: Sequence[nn.Parameter]) -> list[tuple[list[nn.Parameter], Columns]]:
         """Divide parameters into lots of one group, device and dtype, each with its columns, brought up to date."""
