@@ -144,7 +144,10 @@ def scaling(measured: Mapping[str, Mapping[int, Any]]) -> Picture:
         axes.set(xscale="log", yscale="log", xlabel=what)
         axes.minorticks_off()
         label_decades(axes.yaxis)
-        axes.set_xticks(list(results), [f"{value:,}" for value in results])
+        ticks: list[int] = []
+        for value in sorted(results):  # labels closer than this would run into each other
+            ticks += [value] if not ticks or value >= 1.7 * ticks[-1] else []
+        axes.set_xticks(ticks, [f"{value:,}" for value in ticks])
         tidy(axes)
     panels[0].set_ylabel("ms a model and step")
     panels[0].legend(fontsize=8, frameon=False, loc="best")

@@ -151,6 +151,15 @@ def test_benchmark_of_the_batch_only():
     assert "alone" not in lines(right)
 
 
+def test_growth_shows_the_medians_and_its_labels_keep_apart():
+    times = {100: 0.010, 110: 0.011, 300: 0.020}
+    measured = {n: result(alone=Timing(t, t, t), batched=Timing(t / 2, t / 2, t / 2)) for n, t in times.items()}
+    (axes,) = plots.scaling({"parameters": measured}).axes
+    assert lines(axes)["alone"].tolist() == pytest.approx([10, 11, 20])
+    assert lines(axes)["in the batch"].tolist() == pytest.approx([5, 5.5, 10])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "300"]
+
+
 def test_the_story_has_all_its_parts(dissection):
     assert len(plots.story_figure(dissection[0], dissection).axes) == 5
     assert len(plots.story_figure(dissection[0], dissection, result()).axes) == 7
