@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Chunks"]
 
 _SHARE = 0.5  # of the free memory that one chunk's activations may take
-_ENOUGH = 256 << 20  # bytes of them on a CPU: 64 LeNets at once are no faster than 32, and 256 take 2.5 times as long
+_ENOUGH = 256 << 20  # bytes of them on a CPU: 64 LeNets at once are no faster than 32
 
 
 class Chunks:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -134,3 +138,26 @@ def test_the_rate_holds_from_256_to_16384_small_models():
         history = fit(batch, optimizer, [pair] * steps, cross_entropy, progress=False)
         seconds[num_models] = history.step_seconds.min().item() / num_models
     assert seconds[16_384] <= 2 * seconds[256]
+
+
+FAULTS = """
+import resource, torch
+from mbkit.machine import keep_pages
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(25_000_000)  # 100 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+handed_back = [faults() for _ in range(3)]
+assert keep_pages()
+print(min(handed_back), [faults() for _ in range(3)][-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")
+def test_memory_that_a_step_gives_back_is_there_for_the_next_without_page_faults():
+    free = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    run = subprocess.run([sys.executable, "-c", FAULTS], env=free, capture_output=True, text=True, check=True)
+    handed_back, kept = map(int, run.stdout.split())
+    assert handed_back > 10 * kept + 100
