@@ -151,7 +151,7 @@ def faults():
 
 handed_back = [faults() for _ in range(3)]
 assert keep_pages()
-print(min(handed_back), [faults() for _ in range(3)][-1])
+print(min(handed_back), min(faults() for _ in range(20)))  # it takes malloc some steps to settle
 """
 
 
