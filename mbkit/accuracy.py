@@ -56,7 +56,7 @@ def batch_accuracy(outputs: Any, targets: Any) -> Tensor | None:
 
 
 def evaluate(
-    models: nn.Module | Sequence[nn.Module], batches: Iterable[tuple[Any, Any]], *, shared_input: bool = True
+    models: nn.Module | Sequence[nn.Module], batches: Iterable[tuple[Any, Any]], *, shared_input: bool | None = None
 ) -> Tensor:
     """Return each model's accuracy over `batches`, in eval mode and without gradients.
 
@@ -68,7 +68,8 @@ def evaluate(
     Args:
         models: a ModelBatch, one module, or a list of M modules.
         batches: an iterable of (inputs, labels); it is walked through once.
-        shared_input: for a list of modules, False where inputs are [M, B, ...]; a ModelBatch knows its own.
+        shared_input: False where inputs are [M, B, ...]. By default a ModelBatch's own setting, else True. With True,
+            models that were trained on data of their own are measured on one test set.
 
     Returns:
         [M] of float64 on the CPU, from 0 to 1; [1] for one module.
@@ -90,14 +91,16 @@ def evaluate(
             f"Expected a ModelBatch, a module or a list of modules, got {models!r}: pass what was trained."
         )
     check_batches(batches, 1)
+    own = getattr(models, "shared_input", True)
+    shared = own if shared_input is None else shared_input
     weight = next((p for p in modules[0].parameters()), torch.empty(0))
     correct, counted = 0, 0
     with torch.no_grad(), _eval_mode(modules):
         for x, y in walk(batches, 0, weight.device):
             if chunks is not None:
-                outputs = chunks.call(x)
+                outputs = chunks.call(x, shared)
             else:
-                answers = [call(module, x if shared_input else part(x, m)) for m, module in enumerate(modules)]
+                answers = [call(module, x if shared else part(x, m)) for m, module in enumerate(modules)]
                 outputs = torch.stack(answers) if all(isinstance(a, Tensor) for a in answers) else None
             counts = count_correct(outputs, y)
             if counts is None:

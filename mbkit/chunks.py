@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,17 +59,17 @@ class Chunks:
             start, stop = stop, min(stop + (self.size or max(4, -(-num_models // 16))), num_models)
             yield start, stop, self._chunk(start, stop)
 
-    def call(self, x: Any) -> Any:
+    def call(self, x: Any, shared_input: bool) -> Any:
         """Return what the batch returns for these inputs, without gradients."""
         if self.size == self.batch.num_models:
-            return call(self.batch, x)
-        return _join([out for *_, out in self._calls(x)])
+            return call(partial(self.batch, shared_input=shared_input), x)
+        return _join([out for *_, out in self._calls(x, shared_input)])
 
     def backward(self, x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None) -> tuple[Tensor, Any]:
         """Add up the gradients of all models; return the losses [M] and the outputs, detached."""
         batch, losses, outputs = self.batch, [], []
         gradients: dict[nn.Parameter, list[list[bool]]] = {}
-        for start, stop, chunk, out in self._calls(x):
+        for start, stop, chunk, out in self._calls(x, batch.shared_input):
             targets, shared = targets_of_models(y, out, batch.num_models, start, stop, shared_targets)
             if self.apart:
                 chunk.__dict__["_slow_losses"] = {loss_code(loss_fn)}
@@ -82,20 +83,21 @@ class Chunks:
         batch.__dict__["latest_losses"] = torch.cat(losses)
         return batch.latest_losses, _join(outputs)
 
-    def _calls(self, x: Any) -> Iterator[tuple[int, int, ModelBatch, Any]]:
+    def _calls(self, x: Any, shared_input: bool) -> Iterator[tuple[int, int, ModelBatch, Any]]:
         """Call chunk after chunk; yield (first model, the one after the last, chunk, outputs), and keep its state."""
         batch, after = self.batch, []
         before = read_state(batch._template)
-        if not batch.shared_input:
+        if not shared_input:
             check_inputs(tree_leaves(x), batch.num_models)
         for start, stop, chunk in self:
             given = read_state(chunk._template)
-            mine = x if batch.shared_input else tree_map_only(Tensor, lambda t, a=start, b=stop: t[a:b], x)
+            mine = x if shared_input else tree_map_only(Tensor, lambda t, a=start, b=stop: t[a:b], x)
+            run = partial(chunk, shared_input=shared_input)
             if self.bytes_each:
-                out = call(chunk, mine)
+                out = call(run, mine)
             else:
                 with _weighed((list(chunk.parameters()), mine)) as sizes:
-                    out = call(chunk, mine)
+                    out = call(run, mine)
                 self.bytes_each = max(1, sum(sizes) // chunk.num_models)
                 self.size = self.size or self._largest(first_tensor(out).device)
             yield start, stop, chunk, out

@@ -82,6 +82,10 @@ def test_every_form_of_models(case):
     each = [(x.expand(M, *x.shape), y) for x, y in pairs]
     assert evaluate(models, each, shared_input=False).tolist() == pytest.approx(expected, abs=0)
     assert evaluate(ModelBatch(models, shared_input=False), each).tolist() == pytest.approx(expected, abs=0)
+    own_data = ModelBatch(models, shared_input=False)  # and one test set for all
+    assert evaluate(own_data, pairs, shared_input=True).tolist() == pytest.approx(expected, abs=0)
+    assert not own_data.shared_input
+    assert evaluate(ModelBatch(models), each, shared_input=False).tolist() == pytest.approx(expected, abs=0)
 
 
 class Counting(nn.Module):
@@ -113,7 +117,7 @@ def test_chunks_of_models_where_all_do_not_fit(monkeypatch, shared):
         expected.append(slowly(out.tolist(), torch.cat([y if shared else y[m] for _, y in pairs]).tolist()))
     sizes = []
     monkeypatch.setattr("mbkit.chunks.free_memory", lambda device: 2 * 3.5 * weight)
-    monkeypatch.setattr("mbkit.chunks.call", lambda chunk, x: sizes.append(chunk.num_models) or call(chunk, x))
+    monkeypatch.setattr("mbkit.chunks.call", lambda run, x: sizes.append(run.func.num_models) or call(run, x))
     # a call makes the mask, which is 1 byte each before it is scaled, the dropped input, the products and sums
     weight = 2 * B * 4 * 4 + 2 * B * K * 4
     assert evaluate(batch, pairs).tolist() == pytest.approx(expected, abs=0)
