@@ -222,7 +222,7 @@ def test_a_chunk_fits_into_half_of_the_memory_that_is_free_and_is_no_larger_than
     tried, each = [], B * 100 * 4  # bytes that Tanh keeps: what it has made; the batch's inputs are there anyway
     monkeypatch.setattr("mbkit.chunks.free_memory", lambda device: int(free * each))
     monkeypatch.setattr("mbkit.chunks._ENOUGH", int(enough * each))
-    monkeypatch.setattr("mbkit.chunks.call", lambda chunk, x: tried.append(chunk.num_models) or call(chunk, x))
+    monkeypatch.setattr("mbkit.chunks.call", lambda run, x: tried.append(run.func.num_models) or call(run, x))
     models = [nn.Sequential(nn.Linear(100, 100, bias=False), nn.Tanh(), nn.Linear(100, 1)) for _ in range(10)]
     batch = ModelBatch(models, shared_input=False)
     optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
