@@ -146,7 +146,7 @@ def scaling(measured: Mapping[str, Mapping[int, Any]]) -> Picture:
         label_decades(axes.yaxis)
         ticks: list[int] = []
         for value in sorted(results):  # labels closer than this would run into each other
-            ticks += [value] if not ticks or value >= 1.7 * ticks[-1] else []
+            ticks += [value] if not ticks or value >= 2.5 * ticks[-1] else []
         axes.set_xticks(ticks, [f"{value:,}" for value in ticks])
         tidy(axes)
     panels[0].set_ylabel("ms a model and step")
