@@ -20,7 +20,7 @@ from .machine import describe_machine, synchronize
 from .models import GPT, MLP, LeNet5, LSTMClassifier, ResNet
 from .progress import Progress
 from .rivals import RIVALS
-from .tables import html_table, text_table
+from .tables import Tables
 
 __all__ = ["CASES", "Case", "SuiteResult", "run_suite"]
 
@@ -85,7 +85,7 @@ CASES = (
 
 
 @dataclass(eq=False, repr=False)
-class SuiteResult:
+class SuiteResult(Tables):
     """What the suite measured; it prints as a table.
 
     Attributes:
@@ -148,24 +148,15 @@ class SuiteResult:
         values = json.loads(Path(path).read_text())
         return cls(values["machine"], values["rows"])
 
-    def __str__(self) -> str:
-        return f"{self._title()}\n\n{text_table(self.table())}\n\n{self._note()}"
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return html_table(self.table(), self._title()) + html_table([], self._note())
-
-    def _title(self) -> str:
+    def _tables(self) -> list[tuple[str, list[list[str]]]]:
         m = self.machine
-        return f"{m['device']}, {m['threads']} of {m['cores']} threads, torch {m['torch']}, mbkit {m['mbkit']}"
-
-    def _note(self) -> str:
-        return (
+        title = f"{m['device']}, {m['threads']} of {m['cores']} threads, torch {m['torch']}, mbkit {m['mbkit']}"
+        note = (
             "Times are ms a model and step; the others' speed is a multiple of sequential, by medians. Each side has "
             f"{ROUNDS} turns,\non one batch in float32 with Adam; sequential trains the first 8 models. "
             "A dash: it cannot train them, or is not installed."
         )
+        return [(title, self.table()), (note, [])]
 
 
 def run_suite(

@@ -1,9 +1,8 @@
 """What an operator does when M models call it at once, wherever `torch.vmap` alone is wrong, slow or silent.
 
-`Interception` sees every call before vmap does and looks it up in one table of rules, a file a family:
-linear layers, losses, convolution,
-randomness, recurrent kernels, embedding, and reads of Python values. `model_by_model` is the rule of last
-resort: exact for any operator, at the speed of a loop.
+`Interception` sees every call before vmap does and looks it up in one table of rules, a file a family: linear layers,
+losses, convolution, randomness, recurrent kernels, embedding, and reads of Python values. `model_by_model` is the rule
+of last resort: exact for any operator, at the speed of a loop.
 """
 
 from .by_module import call_in_turn, loop_inside, tensors_in
