@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ def pytest_configure() -> None:
     """Set what the notebooks' kernels inherit; what the person at the terminal has set goes first."""
     os.environ.setdefault("MBKIT_QUICK", "1")
     os.environ.setdefault("MBKIT_OFFLINE", "1")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     NotebookRun.execute = _and_complain(NotebookRun.execute)
 
 
