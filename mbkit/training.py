@@ -59,7 +59,7 @@ def fit(
         on_nonfinite: what to do with a model whose loss or gradient is not finite, before that update is made:
             "freeze" stops it (see ModelBatch.freeze; the History says when), "raise" ends the run, None does nothing.
         chunk_size: how many models are trained at once, which changes no result; None for all. "auto" keeps their
-            activations within half of the free memory, and on a CPU within 256 MiB, past which they only get slower.
+            activations within half of the free memory, and on a CPU within 128 MiB, past which they gain little.
             Models that keep more than 128 KiB each for their backward pass are also tried in smaller chunks and one
             after the other, on the first steps, and go on in the fastest way, which the History names. Two such runs
             can differ in float32's last bits; with a number or None they don't.
