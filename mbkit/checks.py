@@ -1,4 +1,4 @@
-"""Checks that several rooms share: of models, of one value or one a model, and a guess at what was meant."""
+"""Checks that several rooms share: of models, inputs, outputs, one value or one a model; a guess at what was meant."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
-__all__ = ["check_seeds", "did_you_mean", "list_of_models", "memory_of", "per_model", "whole_number"]
+__all__ = [
+    "check_inputs", "check_output", "check_seeds", "did_you_mean", "list_of_models", "memory_of", "per_model",
+    "whole_number",
+]  # fmt: skip
 
 _MAX_SEED = 2**63 - 1
 
@@ -142,3 +146,37 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     options = sorted(options)
     close = difflib.get_close_matches(word, options, n=1)
     return f" Did you mean '{close[0]}'?" if close else f" Choose from: {', '.join(options)}."
+
+
+def check_output(output: Any, template: nn.Module) -> None:
+    """Refuse what a model returned, unless it is made of tensors.
+
+    Raises:
+        TypeError: anything else than a tensor or None in it, or no tensor at all.
+    """
+    if isinstance(output, Tensor):
+        return
+    leaves, _ = tree_flatten_with_path(output)
+    for path, leaf in leaves:
+        if leaf is not None and not isinstance(leaf, Tensor):
+            where = f" at {keystr(path)}" if path else ""
+            raise TypeError(
+                f"Expected {type(template).__name__} to return tensors (or nested lists, tuples and dicts of them), "
+                f"got {type(leaf).__name__}{where}: return a tensor, or None."
+            )
+    if all(leaf is None for _, leaf in leaves):
+        raise TypeError(f"Expected {type(template).__name__} to return at least one tensor, got {output!r}.")
+
+
+def check_inputs(leaves: list[Any], num_models: int) -> None:
+    """Refuse per-model inputs whose first dimension is not M.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for tensor in leaves:
+        if isinstance(tensor, Tensor) and (tensor.dim() == 0 or tensor.shape[0] != num_models):
+            raise ValueError(
+                f"Expected per-model input [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}: "
+                "stack one input a model, or pass shared_input=True for one input to all."
+            )

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
+from .checks import check_inputs
 from .loop import call, detach, first_tensor
 from .machine import free_memory
-from .model_call import check_inputs
 from .operators import BatchingError, Own, note_reached, reached_models, read_state, replica, write_state
-from .stacked_call import loss_code, targets_of_models
+from .stacked_call import targets_of_models
 
 if TYPE_CHECKING:
     from .model_batch import ModelBatch
 
-__all__ = ["Chunks"]
+__all__ = ["Chunks", "backward_at_once", "weighed"]
 
 _SHARE = 0.5  # of the free memory that one chunk's activations may take
 _ENOUGH = 128 << 20  # bytes of them on a CPU: 64 LeNets in chunks of 16 to 43 take the same time, within its noise
@@ -38,7 +38,6 @@ class Chunks:
         batch: M models.
         size: how many models make a chunk; the last one may have fewer. None for as many as memory allows, which the
             first call finds out on its first few models.
-        apart: call the models of a chunk one after the other in plain PyTorch, without `torch.vmap`.
 
     Attributes:
         size: the same; known after the first call.
@@ -46,8 +45,8 @@ class Chunks:
             and inputs; where there is to be none, all that it makes.
     """
 
-    def __init__(self, batch: ModelBatch, size: int | None = None, apart: bool = False) -> None:
-        self.batch, self.size, self.apart = batch, size, apart
+    def __init__(self, batch: ModelBatch, size: int | None = None) -> None:
+        self.batch, self.size = batch, size
         self.bytes_each = 0
         self._rows: dict[int, tuple[Tensor, int, dict]] = {}  # by the id of a tensor of the whole batch
         self._steady: dict[tuple[int, int], dict] = {}  # by chunk; see model_call.Memory
@@ -70,9 +69,9 @@ class Chunks:
         batch, losses, outputs = self.batch, [], []
         gradients: dict[nn.Parameter, list[list[bool]]] = {}
         for start, stop, chunk, out in self._calls(x, batch.shared_input):
-            targets, shared = targets_of_models(y, out, batch.num_models, start, stop, shared_targets)
-            if self.apart:
-                chunk.__dict__["_slow_losses"] = {loss_code(loss_fn)}
+            some = first_tensor(out)
+            shape = None if some is None else some.shape[1:]
+            targets, shared = targets_of_models(y, shape, batch.num_models, start, stop, shared_targets)
             loss = chunk.compute_loss(out, targets, loss_fn, reduction="none", shared_targets=shared)
             loss.sum().backward()
             _collect(batch, chunk, start, stop, gradients)
@@ -96,16 +95,17 @@ class Chunks:
             if self.bytes_each:
                 out = call(run, mine)
             else:
-                with _weighed((list(chunk.parameters()), mine)) as sizes:
+                with weighed((list(chunk.parameters()), mine)) as sizes:
                     out = call(run, mine)
                 self.bytes_each = max(1, sum(sizes) // chunk.num_models)
-                self.size = self.size or self._largest(first_tensor(out).device)
+                self.size = self.size or self.largest(first_tensor(out).device)
             yield start, stop, chunk, out
             now = read_state(chunk._template)
             after.append({key: value for key, value in now.items() if value is not given.get(key)})
         _keep(batch, before, after)
 
-    def _largest(self, device: torch.device) -> int:
+    def largest(self, device: torch.device) -> int:
+        """Return how many models at once memory allows, `bytes_each` being known."""
         room = int(_SHARE * free_memory(device))
         room = min(room, _ENOUGH) if device.type == "cpu" else room
         return min(max(1, room // self.bytes_each), self.batch.num_models)
@@ -128,7 +128,6 @@ class Chunks:
             "streams": batch.streams.part(start, stop),
             "_frozen": frozen if frozen is not None and frozen.any() else None,
             "_steady": self._steady.setdefault((start, stop), {}),
-            "model_by_model": {""} if self.apart else batch.model_by_model,
         }
         return chunk
 
@@ -147,8 +146,18 @@ class Chunks:
         return rows[start, stop].requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
 
+def backward_at_once(
+    batch: ModelBatch, x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None
+) -> tuple[Tensor, Any]:
+    """Do what `Chunks.backward` does, for all models at once."""
+    outputs = call(batch, x)
+    losses = batch.compute_loss(outputs, y, loss_fn, reduction="none", shared_targets=shared_targets)
+    losses.sum().backward()
+    return losses.detach(), detach(outputs)
+
+
 @contextmanager
-def _weighed(given: Any) -> Iterator[list[int]]:
+def weighed(given: Any) -> Iterator[list[int]]:
     """Weigh a call on tensors `given`: yield a list that then gets the bytes of each storage that it keeps or makes."""
     known, kept, sizes = _storages(given), {}, []
 

@@ -150,7 +150,7 @@ def part(tree: Any, m: int) -> Any:
 
 def detach(tree: Any) -> Any:
     """Return `tree` with every tensor in it cut off from its graph."""
-    return tree_map_only(Tensor, Tensor.detach, tree)
+    return tree.detach() if isinstance(tree, Tensor) else tree_map_only(Tensor, Tensor.detach, tree)
 
 
 def count_steps(batches: Any, walks: int) -> int | None:

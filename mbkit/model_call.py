@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .checks import check_inputs, check_output
 from .operators import (
     BatchingError,
     Interception,
@@ -39,7 +40,7 @@ from .operators import (
 if TYPE_CHECKING:
     from .model_batch import ModelBatch
 
-__all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models", "check_inputs"]
+__all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models", "kept_attributes"]
 
 # Errors that can be raised again under the same name with a longer text.
 PLAIN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
@@ -198,8 +199,13 @@ def attempt(
         in_dims = [0] * len(kept) + [None if shared else 0] * len(places)
         results = at_once(batch, one_model, tensors, in_dims)
         output, after, new = fill(seen[0], [t.contiguous() if is_folded(t) else t for t in results])
+    return output, after, kept_attributes(after, [*attributes, *new])
+
+
+def kept_attributes(after: State, stacked: list[Tensor]) -> list[Tensor]:
+    """Return those of the stacked tensors that still stand in plain attributes."""
     held = set(map(id, tensors_in({key: value for key, value in after.items() if key[1] == "__dict__"})))
-    return output, after, [t for t in (*attributes, *new) if id(t) in held]
+    return [t for t in stacked if id(t) in held]
 
 
 def at_once(
@@ -274,25 +280,3 @@ def _can_compare(tensor: Tensor) -> bool:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def check_output(output: Any, template: nn.Module) -> None:
-    leaves, _ = tree_flatten_with_path(output)
-    for path, leaf in leaves:
-        if leaf is not None and not isinstance(leaf, Tensor):
-            where = f" at {keystr(path)}" if path else ""
-            raise TypeError(
-                f"Expected {type(template).__name__} to return tensors (or nested lists, tuples and dicts of them), "
-                f"got {type(leaf).__name__}{where}: return a tensor, or None."
-            )
-    if all(leaf is None for _, leaf in leaves):
-        raise TypeError(f"Expected {type(template).__name__} to return at least one tensor, got {output!r}.")
-
-
-def check_inputs(leaves: list[Any], num_models: int) -> None:
-    for tensor in leaves:
-        if isinstance(tensor, Tensor) and (tensor.dim() == 0 or tensor.shape[0] != num_models):
-            raise ValueError(
-                f"Expected per-model input [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}: "
-                "stack one input a model, or pass shared_input=True for one input to all."
-            )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .model_call import NO_FAULT_OF_VMAP, PLAIN_ERRORS, at_once
 from .operators import mark_rows, watch
@@ -16,7 +16,7 @@ from .operators import mark_rows, watch
 if TYPE_CHECKING:
     from .model_batch import ModelBatch
 
-__all__ = ["call_losses", "loss_code", "targets_of_models"]
+__all__ = ["call_losses", "loss_code", "one_loss", "targets_of_models"]
 
 
 def call_losses(
@@ -44,7 +44,7 @@ def call_losses(
         )
     in_dims = [0 for leaf in output_leaves if isinstance(leaf, Tensor)]
     in_dims += [
-        _target_dim(leaf, reference, batch.num_models, shared_targets)
+        _target_dim(leaf, reference.shape, batch.num_models, shared_targets)
         for leaf in target_leaves
         if isinstance(leaf, Tensor)
     ]
@@ -53,17 +53,8 @@ def call_losses(
         remaining = iter(own)
         leaves = [next(remaining) if isinstance(v, Tensor) else v for v in (*output_leaves, *target_leaves)]
         count = len(output_leaves)
-        loss = loss_fn(tree_unflatten(leaves[:count], output_spec), tree_unflatten(leaves[count:], target_spec))
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"Expected the loss of a model to be a tensor, got {type(loss).__name__}: "
-                "return the tensor itself, without item() or float()."
-            )
-        if loss.numel() != 1:
-            raise ValueError(
-                f"Expected one loss a model, got a tensor {list(loss.shape)}: let loss_fn average or add up its batch."
-            )
-        return (loss.reshape(()),)
+        outputs, targets = tree_unflatten(leaves[:count], output_spec), tree_unflatten(leaves[count:], target_spec)
+        return (one_loss(loss_fn, outputs, targets),)
 
     slow, undo = loss_code(loss_fn), batch.streams.remember()
     if slow not in batch._slow_losses:
@@ -96,30 +87,47 @@ def call_losses(
     return stacked
 
 
+def one_loss(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) -> Tensor:
+    """Return one model's loss as a tensor without dimensions.
+
+    Raises:
+        TypeError, ValueError: what loss_fn returns is no tensor, or not one number.
+    """
+    loss = loss_fn(outputs, targets)
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"Expected the loss of a model to be a tensor, got {type(loss).__name__}: "
+            "return the tensor itself, without item() or float()."
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"Expected one loss a model, got a tensor {list(loss.shape)}: let loss_fn average or add up its batch."
+        )
+    return loss.reshape(())
+
+
 def loss_code(loss_fn: Callable) -> Any:
     """Return what tells a loss function from others: its code, which a lambda in a loop keeps."""
     return getattr(loss_fn, "__code__", loss_fn)
 
 
 def targets_of_models(
-    targets: Any, outputs: Any, num_models: int, start: int, stop: int, shared: bool | None
+    targets: Any, outputs: torch.Size | None, num_models: int, start: int, stop: int, shared: bool | None
 ) -> tuple[Any, bool]:
     """Return the targets of models start to stop - 1, and whether these are one for all of them.
 
     Args:
         targets: nested tensors `[B, ...]` or `[M, B, ...]`.
-        outputs: nested tensors of these models' outputs `[stop - start, B, ...]`.
+        outputs: the shape `[B, ...]` of one model's output, of the first where there are several; None for none.
         num_models: M.
         start, stop: which models.
         shared: which of the two forms the targets have; None to tell by their shapes.
     """
-    some = next((leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
-    leaves, spec = tree_flatten(targets)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if some is None:
+    if outputs is None:
         return targets, True  # compute_loss says what is wrong
-    some = some[:1].expand(num_models, *some.shape[1:])
-    each = {id(t): _target_dim(t, some, num_models, shared) == 0 for t in tensors}
+    leaves, spec = tree_flatten(targets)
+    shape = torch.Size((num_models, *outputs))
+    each = {id(t): _target_dim(t, shape, num_models, shared) == 0 for t in leaves if isinstance(t, Tensor)}
 
     def own(target: Any) -> Any:
         if not isinstance(target, Tensor):
@@ -137,17 +145,17 @@ def _check_outputs(tensor: Tensor, num_models: int) -> None:
         )
 
 
-def _target_dim(target: Tensor, outputs: Tensor, num_models: int, shared: bool | None) -> int | None:
+def _target_dim(target: Tensor, outputs: torch.Size, num_models: int, shared: bool | None) -> int | None:
     """Return vmap's in_dim of a target: None where all models share it, 0 where each has its own."""
     if shared:
         return None
     leads = target.dim() > 0 and target.shape[0] == num_models
-    got = f"got {list(target.shape)} for outputs {list(outputs.shape)}"
+    got = f"got {list(target.shape)} for outputs {list(outputs)}"
     if shared is not None:
         if not leads:
             raise ValueError(f"Expected targets [{num_models}, …], as shared_targets=False says, {got}.")
         return 0
-    size = outputs.shape[1] if outputs.dim() > 1 else None
+    size = outputs[1] if len(outputs) > 1 else None
     one_for_all = target.dim() == 0 or size in (None, target.shape[0])
     one_a_model = leads and (size is None or (target.dim() > 1 and target.shape[1] == size))
     if not one_for_all and not one_a_model:
@@ -156,9 +164,9 @@ def _target_dim(target: Tensor, outputs: Tensor, num_models: int, shared: bool |
             "pass one of the two forms, or say with shared_targets=True or shared_targets=False how to read them."
         )
     # A target for all has no dimension M, so one of as many dimensions as the outputs has one slice a model.
-    if one_for_all and one_a_model and target.dim() != outputs.dim():
+    if one_for_all and one_a_model and target.dim() != len(outputs):
         raise ValueError(
-            f"Targets {list(target.shape)} for outputs {list(outputs.shape)} could be one batch for all models or one "
+            f"Targets {list(target.shape)} for outputs {list(outputs)} could be one batch for all models or one "
             "a model: say which with shared_targets=True or shared_targets=False."
         )
     return 0 if one_a_model else None

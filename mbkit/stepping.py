@@ -8,20 +8,22 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .chunks import Chunks
+from .chunks import Chunks, backward_at_once
 from .freezing import stop_nonfinite
-from .loop import call, detach
 from .machine import keep_pages
+from .one_by_one import OneByOne
 
 __all__ = ["Stepper", "batch_step", "check_chunk_size"]
 
 _CACHE = 4 << 20  # bytes kept for the backward pass from which on cutting a batch can pay
-_SMALL = 1 << 17  # bytes that a model keeps, below which nothing but all models at once can be fastest
+_SMALL = 1 << 17  # bytes that a model keeps, below which nothing is tried: all models at once are fastest
+_FEW = 3  # unless they are so few that vmap costs more than it saves: then one by one
 _TRIALS = 3  # timed steps of each way; one where it takes seconds, which a moment's noise does not change
 _SIZES = (32, 16, 8, 4)
 
@@ -35,22 +37,18 @@ def batch_step(
     max_norm: float | Sequence[float] | None = None,
     shared_targets: bool | None = None,
     on_nonfinite: str | None = None,
-    chunks: Chunks | None = None,
+    chunks: Chunks | OneByOne | None = None,
 ) -> tuple[Tensor, Any]:
     """Make one update of all models; return the losses [M] and the outputs from before it, detached."""
     optimizer.zero_grad()
-    if chunks is None:
-        outputs = call(batch, x)
-        losses = batch.compute_loss(outputs, y, loss_fn, reduction="none", shared_targets=shared_targets)
-        losses.sum().backward()
-    else:
-        losses, outputs = chunks.backward(x, y, loss_fn, shared_targets)
+    backward = partial(backward_at_once, batch) if chunks is None else chunks.backward
+    losses, outputs = backward(x, y, loss_fn, shared_targets)
     if on_nonfinite is not None:
         stop_nonfinite(batch, losses, on_nonfinite)
     if max_norm is not None:
         batch.clip_grad_norm_(max_norm)
     optimizer.step()
-    return losses.detach(), detach(outputs)
+    return losses, outputs
 
 
 def check_chunk_size(chunk_size: Any) -> None:
@@ -137,10 +135,12 @@ class Stepper:
         return made
 
 
-def _words(chunks: Chunks | None) -> str:
+def _words(chunks: Chunks | OneByOne | None) -> str:
     if chunks is None:
         return "all models at once"
-    return "one by one" if chunks.apart else f"in chunks of {chunks.size}" if chunks.size else "in chunks"
+    if isinstance(chunks, OneByOne):
+        return "one by one"
+    return f"in chunks of {chunks.size}" if chunks.size else "in chunks"
 
 
 def _wait(tensor: Tensor) -> None:
@@ -151,19 +151,24 @@ def _wait(tensor: Tensor) -> None:
 class _Choice:
     """Finds the fastest way by trying each for a few steps, largest chunks first, for as long as smaller ones gain.
 
-    The first step is made in chunks and tells how much memory a model's activations take. Small models' go all at once
-    without a trial, so always to the same bits; where all activations fit into the cache, chunks are not tried.
+    The first step tells how much memory a model's activations take. Small models go all at once, or one by one if there
+    are no more than three, without a trial and so always to the same bits; where all activations fit into the cache,
+    chunks are not tried.
     """
 
     def __init__(self, batch: Any) -> None:
-        self.best = Chunks(batch) if batch.num_models > 1 and _can_cut(batch) else None
+        self.best: Chunks | OneByOne | None = None
+        if batch.num_models <= _FEW and OneByOne.fits(batch):
+            self.best = OneByOne(batch)
+        elif batch.num_models > 1 and _can_cut(batch):
+            self.best = Chunks(batch)
         self._batch = batch
-        self._ways: list[Chunks | None] = []  # those still to be tried
+        self._ways: list[Chunks | OneByOne | None] = []  # those still to be tried
         self._times: list[float] = []
         self._record: float | None = None  # the best way's seconds a step
         self._measured = self.best is None
 
-    def next(self) -> tuple[Chunks | None, Callable[[float], None] | None]:
+    def next(self) -> tuple[Chunks | OneByOne | None, Callable[[float], None] | None]:
         """Return the way for the next step, and what wants to know how long it took, if anything."""
         if not self._measured:
             return self.best, self._measure
@@ -174,13 +179,19 @@ class _Choice:
         return self._measured and not self._ways
 
     def _measure(self, seconds: float) -> None:
-        each, largest, batch = self.best.bytes_each, self.best.size, self._batch
-        self.best = None if largest == batch.num_models else self.best
+        batch, each = self._batch, self.best.bytes_each
         self._measured = True
+        if each < _SMALL and isinstance(self.best, OneByOne):
+            return
+        chunks = Chunks(batch)
+        chunks.bytes_each = each
+        largest = chunks.size = chunks.largest(next(batch.parameters()).device)
+        self.best = None if largest == batch.num_models else chunks
         if each < _SMALL:
             return
         sizes = [size for size in _SIZES if size < largest] if each * batch.num_models > _CACHE else []
-        self._ways = [self.best, *(Chunks(batch, size) for size in sizes), Chunks(batch, 1, apart=True)]
+        alone = [OneByOne(batch)] if OneByOne.fits(batch) else []
+        self._ways = [self.best, *(Chunks(batch, size) for size in sizes), *alone]
 
     def _settle(self, seconds: float) -> None:
         self._times.append(seconds)

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from mbkit import ModelBatch, OptimizerFactory, fit
 from mbkit.chunks import Chunks
 from mbkit.loop import call
-from mbkit.stepping import Stepper, batch_step
+from mbkit.one_by_one import OneByOne
+from mbkit.stepping import Stepper
 from mbkit.training import train_steps
 
 M, B, K, STEPS = 5, 8, 3, 4
@@ -119,26 +120,6 @@ def test_chunks_of_models_with_a_sparse_constant(size):
     train(OnGraph, False, chunk_size=size)
 
 
-@pytest.mark.parametrize("cls", [Busy, Steady])
-def test_one_by_one_changes_no_result(cls):
-    models, pairs = models_of(cls), data()
-    batch = ModelBatch(models, seeds=range(M))
-    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES)
-    chunks = Chunks(batch, 1, apart=True)
-    losses = [batch_step(batch, optimizer, x, y, cross_entropy, chunks=chunks)[0] for x, y in pairs]
-    assert batch.model_by_model == set()
-    for m, model in enumerate(models):
-        torch.manual_seed(m)
-        lone = torch.optim.SGD(model.parameters(), lr=RATES[m])
-        for (x, y), loss in zip(pairs, losses, strict=True):
-            lone.zero_grad()
-            expected = cross_entropy(model(x), y)
-            expected.backward()
-            lone.step()
-            torch.testing.assert_close(loss[m], expected.detach(), rtol=0, atol=1e-12)
-        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-12)
-
-
 def test_targets_for_all_and_one_a_model_in_one_step():
     torch.manual_seed(0)
     models = [nn.Linear(4, 2).double() for _ in range(M)]
@@ -187,8 +168,8 @@ class Clock:
 
     def step(self, batch, optimizer, x, y, *rest):
         chunks = rest[-1]
-        way = None if chunks is None else 0 if chunks.apart else chunks.size
-        if chunks is not None:
+        way = None if chunks is None else 0 if isinstance(chunks, OneByOne) else chunks.size
+        if isinstance(chunks, Chunks):
             chunks.bytes_each, chunks.size = 1, chunks.size or self.largest
         self.tried.append(way)
         self.now += self.seconds[way]
@@ -261,14 +242,16 @@ def test_what_fits_into_the_cache_is_not_cut(monkeypatch):
     assert set(clock.tried[1:]) == {None, 0}
 
 
-def test_small_models_go_all_at_once_and_nothing_else_is_tried(monkeypatch):
-    batch = ModelBatch(models_of(Busy))
-    clock = Clock(monkeypatch, {4: 1.0, None: 1.0, 0: 0.1})
+@pytest.mark.parametrize(("num_models", "way"), [(M, None), (4, None), (3, 0), (2, 0)])
+def test_small_models_go_all_at_once_or_if_few_one_by_one_and_nothing_else_is_tried(monkeypatch, num_models, way):
+    batch = ModelBatch(models_of(Busy)[:num_models])
+    clock = Clock(monkeypatch, {4: 1.0, None: 1.0, 0: 1.0})
+    clock.largest = num_models
     monkeypatch.setattr("mbkit.stepping._SMALL", 2)
     stepper = Stepper(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1), cross_entropy)
     for _ in range(12):
         stepper.step(None, None)
-    assert set(clock.tried[1:]) == {None}
+    assert set(clock.tried[1:]) == {way}
 
 
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)])
@@ -343,7 +326,7 @@ def test_what_cannot_be_compiled_warns_once_and_trains_as_alone(build, optimizer
     told = [str(w.message) for w in caught if "compile=True" in str(w.message)]
     assert len(told) == 1
     assert reason in told[0]
-    assert history.how == "all models at once"
+    assert history.how == "one by one"  # the way that "auto" takes for three small models
     for m, model in enumerate(models):
         torch.manual_seed(m)
         lone = optimizer_cls(model.parameters(), lr=0.1)

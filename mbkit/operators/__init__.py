@@ -9,9 +9,12 @@ from .by_module import call_in_turn, loop_inside, tensors_in
 from .convolution import LayoutMatters, is_folded
 from .interception import Interception
 from .locate import BatchingError, module_path, running_modules
+from .look import Look
+from .physical import stack_alike
 from .randomness import Streams
 from .reach import mark_rows, note_reached, reached_models, watch
 from .replica import (
+    OUTPUT,
     Own,
     State,
     fill,
@@ -27,9 +30,11 @@ from .replica import (
 from .settings import PerModel
 
 __all__ = [
+    "OUTPUT",
     "BatchingError",
     "Interception",
     "LayoutMatters",
+    "Look",
     "Own",
     "PerModel",
     "State",
@@ -50,6 +55,7 @@ __all__ = [
     "read_state",
     "replica",
     "running_modules",
+    "stack_alike",
     "tensors_in",
     "watch",
     "write_state",

@@ -17,12 +17,15 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .locate import PATH, BatchingError
 from .settings import PerModel
 
-__all__ = ["Own", "State", "fill", "flattened", "merge", "mix", "outcome", "read_state", "replica", "write_state"]
+__all__ = [
+    "HOOKS", "OUTPUT", "Own", "State", "fill", "flattened", "held_inside", "is_leaf", "merge", "mix", "named_modules",
+    "outcome", "own_attributes", "read_state", "replica", "write_state",
+]  # fmt: skip
 
 State = dict[tuple[str, str, str], Any]  # (module path, "_parameters", "_buffers" or "__dict__", name) -> value
 
 _OF_TORCH = set(vars(nn.Module())) | {"_call_impl", PATH}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FOLLOWED = (Tensor, nn.Module, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
 _PLAIN = (int, float, bool, str, type(None))
 
@@ -51,7 +54,7 @@ class Fresh(int):
 def own_attributes(module: nn.Module) -> list[str]:
     """Return the plain attributes that a call might change; torch's own layers have none unless they are hooked."""
     mine = vars(module)
-    if type(module).__module__.startswith("torch.nn.") and not any(mine[hooks] for hooks in _HOOKS):
+    if type(module).__module__.startswith("torch.nn.") and not any(mine[hooks] for hooks in HOOKS):
         return []
     return [name for name in mine if name not in _OF_TORCH]
 
@@ -141,7 +144,7 @@ def replica(root: nn.Module, own: dict[int, Tensor], m: int | slice = slice(None
         if m != slice(None):
             settings = {name: value.values[m] for name, value in mine.items() if isinstance(value, PerModel)}
             mine |= settings if isinstance(m, int) else {name: PerModel(values) for name, values in settings.items()}
-        for hooks in _HOOKS:
+        for hooks in HOOKS:
             if mine[hooks] and any(map(_is_method, mine[hooks].values())):
                 mine[hooks] = tree_map(follow, mine[hooks])
     return twins[id(root)]
@@ -151,7 +154,7 @@ def _is_method(value: Any) -> bool:
     return isinstance(value, types.MethodType)
 
 
-def _is_leaf(value: Any) -> bool:
+def is_leaf(value: Any) -> bool:
     return isinstance(value, Tensor) or type(value) in _PLAIN
 
 
@@ -159,14 +162,14 @@ def flattened(twin: nn.Module) -> dict[tuple[str, str, str], Any]:
     """Return a replica's state: tensors and numbers as they are, else leaves, structure, and what objects hold."""
     flat: dict[tuple[str, str, str], Any] = {}
     for key, value in read_state(twin).items():
-        if not _is_leaf(value):
+        if not is_leaf(value):
             leaves, spec = tree_flatten(value)
-            value = (leaves, spec, _inside(leaves))
+            value = (leaves, spec, held_inside(leaves))
         flat[key] = value
     return flat
 
 
-def _inside(leaves: list) -> list:
+def held_inside(leaves: list) -> list:
     objects = (leaf for leaf in leaves if hasattr(leaf, "__dict__") and not isinstance(leaf, _FOLLOWED))
     return [leaf for found in objects for leaf in tree_flatten(vars(found))[0]]
 
@@ -189,13 +192,13 @@ def outcome(twin: nn.Module, given: dict, before: State, edited: set[int], outpu
     after = read_state(twin)
     for key, value in after.items():
         was = given.get(key, _NEW)
-        if value is was and _is_leaf(value):
+        if value is was and is_leaf(value):
             if id(value) not in edited:
                 after[key] = before[key]
             continue
         leaves, spec = tree_flatten(value)
         leaves_given, spec_given, inside = was if type(was) is tuple else ((was,), None, [])
-        now = _inside(leaves)
+        now = held_inside(leaves)
         changed = [v for v in now if not any(v is w for w in inside)]
         if len(now) != len(inside) or (changed if m is not None else any(isinstance(v, Tensor) for v in changed)):
             raise BatchingError(

@@ -7,6 +7,7 @@ stacked rule is far ahead. The kernel rounds otherwise than torch's for-loop, to
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from .hyperparameters import Columns
 
-__all__ = ["can_fuse", "fused_adam"]
+__all__ = ["FusedAdam", "can_fuse"]
 
 _WORTH = 16_384  # parameters of one model
 _KERNELS = {torch.optim.Adam: "_fused_adam_", torch.optim.AdamW: "_fused_adamw_"}
@@ -27,7 +28,7 @@ def can_fuse(optimizer_cls: type[torch.optim.Optimizer], params: Sequence[Tensor
         optimizer_cls in _KERNELS
         and first.device.type == "cpu"
         and first.dtype == torch.float32
-        and sum(p[0].numel() for p in params) >= _WORTH
+        and sum(p.numel() for p in params) >= _WORTH * len(columns.groups)
         and all(columns.on(name) is False for name in ("amsgrad", "maximize"))
         and (optimizer_cls is torch.optim.AdamW or not _decoupled(columns))
         and not any(group.get("fused") is False for group in columns.groups)
@@ -39,22 +40,42 @@ def _decoupled(columns: Columns) -> bool:
     return name in columns.names and columns.on(name) is not False
 
 
-def fused_adam(
-    optimizer_cls: type[torch.optim.Optimizer],
-    params: Sequence[nn.Parameter],
-    grads: Sequence[Tensor],
-    states: Sequence[dict[str, Tensor]],
-    columns: Columns,
-) -> None:
-    """Update the parameters `[M, ...]` in place, model by model."""
-    kernel = getattr(torch, _KERNELS[optimizer_cls])
-    names = ("exp_avg", "exp_avg_sq", "step")
-    for state in states:
-        state["step"].add_(1)
-    stacks = [params, grads, *([state[name] for state in states] for name in names)]
-    rows = [[tensor.unbind(0) for tensor in stack] for stack in stacks]
-    for m, group in enumerate(columns.groups):
-        own, grad, first, second, steps = ([row[m] for row in stack] for stack in rows)
-        beta1, beta2 = group["betas"]
-        settings = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
-        kernel(own, grad, first, second, [], steps, **settings, eps=group["eps"], amsgrad=False, maximize=False)
+class FusedAdam:
+    """Updates parameters `[M, ...]` in place, model by model; their rows are made once.
+
+    Args:
+        optimizer_cls: Adam or AdamW.
+    """
+
+    def __init__(self, optimizer_cls: type[torch.optim.Optimizer]) -> None:
+        self._kernel = getattr(torch, _KERNELS[optimizer_cls])
+        self._stacks: list[Tensor] = []
+        self._places: list[int] = []
+        self._rows: list[list[list[Tensor]]] = []  # for each model: parameters, two moments, steps
+
+    def update(
+        self,
+        params: Sequence[nn.Parameter],
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        columns: Columns,
+    ) -> None:
+        """Make a step of each model."""
+        self._keep_up([params, *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))])
+        torch._foreach_add_([state["step"] for state in states], 1)
+        gradients = zip(*(grad.unbind(0) for grad in grads), strict=True)
+        for (own, first, second, steps), grad, group in zip(self._rows, gradients, columns.groups, strict=True):
+            beta1, beta2 = group["betas"]
+            settings = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
+            self._kernel(
+                own, grad, first, second, [], steps, **settings, eps=group["eps"], amsgrad=False, maximize=False
+            )
+
+    def _keep_up(self, kinds: Sequence[Sequence[Tensor]]) -> None:
+        """Make the rows, unless those at hand are these tensors'."""
+        stacks = [tensor for kind in kinds for tensor in kind]
+        places = [tensor.data_ptr() for tensor in stacks]
+        if places != self._places or not all(map(operator.is_, stacks, self._stacks)):
+            self._stacks, self._places = stacks, places
+            rows = [[tensor.unbind(0) for tensor in kind] for kind in kinds]
+            self._rows = [[[row[m] for row in kind] for kind in rows] for m in range(len(stacks[0]))]

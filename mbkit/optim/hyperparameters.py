@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -103,11 +103,14 @@ class Columns:
         self.groups = [ModelGroup(group, self.changed) for group in groups]
         self._values: dict[str, Tensor] = {}
         self._devices: dict[torch.device, dict[str, Tensor]] = {}
+        self._spread: dict[tuple, Hyperparameters] = {}
         self._any: dict[str, bool] = {}
         self._all: dict[str, bool] = {}
 
     def refresh(self) -> None:
         """Take over what was written into the groups since the last call."""
+        if self.changed - {"lr"}:
+            self._spread.clear()
         for name in self.changed.intersection(self.names):
             values = [group[name] for group in self.groups]
             self._values[name] = _to_column(name, values)
@@ -128,9 +131,14 @@ class Columns:
         device = params[0].device
         if device not in self._devices:
             self._devices[device] = {name: _move(column, device) for name, column in self._values.items()}
-        columns = self._devices[device]
-        columns = dict(zip(columns, cut(list(columns.values()), rows), strict=True))
-        return Hyperparameters(columns, {name: self.on(name) for name in self.names}, params)
+        key = (device, rows.start, rows.stop, params[0].dtype, *(p.dim() for p in params))
+        if key not in self._spread:
+            self._spread[key] = Hyperparameters({}, {}, params)
+        found, columns = self._spread[key], self._devices[device]
+        found.columns = dict(zip(columns, cut(list(columns.values()), rows), strict=True))
+        found.flags = {name: self.on(name) for name in self.names}
+        found.params = params
+        return found
 
 
 class Hyperparameters:
@@ -144,6 +152,7 @@ class Hyperparameters:
 
     def __init__(self, columns: dict[str, Tensor], flags: dict[str, bool | None], params: list[Tensor]) -> None:
         self.columns, self.flags, self.params = columns, flags, params
+        self._fixed: dict[Any, list[Any]] = {}
         # torch rounds a Python number to float32 even where the parameters are shorter.
         self._dtype = torch.promote_types(params[0].dtype, torch.float32)
 
@@ -159,6 +168,16 @@ class Hyperparameters:
         """
         agreed = self.flags.get(name, default)
         return self.columns[name] != 0 if agreed is None else agreed
+
+    def fixed(self, compute: Callable[[Hyperparameters], Sequence[Tensor]]) -> list[list[Any]]:
+        """Return the spread columns that `compute` makes of this, worked out once for as long as none but lr changes.
+
+        Args:
+            compute: a function that reads no "lr"; it is known again by its identity.
+        """
+        if compute not in self._fixed:
+            self._fixed[compute] = [self.spread(column) for column in compute(self)]
+        return self._fixed[compute]
 
     def spread(self, column: bool | Tensor) -> list[Any]:
         """Return the column for each of the P parameters, rounded once to their dtype.

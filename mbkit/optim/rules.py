@@ -69,13 +69,12 @@ def adamw(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -
 
 
 def _adam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters, decoupled: bool | Tensor) -> None:
-    beta1, beta2 = h["betas"].unbind(-1)
     steps = _count(states, "step", h)
     grads = _decay(params, _ascend(grads, h), h, decoupled)
-    correction1, correction2 = 1 - beta1**steps, 1 - beta2**steps
+    correction1, correction2 = (1 - h["betas"].T.unsqueeze(1) ** steps).unbind(0)
     amsgrad = h.spread(h.on("amsgrad"))
-    columns = (1 - beta1, beta2, 1 - beta2, correction2.sqrt(), h["eps"], -(h["lr"] / correction1))
-    for i, (take1, keep2, take2, root, eps, step_size) in enumerate(zip(*map(h.spread, columns), strict=True)):
+    columns = zip(*h.fixed(_averages), h.spread(correction2.sqrt()), h.spread(-(h["lr"] / correction1)), strict=True)
+    for i, (take1, keep2, take2, eps, root, step_size) in enumerate(columns):
         param, grad, state = params[i], grads[i], states[i]
         second = state["exp_avg_sq"]
         _lerp(state["exp_avg"], grad, take1)
@@ -85,6 +84,11 @@ def _adam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters, d
             second = _choose(amsgrad[i], largest, second)
         denominator = _shift_((second.sqrt() / root).to(param.dtype), eps)
         param.addcdiv_(state["exp_avg"] * step_size, denominator)
+
+
+def _averages(h: Hyperparameters) -> Tensors:
+    beta1, beta2 = h["betas"].unbind(-1)
+    return [1 - beta1, beta2, 1 - beta2, h["eps"]]
 
 
 def rmsprop(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
@@ -197,8 +201,10 @@ def radam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -
 
 def _ascend(grads: Tensors, h: Hyperparameters) -> Tensors:
     """Turn the gradients around for the models that maximize."""
-    flags = h.spread(h.on("maximize"))
-    return [grad if flag is False else _choose(flag, -grad, grad) for flag, grad in zip(flags, grads, strict=True)]
+    flags = h.on("maximize")
+    if flags is False:
+        return list(grads)
+    return [_choose(flag, -grad, grad) for flag, grad in zip(h.spread(flags), grads, strict=True)]
 
 
 def _decay(params: Tensors, grads: Tensors, h: Hyperparameters, decoupled: bool | Tensor = False) -> Tensors:
@@ -222,8 +228,7 @@ def _decay(params: Tensors, grads: Tensors, h: Hyperparameters, decoupled: bool 
 
 def _count(states: States, name: str, h: Hyperparameters, by: Any = 1) -> Tensor:
     """Advance the models' counts and return them as `[P, M]`, in the columns' dtype."""
-    counts = [state[name].add_(by) for state in states]
-    return torch.stack(counts).to(h["lr"].dtype)
+    return torch.stack([state[name].add_(by) for state in states]).to(h["lr"].dtype)
 
 
 def _multiply(states: States, name: str, h: Hyperparameters, by: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..freezing import rows_where
 from ..operators import reached_models
 from .base import BatchOptimizer, construct
-from .fused import can_fuse, fused_adam
+from .fused import FusedAdam, can_fuse
 from .hyperparameters import ALL, SWITCHES, Columns, cut
 from .rules import RULES, Rule
 
@@ -60,6 +60,7 @@ class StackedOptimizer(BatchOptimizer):
 
     def _adopt_groups(self) -> None:
         """Turn plain dicts into groups that note what is written into them."""
+        self._fused: dict[nn.Parameter, FusedAdam] = {}  # by the first of the parameters
         names, size = [name for name in self.defaults if name not in SWITCHES], len(self._names)
         self._columns = [Columns(self.param_groups[g::size], names) for g in range(size)]
         self.param_groups = [group for own in zip(*(c.groups for c in self._columns), strict=True) for group in own]
@@ -75,7 +76,8 @@ class StackedOptimizer(BatchOptimizer):
             states = [self._prepare(param, columns) for param in params]
             kept = self._kept(params, states, stopped)
             if not kept and can_fuse(self.optimizer_cls, params, columns):
-                fused_adam(self.optimizer_cls, params, grads, states, columns)
+                fused = self._fused.setdefault(params[0], FusedAdam(self.optimizer_cls))
+                fused.update(params, grads, states, columns)
                 continue
             if params[0].is_complex():  # to torch.optim a complex number is a pair of real ones
                 states = [{name: _real(value) for name, value in state.items()} for state in states]
@@ -90,8 +92,8 @@ class StackedOptimizer(BatchOptimizer):
 
     def _blocks(self, params: list[Tensor]) -> list[slice]:
         """Return the models to update at once, block by block."""
-        each = max(1, sum(param[0].numel() * param.element_size() for param in params))
-        size = max(1, _BLOCK.get(params[0].device.type, _BLOCK_ELSEWHERE) // each)
+        taken = sum(param.numel() * param.element_size() for param in params)
+        size = max(1, self.num_models * _BLOCK.get(params[0].device.type, _BLOCK_ELSEWHERE) // max(1, taken))
         return [slice(m, m + size) for m in range(0, self.num_models, size)] if size < self.num_models else [ALL]
 
     def alike(self, params: Sequence[nn.Parameter]) -> list[tuple[list[nn.Parameter], Columns]]:
@@ -131,20 +133,23 @@ class StackedOptimizer(BatchOptimizer):
         if not rule.state and not optional and param not in self.state:
             return {}  # SGD without momentum
         state = self.state[param]
-        scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32  # as in torch.optim
-        for name, start in rule.counts.items():
-            if name not in state:
-                state[name] = torch.full((self.num_models,), start, dtype=scalar, device=param.device)
-        for name in (*rule.state, *optional):
-            if name not in state:
+        for name in (*rule.counts, *rule.state, *optional):
+            if name in state:
+                continue
+            if name in rule.counts:
+                wide = torch.get_default_dtype() == torch.float64  # as in torch.optim
+                kind = {"dtype": torch.float64 if wide else torch.float32, "device": param.device}
+                state[name] = torch.full((self.num_models,), rule.counts[name], **kind)
+            else:
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
                 if name == "sum":
                     real = _real(state[name])  # torch starts both parts of a complex sum from the value
                     h = columns.at([real])
                     real += h.spread(h["initial_accumulator_value"])[0]
+        device, dtype = param.device, param.dtype
         for name, value in state.items():
-            if value.device != param.device or (name not in rule.counts and value.dtype != param.dtype):
-                state[name] = value.to(param.device, value.dtype if name in rule.counts else param.dtype)
+            if value.device != device or (value.dtype != dtype and name not in rule.counts):
+                state[name] = value.to(device, value.dtype if name in rule.counts else dtype)
         return state
 
     def _fill_state(self, lone: torch.optim.Optimizer, m: int) -> None:

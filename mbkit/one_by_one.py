@@ -1,0 +1,216 @@
+"""Training a batch one model after the other, in plain PyTorch, on each model's own rows of the stacked tensors.
+
+It saves what vmap costs, for two small models and where a lone model's kernels already fill the machine; the update is
+still one for all models. The modules that hold the rows are made once, and used for as long as the batch's own module
+looks the same: to make them for every step would take longer than many a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .checks import check_inputs, check_output
+from .chunks import backward_at_once, weighed
+from .freezing import held
+from .loop import call, detach, first_tensor, part
+from .model_batch import ModelBatch
+from .model_call import kept_attributes
+from .operators import (
+    OUTPUT,
+    Look,
+    fill,
+    flattened,
+    merge,
+    note_reached,
+    outcome,
+    read_state,
+    replica,
+    stack_alike,
+    tensors_in,
+    write_state,
+)
+from .stacked_call import one_loss, targets_of_models
+
+__all__ = ["OneByOne"]
+
+_FEW = 4  # models whose gradients wait to be put in their place together
+_VERBS = ("forward", "compute_loss")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class OneByOne:
+    """Makes the forward and backward passes of a batch's M models one model after the other.
+
+    Args:
+        batch: M models; in a step for which they do not `fit`, they go all at once.
+
+    Attributes:
+        bytes_each: known after the first call: what a model's forward pass keeps for its backward pass.
+    """
+
+    def __init__(self, batch: ModelBatch) -> None:
+        self.batch = batch
+        self.bytes_each = 0
+        self._look: Look | None = None
+        self._stacks: list[Tensor] = []
+        self._numbers: list[tuple[int, bool, bool]] = []
+
+    @staticmethod
+    def fits(batch: ModelBatch) -> bool:
+        """Say whether each model has every tensor to itself, and nobody looks at the batch's own calls or gradients."""
+        template = batch._template
+        tensors = tensors_in(read_state(template))
+        stacked = {id(t) for t in (*template.parameters(), *template.buffers(), *batch._attributes)}
+        own = all(id(t) in stacked and t.layout is torch.strided for t in tensors)
+        return own and _is_plain(batch) and not any(map(_is_watched, tensors))
+
+    def backward(self, x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None) -> tuple[Tensor, Any]:
+        """Add up the gradients of all models; return the losses [M] and the outputs, detached."""
+        batch = self.batch
+        if not self._keep_up():
+            return backward_at_once(batch, x, y, loss_fn, shared_targets)
+        if not batch.shared_input:
+            check_inputs(tree_leaves(x), batch.num_models)
+        try:
+            with held(batch), closing(batch.streams.take_turns(self._stacks[0].device)) as turns:
+                losses, records = self._in_turn(turns, x, y, loss_fn, shared_targets)
+                outputs = self._keep(records)
+        except BaseException:
+            self._look = None  # a call that was cut short may have left its module in any state
+            batch.zero_grad()  # and some models' gradients in place
+            raise
+        batch.__dict__["latest_losses"] = torch.stack(losses)
+        return batch.latest_losses, outputs
+
+    def _in_turn(
+        self, turns: Iterator[int], x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None
+    ) -> tuple[list[Tensor], list[dict]]:
+        """Return each model's loss, and what its call returned, with the whole state where it has changed any."""
+        batch, losses, records, targets = self.batch, [], [], None
+        if torch.is_autocast_enabled(self._stacks[0].device.type):
+            torch.clear_autocast_cache()  # it keeps casts of weights, which an update has changed since
+        gradients = _Gradients(batch.num_models)
+        for m in turns:
+            twin, look, given, rows = self._twins[m]
+            mine = x if batch.shared_input else part(x, m)
+            with nullcontext() if self.bytes_each else weighed(([row for _, row in rows], mine)) as sizes:
+                out = call(twin, mine)
+            self.bytes_each = self.bytes_each or max(1, sum(sizes))
+            check_output(out, batch._template)
+            if targets is None:
+                shape = first_tensor(out).shape
+                targets, shared = targets_of_models(y, shape, batch.num_models, 0, batch.num_models, shared_targets)
+            loss = one_loss(loss_fn, out, targets if shared else part(targets, m))
+            loss.backward()
+            gradients.take(m, rows)
+            losses.append(loss.detach())
+            record = {OUTPUT: detach(out)}
+            records.append(record if look.same else outcome(twin, given, self._before, set(), record[OUTPUT], m))
+        gradients.note()
+        return losses, records
+
+    def _keep(self, records: list[dict]) -> Any:
+        """Keep what the calls have changed, if anything; return the outputs."""
+        batch = self.batch
+        if all(len(record) == 1 for record in records):
+            outputs = [record[OUTPUT] for record in records]
+            if all(isinstance(out, Tensor) and out.shape == outputs[0].shape for out in outputs):
+                return stack_alike(outputs)
+        merged, fresh = merge([self._before | record for record in records], self._before, self._known, whole=True)
+        outputs, after, new = fill(merged, [stack_alike(column) for column in fresh])
+        write_state(batch._template, self._before, after)
+        batch.__dict__["_attributes"] = kept_attributes(after, [*batch._attributes, *new])
+        self._look = None
+        return outputs
+
+    def _keep_up(self) -> bool:
+        """Make the models' own modules, unless those at hand still look like the batch's; say whether they can be."""
+        batch, template = self.batch, self.batch._template
+        numbers = _numbers(self._stacks)
+        if self._look is not None and self._look.same and numbers == self._numbers:
+            return _is_plain(batch)
+        if not self.fits(batch):
+            return False
+        self._before = read_state(template)
+        self._stacks = stacks = tensors_in(self._before)
+        self._numbers = _numbers(stacks)
+        columns = [_rows(stack) for stack in stacks]
+        self._twins, self._known = [], []
+        for m in range(batch.num_models):
+            own = [(stack, column[m]) for stack, column in zip(stacks, columns, strict=True)]
+            twin = replica(template, {id(stack): row for stack, row in own}, m, alone=True)
+            rows = [(stack, row) for stack, row in own if isinstance(stack, nn.Parameter)]
+            self._twins.append((twin, Look(twin, settings=False), flattened(twin), rows))
+            self._known.append({id(stack): stack for stack in stacks} | {id(row): stack for stack, row in own})
+        self._look = Look(template)
+        return True
+
+
+class _Gradients:
+    """Takes the models' own gradients, one model's after the other, into the stacked ones, a few models' at a time."""
+
+    def __init__(self, num_models: int) -> None:
+        self._num_models = num_models
+        self._waiting: dict[nn.Parameter, list[Tensor | None]] = {}
+        self._reached: dict[nn.Parameter, list[bool]] = {}
+
+    def take(self, m: int, rows: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Take model m's gradients; `rows` are stacked parameters, each with the model's own."""
+        for whole, row in rows:
+            self._waiting.setdefault(whole, []).append(row.grad)
+            row.grad = None
+        if (m + 1) % _FEW == 0 or m + 1 == self._num_models:
+            for whole, grads in self._waiting.items():
+                self._put(whole, grads, m + 1)
+            self._waiting.clear()
+
+    def _put(self, whole: nn.Parameter, grads: list[Tensor | None], stop: int) -> None:
+        """Put the gradients of the models before `stop` in their place; where one has none, zeros."""
+        before = self._reached.get(whole)
+        reached = [grad is not None for grad in grads]
+        self._reached[whole] = (before or []) + reached
+        if whole.grad is None and not any(reached):
+            return
+        grads = [torch.zeros_like(whole[0]) if grad is None else grad for grad in grads]
+        if len(grads) == self._num_models:
+            whole.grad = stack_alike(grads)
+            return
+        if whole.grad is None:
+            whole.grad = torch.empty_like(whole)
+            whole.grad[: stop - len(grads)] = 0
+        whole.grad[stop - len(grads) : stop] = torch.stack(grads)
+
+    def note(self) -> None:
+        """Note which models have a gradient."""
+        for whole, reached in self._reached.items():
+            if whole.grad is not None:
+                note_reached(whole.grad, reached)
+
+
+def _is_plain(batch: ModelBatch) -> bool:
+    """Say whether the batch's calls are ModelBatch's own, and nobody looks on."""
+    own = all(getattr(type(batch), verb) is getattr(ModelBatch, verb) and verb not in vars(batch) for verb in _VERBS)
+    return own and not any(vars(batch)[hooks] for hooks in _HOOKS)
+
+
+def _is_watched(tensor: Tensor) -> bool:
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+def _numbers(stacks: Sequence[Tensor]) -> list[tuple[int, bool, bool]]:
+    """Return where tensors are, whether they are trained, and whether somebody watches their gradients."""
+    return [(t.data_ptr(), t.requires_grad, _is_watched(t)) for t in stacks]
+
+
+def _rows(stack: Tensor) -> list[Tensor]:
+    """Return the models' own tensors, in the stack's memory."""
+    rows = stack.detach().unbind(0)
+    if isinstance(stack, nn.Parameter):
+        return [nn.Parameter(row, requires_grad=stack.requires_grad) for row in rows]
+    return [row.requires_grad_(stack.requires_grad) for row in rows]

@@ -1,0 +1,288 @@
+"""One by one, on modules kept from step to step, each model is the one trained alone, whatever happens in between."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from mbkit import ModelBatch, OptimizerFactory, fit
+from mbkit.one_by_one import OneByOne
+from mbkit.stepping import batch_step
+from mbkit.training import train_steps
+
+M, B, K, STEPS = 3, 8, 3, 6
+RATES = [0.01 * (m + 1) for m in range(M)]
+
+
+class Net(nn.Module):
+    """BatchNorm, dropout at a rate of its own, tied weights, a buffer edited in place, and a list of the user's."""
+
+    def __init__(self, rate: float = 0.3) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.second.weight = self.first.weight
+        self.drop, self.out, self.scales = nn.Dropout(rate), nn.Linear(4, K), [1.0]
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.mean()
+        return self.out(self.drop(self.norm(self.second(self.first(x).tanh())))) * sum(self.scales)
+
+
+class Keeps(Net):
+    """Assigns a buffer and a tensor anew in every call, and adds up in them."""
+
+    def __init__(self, rate: float = 0.3) -> None:
+        super().__init__(rate)
+        self.last = torch.zeros(()).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + x.mean()
+        self.last = self.last + self.first.weight.detach().sum()
+        return super().forward(x) + self.last.sin()
+
+
+class Counts(Keeps):
+    """Counts its calls in Python."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+def models_of(cls: type[nn.Module] = Net) -> list[nn.Module]:
+    return [cls(0.1 + 0.1 * m).double() for m in range(M)]
+
+
+def data(each: bool = False) -> list[tuple[Tensor, Tensor]]:
+    lead = (M,) if each else ()
+    return [(torch.randn(*lead, B, 4).double(), torch.randint(K, (*lead, B))) for _ in range(STEPS)]
+
+
+def assert_as_alone(
+    models: list[nn.Module],
+    pairs: list,
+    between: Callable[[Any, int], None] = lambda model, step: None,
+    each: bool = False,
+    loss_fn: Callable = cross_entropy,
+    stops: int = STEPS,
+) -> ModelBatch:
+    """Train one by one and alone, do to the batch and to each lone model what `between` does, and compare."""
+    lone, batch = copy.deepcopy(models), ModelBatch(models, not each, seeds=range(M))
+    optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES)
+    way, losses, outputs = OneByOne(batch), [], []
+    assert OneByOne.fits(batch)
+    for step, (x, y) in enumerate(pairs):
+        between(batch, step)
+        made = batch_step(batch, optimizer, x, y, loss_fn, chunks=way)
+        losses.append(made[0])
+        outputs.append(made[1])
+    for m, model in enumerate(lone):
+        torch.manual_seed(m)
+        alone = torch.optim.Adam(model.parameters(), lr=RATES[m])
+        for step, (x, y) in enumerate(pairs):
+            between(model, step)
+            alone.zero_grad()
+            out = model(x[m] if each else x)
+            loss = loss_fn(out, y[m] if each else y)
+            loss.backward()
+            alone.step()
+            torch.testing.assert_close(losses[step][m], loss.detach(), rtol=0, atol=1e-10)
+            torch.testing.assert_close(outputs[step][m], out.detach(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
+        assert vars(batch[m]).get("calls") == vars(model).get("calls")
+    return batch
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("cls", [Net, Keeps, Counts])
+def test_each_model_is_the_one_trained_alone(cls, each):
+    batch = assert_as_alone(models_of(cls), data(each), each=each)
+    assert batch.model_by_model == set()
+
+
+def at_step_2(change: Callable[[Any], Any]) -> Callable[[Any, int], None]:
+    return lambda model, step: change(model) if step == 2 else None
+
+
+def own(model: Any) -> nn.Module:
+    return model._template if isinstance(model, ModelBatch) else model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(own(model).drop, "p", 0.9),
+        lambda model: own(model).drop.eval(),
+        lambda model: own(model).first.bias.requires_grad_(False),
+        lambda model: own(model).scales.append(0.5),
+        lambda model: own(model).out.register_forward_hook(lambda module, args, out: out * 2),
+        lambda model: setattr(own(model), "norm", nn.Identity()),
+        lambda model: own(model).out.weight.data.mul_(3),
+        lambda model: setattr(own(model).out.weight, "data", own(model).out.weight.data * 3),
+    ],
+    ids="setting mode trained list hook module edit data".split(),
+)
+def test_what_is_changed_between_two_steps_counts(change):
+    assert_as_alone(models_of(), data(), at_step_2(change))
+
+
+@pytest.mark.parametrize("last", [2, 6])
+def test_a_step_that_was_cut_short_leaves_no_gradient_and_no_state_behind(last):
+    """A model's loss raises, after the backward passes of those before it."""
+    models, pairs = models_of(Counts) + models_of(Counts), data()
+    batch, calls = ModelBatch(models, seeds=range(2 * M)), []
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    way = OneByOne(batch.eval())
+
+    def loss_fn(outputs, targets):
+        calls.append(1)
+        if len(calls) == last:
+            raise RuntimeError("full")
+        return cross_entropy(outputs, targets)
+
+    before = {name: p.detach().clone() for name, p in batch.named_parameters()}
+    with pytest.raises(RuntimeError, match="full"):
+        batch_step(batch, optimizer, *pairs[0], loss_fn, chunks=way)
+    torch.testing.assert_close(dict(batch.named_parameters()), before, rtol=0, atol=0)
+    assert all(p.grad is None for p in batch.parameters())
+    lone = batch.models
+    batch_step(batch, optimizer, *pairs[1], loss_fn, chunks=way)
+    for m, model in enumerate(lone):
+        cross_entropy(model(pairs[1][0]), pairs[1][1]).backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(batch.stacked_params[name].grad[m], p.grad, rtol=0, atol=1e-12)
+        assert model.calls == batch[m].calls == 1
+
+
+class Either(nn.Module):
+    """Takes the one layer or the other, as its own input says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, K), nn.Linear(4, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if x.sum() > 0 else self.b(x)
+
+
+def test_a_parameter_that_only_some_models_use_stays_where_it_is_in_the_others():
+    models = [Either().double() for _ in range(M)]
+    signs = torch.tensor([[1, -1, 1], [1, 1, 1], [-1, 1, 1], [1, -1, -1], [1, 1, 1], [-1, -1, 1]])  # step by model
+    x = torch.randn(STEPS, M, B, 4).double().abs() * signs[..., None, None]
+    assert_as_alone(models, [(x[i], torch.randint(K, (M, B))) for i in range(STEPS)], each=True)
+
+
+def test_a_frozen_model_keeps_everything():
+    models, pairs = models_of(Keeps), data()
+    batch = ModelBatch(models, seeds=range(M))
+    optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES)
+    way = OneByOne(batch)
+    batch_step(batch, optimizer, *pairs[0], cross_entropy, chunks=way)
+    before, drawn = copy.deepcopy(batch[1].state_dict()), batch.streams.on("cpu")[1].get_state()
+    batch.freeze(1)
+    for x, y in pairs[1:]:
+        batch_step(batch, optimizer, x, y, cross_entropy, chunks=way)
+    torch.testing.assert_close(batch[1].state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(batch.streams.on("cpu")[1].get_state(), drawn)
+    torch.manual_seed(2)
+    lone = torch.optim.Adam(models[2].parameters(), lr=RATES[2])
+    for x, y in pairs:
+        lone.zero_grad()
+        cross_entropy(models[2](x), y).backward()
+        lone.step()
+    torch.testing.assert_close(batch[2].state_dict(), models[2].state_dict(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "error", "text"),
+    [
+        (lambda out, y: 1.0, TypeError, "to be a tensor, got float"),
+        (lambda out, y: out.sum(0), ValueError, "Expected one loss a model, got a tensor"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(loss_fn, error, text):
+    batch = ModelBatch(models_of())
+    with pytest.raises(error, match=text):
+        OneByOne(batch).backward(*data()[0], loss_fn, None)
+
+
+def test_casts_of_weights_are_not_kept_over_an_update():
+    """autocast keeps them for as long as it lasts, and here it lasts for the whole training."""
+    models, pairs = [nn.Sequential(nn.Linear(4, 16), nn.Linear(16, K)) for _ in range(2)], data()
+    batch = ModelBatch(models, seeds=range(2))
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.5)
+    way = OneByOne(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [batch_step(batch, optimizer, x.float(), y, cross_entropy, chunks=way)[0] for x, y in pairs]
+    for m, model in enumerate(models):
+        alone = torch.optim.SGD(model.parameters(), lr=0.5)
+        for (x, y), loss in zip(pairs, losses, strict=True):
+            alone.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                expected = cross_entropy(model(x.float()), y)
+            expected.backward()
+            alone.step()
+            assert torch.equal(loss[m], expected.detach())
+
+
+class Sub(ModelBatch):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * super().compute_loss(*args, **kwargs)
+
+
+class Table(nn.Module):
+    """Holds a sparse constant, whose rows are copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.table = nn.Linear(4, K), torch.eye(B).to_sparse()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.table, self.out(x))
+
+
+def test_what_it_would_pass_over_is_left_to_the_other_ways():
+    hooked, patched = ModelBatch(models_of()), ModelBatch(models_of())
+    hooked.register_forward_hook(lambda *_: None)
+    watched = ModelBatch(models_of())
+    next(watched.parameters()).register_hook(lambda gradient: None)
+    patched.forward = lambda x: x
+    assert OneByOne.fits(ModelBatch(models_of()))
+    assert not any(map(OneByOne.fits, (hooked, patched, watched, Sub(models_of()), ModelBatch([Table(), Table()]))))
+
+
+def test_who_begins_to_look_on_sees_the_whole_batch():
+    batch, seen = ModelBatch(models_of(), seeds=range(M)), []
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES)
+    steps = train_steps(batch, optimizer, data(), cross_entropy)
+    next(steps)
+    batch.stacked_params["out.bias"].register_hook(lambda gradient: seen.append(tuple(gradient.shape)))
+    next(steps)
+    batch.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    next(steps)
+    assert seen == [(M, K), (M, B, K), (M, K)]
+
+
+@pytest.mark.parametrize(("num_models", "how"), [(1, "one by one"), (2, "one by one"), (4, "all models at once")])
+def test_fit_trains_two_small_models_one_by_one_and_names_it(num_models, how):
+    models, pairs = [nn.Linear(4, K).double() for _ in range(num_models)], data()
+    batch = ModelBatch(models)
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    history = fit(batch, optimizer, pairs, cross_entropy, progress=False)
+    assert history.how == how
+    for m, model in enumerate(models):
+        alone = torch.optim.SGD(model.parameters(), lr=0.1)
+        for x, y in pairs:
+            alone.zero_grad()
+            cross_entropy(model(x), y).backward()
+            alone.step()
+        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-12)
