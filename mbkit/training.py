@@ -60,9 +60,9 @@ def fit(
             "freeze" stops it (see ModelBatch.freeze; the History says when), "raise" ends the run, None does nothing.
         chunk_size: how many models are trained at once, which changes no result; None for all. "auto" keeps their
             activations within half of the free memory, and on a CPU within 128 MiB, past which they gain little.
-            Models that keep more than 128 KiB each for their backward pass are also tried in smaller chunks and one
-            after the other, on the first steps, and go on in the fastest way, which the History names. Two such runs
-            can differ in float32's last bits; with a number or None they don't.
+            Models that keep more than 128 KiB each for their backward pass are also tried in smaller chunks and one by
+            one, on the first steps, and go on in the fastest way, which the History names. Two such runs can differ in
+            float32's last bits; with a number or None they don't. Up to three smaller models go one by one untried.
         compile: make each step as one function compiled by torch.compile: after some seconds of compilation, far ahead
             for small models. Where that cannot be, a warning says why and the steps run uncompiled.
         callback: called with each Step; returning False ends the training.
