@@ -39,7 +39,6 @@ from .stacked_call import one_loss, targets_of_models
 
 __all__ = ["OneByOne"]
 
-_FEW = 4  # models whose gradients wait to be put in their place together
 _VERBS = ("forward", "compute_loss")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -83,7 +82,6 @@ class OneByOne:
                 outputs = self._keep(records)
         except BaseException:
             self._look = None  # a call that was cut short may have left its module in any state
-            batch.zero_grad()  # and some models' gradients in place
             raise
         batch.__dict__["latest_losses"] = torch.stack(losses)
         return batch.latest_losses, outputs
@@ -95,11 +93,11 @@ class OneByOne:
         batch, losses, records, targets = self.batch, [], [], None
         if torch.is_autocast_enabled(self._stacks[0].device.type):
             torch.clear_autocast_cache()  # it keeps casts of weights, which an update has changed since
-        gradients = _Gradients(batch.num_models)
+        gradients = _Gradients(self._twins[0][-1])
         for m in turns:
             twin, look, given, rows = self._twins[m]
             mine = x if batch.shared_input else part(x, m)
-            with nullcontext() if self.bytes_each else weighed(([row for _, row in rows], mine)) as sizes:
+            with nullcontext() if self.bytes_each else weighed((list(twin.parameters()), mine)) as sizes:
                 out = call(twin, mine)
             self.bytes_each = self.bytes_each or max(1, sum(sizes))
             check_output(out, batch._template)
@@ -107,12 +105,11 @@ class OneByOne:
                 shape = first_tensor(out).shape
                 targets, shared = targets_of_models(y, shape, batch.num_models, 0, batch.num_models, shared_targets)
             loss = one_loss(loss_fn, out, targets if shared else part(targets, m))
-            loss.backward()
-            gradients.take(m, rows)
+            gradients.backward(loss, m, rows)
             losses.append(loss.detach())
             record = {OUTPUT: detach(out)}
             records.append(record if look.same else outcome(twin, given, self._before, set(), record[OUTPUT], m))
-        gradients.note()
+        gradients.hand_over()
         return losses, records
 
     def _keep(self, records: list[dict]) -> Any:
@@ -145,7 +142,7 @@ class OneByOne:
         for m in range(batch.num_models):
             own = [(stack, column[m]) for stack, column in zip(stacks, columns, strict=True)]
             twin = replica(template, {id(stack): row for stack, row in own}, m, alone=True)
-            rows = [(stack, row) for stack, row in own if isinstance(stack, nn.Parameter)]
+            rows = [(stack, row) for stack, row in own if isinstance(stack, nn.Parameter) and stack.requires_grad]
             self._twins.append((twin, Look(twin, settings=False), flattened(twin), rows))
             self._known.append({id(stack): stack for stack in stacks} | {id(row): stack for stack, row in own})
         self._look = Look(template)
@@ -153,44 +150,34 @@ class OneByOne:
 
 
 class _Gradients:
-    """Takes the models' own gradients, one model's after the other, into the stacked ones, a few models' at a time."""
+    """The stacked gradients of a step, into which each model's backward pass adds its own.
 
-    def __init__(self, num_models: int) -> None:
-        self._num_models = num_models
-        self._waiting: dict[nn.Parameter, list[Tensor | None]] = {}
-        self._reached: dict[nn.Parameter, list[bool]] = {}
+    Args:
+        rows: the trained stacked parameters, each with a model's own.
+    """
 
-    def take(self, m: int, rows: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
-        """Take model m's gradients; `rows` are stacked parameters, each with the model's own."""
-        for whole, row in rows:
-            self._waiting.setdefault(whole, []).append(row.grad)
+    def __init__(self, rows: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        self._stacks = [whole for whole, _ in rows]
+        self._grads = [torch.zeros_like(whole) for whole in self._stacks]
+        self._parts = [grad.unbind(0) for grad in self._grads]
+        self._reached: list[list[bool]] = []
+
+    def backward(self, loss: Tensor, m: int, rows: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Make model m's backward pass; what it adds nothing to, it has no gradient for."""
+        for (_, row), parts in zip(rows, self._parts, strict=True):
+            row.grad = parts[m]
+        before = [grad._version for grad in self._grads]
+        loss.backward()
+        self._reached.append([grad._version != version for grad, version in zip(self._grads, before, strict=True)])
+        for _, row in rows:
             row.grad = None
-        if (m + 1) % _FEW == 0 or m + 1 == self._num_models:
-            for whole, grads in self._waiting.items():
-                self._put(whole, grads, m + 1)
-            self._waiting.clear()
 
-    def _put(self, whole: nn.Parameter, grads: list[Tensor | None], stop: int) -> None:
-        """Put the gradients of the models before `stop` in their place; where one has none, zeros."""
-        before = self._reached.get(whole)
-        reached = [grad is not None for grad in grads]
-        self._reached[whole] = (before or []) + reached
-        if whole.grad is None and not any(reached):
-            return
-        grads = [torch.zeros_like(whole[0]) if grad is None else grad for grad in grads]
-        if len(grads) == self._num_models:
-            whole.grad = stack_alike(grads)
-            return
-        if whole.grad is None:
-            whole.grad = torch.empty_like(whole)
-            whole.grad[: stop - len(grads)] = 0
-        whole.grad[stop - len(grads) : stop] = torch.stack(grads)
-
-    def note(self) -> None:
-        """Note which models have a gradient."""
-        for whole, reached in self._reached.items():
-            if whole.grad is not None:
-                note_reached(whole.grad, reached)
+    def hand_over(self) -> None:
+        """Make them the stacked parameters' gradients."""
+        for whole, grad, reached in zip(self._stacks, self._grads, zip(*self._reached, strict=True), strict=True):
+            if any(reached):
+                whole.grad = grad
+                note_reached(grad, reached)
 
 
 def _is_plain(batch: ModelBatch) -> bool:
