@@ -168,7 +168,7 @@ class Either(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(4, K), nn.Linear(4, K)
+        self.a, self.b, self.never = nn.Linear(4, K), nn.Linear(4, K), nn.Linear(4, K)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x) if x.sum() > 0 else self.b(x)
@@ -178,7 +178,8 @@ def test_a_parameter_that_only_some_models_use_stays_where_it_is_in_the_others()
     models = [Either().double() for _ in range(M)]
     signs = torch.tensor([[1, -1, 1], [1, 1, 1], [-1, 1, 1], [1, -1, -1], [1, 1, 1], [-1, -1, 1]])  # step by model
     x = torch.randn(STEPS, M, B, 4).double().abs() * signs[..., None, None]
-    assert_as_alone(models, [(x[i], torch.randint(K, (M, B))) for i in range(STEPS)], each=True)
+    batch = assert_as_alone(models, [(x[i], torch.randint(K, (M, B))) for i in range(STEPS)], each=True)
+    assert batch.stacked_params["never.weight"].grad is None
 
 
 def test_a_frozen_model_keeps_everything():
