@@ -166,10 +166,10 @@ def attempt(
 
     if "" in batch.model_by_model:
         flags = [id(t) in stacked for t in kept] + [not shared] * len(places)
-        turns = batch.streams.take_turns(device)
-        output, after, new = call_in_turn(
-            template, before, args, kwargs, turns, lambda run, tensors: run(tensors, flags), whole=True
-        )
+        with batch.streams.take_turns(device) as turns:
+            output, after, new = call_in_turn(
+                template, before, args, kwargs, turns, lambda run, tensors: run(tensors, flags), whole=True
+            )
         check_output(output, template)
     else:
         origins = {id(t): t for t in kept}

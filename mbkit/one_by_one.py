@@ -7,8 +7,9 @@ looks the same: to make them for every step would take longer than many a step.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class OneByOne:
         if not batch.shared_input:
             check_inputs(tree_leaves(x), batch.num_models)
         try:
-            with held(batch), closing(batch.streams.take_turns(self._stacks[0].device)) as turns:
+            with held(batch), batch.streams.take_turns(self._stacks[0].device) as turns:
                 losses, records = self._in_turn(turns, x, y, loss_fn, shared_targets)
                 outputs = self._keep(records)
         except BaseException:
@@ -181,7 +182,9 @@ class _Gradients:
 
 
 def _is_plain(batch: ModelBatch) -> bool:
-    """Say whether the batch's calls are ModelBatch's own, and nobody looks on."""
+    """Say whether the batch's calls are ModelBatch's own, and nobody looks on or draws random numbers meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        return False  # one by one the models draw from torch's default generator, as whoever is in the main thread does
     own = all(getattr(type(batch), verb) is getattr(ModelBatch, verb) and verb not in vars(batch) for verb in _VERBS)
     return own and not any(vars(batch)[hooks] for hooks in _HOOKS)
 

@@ -72,9 +72,10 @@ def call_losses(
         reason = ""
     losses = []
     try:
-        for m in batch.streams.take_turns(tensors[0].device):
-            own = [t if dim is None else t[m] for t, dim in zip(tensors, in_dims, strict=True)]
-            losses += one_model(None, *own)
+        with batch.streams.take_turns(tensors[0].device) as turns:
+            for m in turns:
+                own = [t if dim is None else t[m] for t, dim in zip(tensors, in_dims, strict=True)]
+                losses += one_model(None, *own)
     except Exception as error:
         undo()
         known = type(error) in PLAIN_ERRORS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from mbkit import ModelBatch, OptimizerFactory, fit
 from mbkit.one_by_one import OneByOne
+from mbkit.rng import GENERATOR
 from mbkit.stepping import batch_step
 from mbkit.training import train_steps
 
@@ -271,6 +273,55 @@ def test_who_begins_to_look_on_sees_the_whole_batch():
     batch.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
     next(steps)
     assert seen == [(M, K), (M, B, K), (M, K)]
+
+
+def test_off_the_main_thread_who_draws_meanwhile_changes_no_mask():
+    """The main thread draws from torch's default generator all the time."""
+    models, pairs = models_of(), data() * 5
+    batch, done = ModelBatch(models, seeds=range(M)), []
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES)
+    train = threading.Thread(
+        target=lambda: done.append(fit(batch, optimizer, pairs, cross_entropy, progress=False)), daemon=True
+    )
+    train.start()
+    while train.is_alive():
+        torch.rand(3)
+    assert done[0].how == "all models at once"
+    for m, model in enumerate(models):
+        torch.manual_seed(m)
+        alone = torch.optim.SGD(model.parameters(), lr=RATES[m])
+        for x, y in pairs:
+            alone.zero_grad()
+            cross_entropy(model(x), y).backward()
+            alone.step()
+        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
+
+
+def test_two_threads_do_not_take_turns_at_once_and_an_error_ends_them():
+    batch, state = ModelBatch(models_of(), seeds=range(M)), torch.get_rng_state()
+    taken = []
+
+    def other() -> None:
+        taken.append(GENERATOR.acquire(blocking=False))
+        if taken[-1]:
+            GENERATOR.release()
+
+    def look() -> None:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    def cut_short() -> None:
+        with batch.streams.take_turns(torch.device("cpu")) as turns:
+            torch.rand(3 + next(turns))
+            look()
+            raise RuntimeError("full")
+
+    with pytest.raises(RuntimeError, match="full") as error:
+        cut_short()
+    look()
+    assert taken == [False, True]
+    assert torch.equal(torch.get_rng_state(), state), error  # the error is held, and its frames with it
 
 
 @pytest.mark.parametrize(("num_models", "how"), [(1, "one by one"), (2, "one by one"), (4, "all models at once")])

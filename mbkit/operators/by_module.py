@@ -40,8 +40,8 @@ def loop_inside(mode: Interception, module: nn.Module) -> Callable:
 
             return on_stacks(below, mode.index, tensors)
 
-        turns = mode.streams.take_turns(mode.device)
-        output, after, _ = call_in_turn(module, before, args, kwargs, turns, on, whole=False)
+        with mode.streams.take_turns(mode.device) as turns:
+            output, after, _ = call_in_turn(module, before, args, kwargs, turns, on, whole=False)
         write_state(module, before, after)
         return output
 

@@ -52,15 +52,16 @@ def model_by_model(mode: Interception, function: Any, args: tuple, kwargs: dict)
         outputs = []
         generator = kwargs.get("generator")  # one that each model makes for itself: all draw the same from it
         start = generator.get_state() if generator is not None else None
-        for m in mode.streams.take_turns(mode.device):
-            if generator is not None:
-                generator.set_state(start)
-            own = [leaf.values[m] if isinstance(leaf, PerModel) else leaf for leaf in leaves]
-            for place, stack, is_stacked in zip(places, stacks, stacked, strict=True):
-                own[place] = stack[m] if is_stacked else stack
-            own_args, own_kwargs = tree_unflatten(own, spec)
-            flat, result_spec = tree_flatten(function(*own_args, **own_kwargs))
-            outputs.append(flat)
+        with mode.streams.take_turns(mode.device) as turns:
+            for m in turns:
+                if generator is not None:
+                    generator.set_state(start)
+                own = [leaf.values[m] if isinstance(leaf, PerModel) else leaf for leaf in leaves]
+                for place, stack, is_stacked in zip(places, stacks, stacked, strict=True):
+                    own[place] = stack[m] if is_stacked else stack
+                own_args, own_kwargs = tree_unflatten(own, spec)
+                flat, result_spec = tree_flatten(function(*own_args, **own_kwargs))
+                outputs.append(flat)
         results.extend([outputs[0], result_spec])
         if in_place:
             return (torch.zeros(mode.num_models, device=stacks[0].device),)  # vmap wants a tensor; nobody reads it

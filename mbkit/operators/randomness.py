@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..rng import GENERATOR
 from .convolution import check_order
 from .model_by_model import model_by_model
 from .physical import on_stacks
@@ -47,22 +49,28 @@ class Streams:
             self._generators[device] = [torch.Generator(device).manual_seed(seed) for seed in self.seeds]
         return self._generators[device]
 
-    def take_turns(self, device: torch.device) -> Iterator[int]:
-        """Yield 0 … M-1; while m is out, torch's default generators stand where model m's streams stand."""
+    @contextmanager
+    def take_turns(self, device: torch.device) -> Iterator[Iterator[int]]:
+        """Give out 0 … M-1; while m is out, torch's default generators stand where model m's streams stand."""
         defaults = {torch.device("cpu"): torch.default_generator}
         if device.type == "cuda":
             defaults[device] = torch.cuda.default_generators[device.index or 0]
-        before = {place: default.get_state() for place, default in defaults.items()}
-        try:
+
+        def turns() -> Iterator[int]:
             for m in range(len(self.seeds)):
                 for place, default in defaults.items():
                     default.set_state(self.on(place)[m].get_state())
                 yield m
                 for place, default in defaults.items():
                     self.on(place)[m].set_state(default.get_state())
-        finally:
-            for place, default in defaults.items():
-                default.set_state(before[place])
+
+        with GENERATOR:
+            before = {place: default.get_state() for place, default in defaults.items()}
+            try:
+                yield turns()
+            finally:
+                for place, default in defaults.items():
+                    default.set_state(before[place])
 
     @property
     def in_use(self) -> bool:
