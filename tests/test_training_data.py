@@ -130,7 +130,7 @@ def test_data_that_cannot_be_drawn_again_is_refused():
 
     with pytest.raises(ValueError, match="another first batch") as caught:
         fit_alone(build(), SGD, CONFIGS, Unknown(), cross_entropy, seeds=SEEDS)
-    assert caught.value.history.steps_done == [1, 0, 0]
+    assert caught.value.history.steps_done == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("each_targets", [False, True])

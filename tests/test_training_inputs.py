@@ -43,9 +43,9 @@ REFUSED_BY_FIT_ALONE = {
     "no models": (ValueError, "at least one model", lambda: {"models": []}),
     "one model": (TypeError, "got one Sequential", lambda: {"models": build()[0]}),
     "no modules": (TypeError, "got int as model 0", lambda: {"models": [1]}),
-    "too few configs": (ValueError, r"3 configs \(one per model\), got 2", lambda: {"configs": CONFIGS[:2]}),
-    "too few seeds": (ValueError, "3 seeds", lambda: {"seeds": [1, 2]}),
-    "too few schedulers": (ValueError, "3 schedulers", lambda: {"scheduler": [None]}),
+    "too few configs": (ValueError, r"4 configs \(one per model\), got 2", lambda: {"configs": CONFIGS[:2]}),
+    "too few seeds": (ValueError, "4 seeds", lambda: {"seeds": [1, 2]}),
+    "too few schedulers": (ValueError, "4 schedulers", lambda: {"scheduler": [None]}),
     "an iterator for three": (TypeError, "used up", lambda: {"batches": iter(points())}),
     "a ready scheduler": (TypeError, "callable that makes", lambda: {"scheduler": _ready_scheduler()}),
 }

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from mbkit.model_batch import ModelBatch
 from mbkit.optim import OptimizerFactory
 
-M, B, SEEDS, RATES = 3, 5, [11, 22, 33], [0.1, 0.05, 0.2]
+M, B, SEEDS, RATES = 4, 5, [11, 22, 33, 44], [0.1, 0.05, 0.2, 0.15]  # fewer go one by one
 CONFIGS = [{"lr": lr} for lr in RATES]
 SGD = torch.optim.SGD
 
