@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .chunks import is_watched
 from .clipping import clip_by_norm_, norm_limits
 from .loop import arguments
 from .model_call import attempt
-from .operators import LayoutMatters, named_modules, read_state, replica, tensors_in
+from .operators import HOOKS, LayoutMatters, named_modules, read_state, replica, tensors_in
 from .optim.hyperparameters import Hyperparameters
 from .optim.stacked import StackedOptimizer
 from .stacked_call import call_losses
 
 __all__ = ["CannotCompile", "CompiledStep"]
 
-_HOOKS = "_forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks".split()
 # Without the threshold each of a million weights would work out its model's bias correction anew, in double precision.
 _OPTIONS = {"realize_opcount_threshold": 3}
 _OF_TORCH = set(vars(nn.Module())) - {"training"}
@@ -131,11 +131,11 @@ def _check(batch: Any, optimizer: Any) -> None:
     if batch.model_by_model:
         raise CannotCompile(f"{sorted(batch.model_by_model)} run model by model")
     for path, module in named_modules(batch._template):
-        if any(vars(module)[hooks] for hooks in _HOOKS):
+        if any(vars(module)[hooks] for hooks in HOOKS):
             raise CannotCompile(f"'{path}' ({type(module).__name__}) has hooks")
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise CannotCompile("the optimizer has hooks")
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in batch.parameters()):
+    if any(map(is_watched, batch.parameters())):
         raise CannotCompile("a parameter has hooks")
 
 

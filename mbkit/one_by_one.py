@@ -1,8 +1,8 @@
 """Training a batch one model after the other, in plain PyTorch, on each model's own rows of the stacked tensors.
 
-It saves what vmap costs, for two small models and where a lone model's kernels already fill the machine; the update is
-still one for all models. The modules that hold the rows are made once, and used for as long as the batch's own module
-looks the same: to make them for every step would take longer than many a step.
+It saves what vmap costs, for two or three small models and where a lone model's kernels already fill the machine; the
+update is still one for all models. The modules that hold the rows are made once, and used for as long as the batch's
+own module looks the same: to make them for every step would take longer than many a step.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .checks import check_inputs, check_output
-from .chunks import backward_at_once, weighed
+from .chunks import backward_at_once, is_watched, weighed
 from .freezing import held
 from .loop import call, detach, first_tensor, part
 from .model_batch import ModelBatch
 from .model_call import kept_attributes
 from .operators import (
+    HOOKS,
     OUTPUT,
     Look,
     fill,
@@ -41,7 +42,6 @@ from .stacked_call import one_loss, targets_of_models
 __all__ = ["OneByOne"]
 
 _VERBS = ("forward", "compute_loss")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class OneByOne:
@@ -68,7 +68,7 @@ class OneByOne:
         tensors = tensors_in(read_state(template))
         stacked = {id(t) for t in (*template.parameters(), *template.buffers(), *batch._attributes)}
         own = all(id(t) in stacked and t.layout is torch.strided for t in tensors)
-        return own and _is_plain(batch) and not any(map(_is_watched, tensors))
+        return own and _is_plain(batch) and not any(map(is_watched, tensors))
 
     def backward(self, x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None) -> tuple[Tensor, Any]:
         """Add up the gradients of all models; return the losses [M] and the outputs, detached."""
@@ -186,16 +186,12 @@ def _is_plain(batch: ModelBatch) -> bool:
     if threading.current_thread() is not threading.main_thread():
         return False  # one by one the models draw from torch's default generator, as whoever is in the main thread does
     own = all(getattr(type(batch), verb) is getattr(ModelBatch, verb) and verb not in vars(batch) for verb in _VERBS)
-    return own and not any(vars(batch)[hooks] for hooks in _HOOKS)
-
-
-def _is_watched(tensor: Tensor) -> bool:
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+    return own and not any(vars(batch)[hooks] for hooks in HOOKS)
 
 
 def _numbers(stacks: Sequence[Tensor]) -> list[tuple[int, bool, bool]]:
     """Return where tensors are, whether they are trained, and whether somebody watches their gradients."""
-    return [(t.data_ptr(), t.requires_grad, _is_watched(t)) for t in stacks]
+    return [(t.data_ptr(), t.requires_grad, is_watched(t)) for t in stacks]
 
 
 def _rows(stack: Tensor) -> list[Tensor]:

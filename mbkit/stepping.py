@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunks import Chunks, backward_at_once
+from .chunks import Chunks, backward_at_once, is_watched
 from .freezing import stop_nonfinite
 from .machine import keep_pages
 from .one_by_one import OneByOne
@@ -160,7 +160,7 @@ class _Choice:
         self.best: Chunks | OneByOne | None = None
         if batch.num_models <= _FEW and OneByOne.fits(batch):
             self.best = OneByOne(batch)
-        elif batch.num_models > 1 and _can_cut(batch):
+        elif batch.num_models > 1 and not any(map(is_watched, batch.parameters())):
             self.best = Chunks(batch)
         self._batch = batch
         self._ways: list[Chunks | OneByOne | None] = []  # those still to be tried
@@ -181,12 +181,14 @@ class _Choice:
     def _measure(self, seconds: float) -> None:
         batch, each = self._batch, self.best.bytes_each
         self._measured = True
-        if each < _SMALL and isinstance(self.best, OneByOne):
-            return
-        chunks = Chunks(batch)
-        chunks.bytes_each = each
-        largest = chunks.size = chunks.largest(next(batch.parameters()).device)
-        self.best = None if largest == batch.num_models else chunks
+        if isinstance(self.best, OneByOne):
+            if each < _SMALL:
+                return
+            self.best = Chunks(batch)
+            self.best.bytes_each = each
+            self.best.size = self.best.largest(next(batch.parameters()).device)
+        largest = self.best.size
+        self.best = None if largest == batch.num_models else self.best
         if each < _SMALL:
             return
         sizes = [size for size in _SIZES if size < largest] if each * batch.num_models > _CACHE else []
@@ -205,8 +207,3 @@ class _Choice:
             self.best, self._record = way, found
         elif found > 1.1 * self._record:
             self._ways.clear()  # still smaller chunks are slower still
-
-
-def _can_cut(batch: Any) -> bool:
-    """Say whether chunks see all that the whole batch sees: hooks on the stacked parameters they would not run."""
-    return not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in batch.parameters())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_flatten
 
 from mbkit import ModelBatch, OptimizerFactory, fit
 from mbkit.one_by_one import OneByOne
@@ -19,22 +20,24 @@ from mbkit.stepping import batch_step
 from mbkit.training import train_steps
 
 M, B, K, STEPS = 3, 8, 3, 6
-RATES = [0.01 * (m + 1) for m in range(M)]
+RATES = [0.01, 0.02, 0.03]
 
 
 class Net(nn.Module):
-    """BatchNorm, dropout at a rate of its own, tied weights, a buffer edited in place, and a list of the user's."""
+    """BatchNorm, dropout at a rate of its own, tied weights, a buffer edited in place, a list and a dict."""
 
     def __init__(self, rate: float = 0.3) -> None:
         super().__init__()
         self.first, self.second, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
         self.second.weight = self.first.weight
         self.drop, self.out, self.scales = nn.Dropout(rate), nn.Linear(4, K), [1.0]
+        self.factors = {"on": 2.0}
         self.register_buffer("seen", torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen += x.mean()
-        return self.out(self.drop(self.norm(self.second(self.first(x).tanh())))) * sum(self.scales)
+        h = self.drop(self.norm(self.second(self.first(x).tanh())))
+        return self.out(h) * sum(self.scales) * self.factors.get("on", 1.0)
 
 
 class Keeps(Net):
@@ -60,6 +63,14 @@ class Counts(Keeps):
         return super().forward(x) * self.calls
 
 
+class Several(Net):
+    """Returns more than one tensor."""
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        out = super().forward(x)
+        return {"log": out.log_softmax(1), "sums": (x.sum(1), None)}
+
+
 def models_of(cls: type[nn.Module] = Net) -> list[nn.Module]:
     return [cls(0.1 + 0.1 * m).double() for m in range(M)]
 
@@ -69,36 +80,51 @@ def data(each: bool = False) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(*lead, B, 4).double(), torch.randint(K, (*lead, B))) for _ in range(STEPS)]
 
 
-def assert_as_alone(
-    models: list[nn.Module],
+def nothing(model: Any, step: int) -> None:
+    pass
+
+
+def train_alone(
+    model: nn.Module,
+    m: int,
     pairs: list,
-    between: Callable[[Any, int], None] = lambda model, step: None,
+    between: Callable = nothing,
     each: bool = False,
     loss_fn: Callable = cross_entropy,
-    stops: int = STEPS,
+    cls: type = torch.optim.Adam,
+) -> list[tuple[Tensor, Any]]:
+    """Train model m in place in plain PyTorch; return each step's loss and outputs."""
+    torch.manual_seed(m)
+    optimizer, made = cls(model.parameters(), lr=RATES[m % M]), []
+    for step, (x, y) in enumerate(pairs):
+        between(model, step)
+        optimizer.zero_grad()
+        out = model(x[m] if each else x)
+        loss = loss_fn(out, y[m] if each else y)
+        loss.backward()
+        optimizer.step()
+        made.append((loss.detach(), out))
+    return made
+
+
+def assert_as_alone(
+    models: list[nn.Module], pairs: list, between: Callable = nothing, each: bool = False, loss_fn=cross_entropy
 ) -> ModelBatch:
     """Train one by one and alone, do to the batch and to each lone model what `between` does, and compare."""
     lone, batch = copy.deepcopy(models), ModelBatch(models, not each, seeds=range(M))
     optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES)
-    way, losses, outputs = OneByOne(batch), [], []
+    way, made = OneByOne(batch), []
     assert OneByOne.fits(batch)
     for step, (x, y) in enumerate(pairs):
         between(batch, step)
-        made = batch_step(batch, optimizer, x, y, loss_fn, chunks=way)
-        losses.append(made[0])
-        outputs.append(made[1])
+        made.append(batch_step(batch, optimizer, x, y, loss_fn, chunks=way))
     for m, model in enumerate(lone):
-        torch.manual_seed(m)
-        alone = torch.optim.Adam(model.parameters(), lr=RATES[m])
-        for step, (x, y) in enumerate(pairs):
-            between(model, step)
-            alone.zero_grad()
-            out = model(x[m] if each else x)
-            loss = loss_fn(out, y[m] if each else y)
-            loss.backward()
-            alone.step()
-            torch.testing.assert_close(losses[step][m], loss.detach(), rtol=0, atol=1e-10)
-            torch.testing.assert_close(outputs[step][m], out.detach(), rtol=0, atol=1e-10)
+        expected = train_alone(model, m, pairs, between, each, loss_fn)
+        for (losses, outputs), (loss, out) in zip(made, expected, strict=True):
+            ours, theirs = tree_flatten((losses, outputs)), tree_flatten((loss, out))
+            assert ours[1] == theirs[1]
+            for mine, other in zip(ours[0], theirs[0], strict=True):
+                torch.testing.assert_close(None if mine is None else mine[m], other, rtol=0, atol=1e-10)
         torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
         assert vars(batch[m]).get("calls") == vars(model).get("calls")
     return batch
@@ -109,6 +135,10 @@ def assert_as_alone(
 def test_each_model_is_the_one_trained_alone(cls, each):
     batch = assert_as_alone(models_of(cls), data(each), each=each)
     assert batch.model_by_model == set()
+
+
+def test_several_outputs_keep_their_form():
+    assert_as_alone(models_of(Several), data(), loss_fn=lambda out, y: nn.functional.nll_loss(out["log"], y))
 
 
 def at_step_2(change: Callable[[Any], Any]) -> Callable[[Any, int], None]:
@@ -126,12 +156,13 @@ def own(model: Any) -> nn.Module:
         lambda model: own(model).drop.eval(),
         lambda model: own(model).first.bias.requires_grad_(False),
         lambda model: own(model).scales.append(0.5),
+        lambda model: own(model).factors.update(off=own(model).factors.pop("on")),
         lambda model: own(model).out.register_forward_hook(lambda module, args, out: out * 2),
         lambda model: setattr(own(model), "norm", nn.Identity()),
         lambda model: own(model).out.weight.data.mul_(3),
         lambda model: setattr(own(model).out.weight, "data", own(model).out.weight.data * 3),
     ],
-    ids="setting mode trained list hook module edit data".split(),
+    ids="setting mode trained list dict hook module edit data".split(),
 )
 def test_what_is_changed_between_two_steps_counts(change):
     assert_as_alone(models_of(), data(), at_step_2(change))
@@ -196,12 +227,7 @@ def test_a_frozen_model_keeps_everything():
         batch_step(batch, optimizer, x, y, cross_entropy, chunks=way)
     torch.testing.assert_close(batch[1].state_dict(), before, rtol=0, atol=0)
     assert torch.equal(batch.streams.on("cpu")[1].get_state(), drawn)
-    torch.manual_seed(2)
-    lone = torch.optim.Adam(models[2].parameters(), lr=RATES[2])
-    for x, y in pairs:
-        lone.zero_grad()
-        cross_entropy(models[2](x), y).backward()
-        lone.step()
+    train_alone(models[2], 2, pairs)
     torch.testing.assert_close(batch[2].state_dict(), models[2].state_dict(), rtol=0, atol=1e-10)
 
 
@@ -288,12 +314,7 @@ def test_off_the_main_thread_who_draws_meanwhile_changes_no_mask():
         torch.rand(3)
     assert done[0].how == "all models at once"
     for m, model in enumerate(models):
-        torch.manual_seed(m)
-        alone = torch.optim.SGD(model.parameters(), lr=RATES[m])
-        for x, y in pairs:
-            alone.zero_grad()
-            cross_entropy(model(x), y).backward()
-            alone.step()
+        train_alone(model, m, pairs, cls=torch.optim.SGD)
         torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
 
 
@@ -325,16 +346,13 @@ def test_two_threads_do_not_take_turns_at_once_and_an_error_ends_them():
 
 
 @pytest.mark.parametrize(("num_models", "how"), [(1, "one by one"), (2, "one by one"), (4, "all models at once")])
-def test_fit_trains_two_small_models_one_by_one_and_names_it(num_models, how):
+def test_fit_trains_few_small_models_one_by_one_and_names_it(num_models, how):
     models, pairs = [nn.Linear(4, K).double() for _ in range(num_models)], data()
     batch = ModelBatch(models)
-    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    rates = [RATES[m % M] for m in range(num_models)]
+    optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=rates)
     history = fit(batch, optimizer, pairs, cross_entropy, progress=False)
     assert history.how == how
     for m, model in enumerate(models):
-        alone = torch.optim.SGD(model.parameters(), lr=0.1)
-        for x, y in pairs:
-            alone.zero_grad()
-            cross_entropy(model(x), y).backward()
-            alone.step()
+        train_alone(model, m, pairs)
         torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-12)

@@ -253,3 +253,31 @@ def test_larger_models_take_the_fused_kernel_unless_told_not_to(monkeypatch, cls
         assert torch.equal(stacked, torch.stack(own))
     taken = optimizer.unstack(1)
     assert all(torch.equal(taken.state[p]["step"], torch.tensor(4.0)) for p in taken.param_groups[0]["params"])
+
+
+@pytest.mark.parametrize("change", ["state", "data", "no gradient"])
+def test_the_fused_kernel_works_on_what_is_there_now(change):
+    """Its rows are kept from step to step; here the state is loaded anew, or weights move, or a bias is left out."""
+    models, rates = [torch.nn.Linear(130, 130) for _ in range(3)], [0.1, 0.2, 0.3]
+    batch, lones = ModelBatch(models), copy.deepcopy(models)
+    optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=rates)
+    alone = [torch.optim.Adam(lone.parameters(), lr=lr, fused=True) for lone, lr in zip(lones, rates, strict=True)]
+    sides = ((batch, optimizer), *zip(lones, alone, strict=True))
+    states = []
+    for step in range(6):
+        gradients = {name: torch.randn_like(p) for name, p in batch.named_parameters()}
+        if change == "no gradient" and step in (2, 4):
+            gradients["bias"] = None
+        for m, (model, updates) in enumerate(sides, -1):  # the batch first
+            if change == "state" and step == 1:
+                states.append(copy.deepcopy(updates.state_dict()))
+            if change == "state" and step == 3:
+                updates.load_state_dict(states[m + 1])
+            if change == "data" and step == 3:
+                model.weight.data = model.weight.data * 0.5
+            for name, p in model.named_parameters():
+                given = gradients[name]
+                p.grad = given if given is None or m < 0 else given[m].clone()
+            updates.step()
+        for name, p in batch.named_parameters():
+            assert torch.equal(p, torch.stack([dict(lone.named_parameters())[name] for lone in lones]))

@@ -14,6 +14,7 @@ from .physical import stack_alike
 from .randomness import Streams
 from .reach import mark_rows, note_reached, reached_models, watch
 from .replica import (
+    HOOKS,
     OUTPUT,
     Own,
     State,
@@ -30,6 +31,7 @@ from .replica import (
 from .settings import PerModel
 
 __all__ = [
+    "HOOKS",
     "OUTPUT",
     "BatchingError",
     "Interception",

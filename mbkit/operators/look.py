@@ -30,17 +30,19 @@ class Look:
             self._places += [mine] if settings or own else []
             self._places += [mine[name] for name in ("_modules", *HOOKS)] if settings else []
             self._trees += [(mine, name) for name in own if not is_leaf(mine[name])]
-        self._objects = self._see()
+        self._objects, self._forms = self._see()
 
-    def _see(self) -> list[Any]:
+    def _see(self) -> tuple[list[Any], list[Any]]:
+        """Return the objects, and the structures that hold those of the user's own attributes."""
         trees = [tree_flatten(mine.get(name)) for mine, name in self._trees]
         found = [leaf for leaves, _ in trees for leaf in (*leaves, *held_inside(leaves))]
         for place in self._places:
             found += place.values()
-        return found
+        return found, [form for _, form in trees]
 
     @property
     def same(self) -> bool:
         """Whether it still is."""
-        now = self._see()
-        return len(now) == len(self._objects) and all(map(operator.is_, now, self._objects))
+        now, forms = self._see()
+        same = len(now) == len(self._objects) and all(map(operator.is_, now, self._objects))
+        return same and forms == self._forms

@@ -7,7 +7,6 @@ stacked rule is far ahead. The kernel rounds otherwise than torch's for-loop, to
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +48,6 @@ class FusedAdam:
 
     def __init__(self, optimizer_cls: type[torch.optim.Optimizer]) -> None:
         self._kernel = getattr(torch, _KERNELS[optimizer_cls])
-        self._stacks: list[Tensor] = []
         self._places: list[int] = []
         self._rows: list[list[list[Tensor]]] = []  # for each model: parameters, two moments, steps
 
@@ -72,10 +70,9 @@ class FusedAdam:
             )
 
     def _keep_up(self, kinds: Sequence[Sequence[Tensor]]) -> None:
-        """Make the rows, unless those at hand are these tensors'."""
-        stacks = [tensor for kind in kinds for tensor in kind]
-        places = [tensor.data_ptr() for tensor in stacks]
-        if places != self._places or not all(map(operator.is_, stacks, self._stacks)):
-            self._stacks, self._places = stacks, places
+        """Make the rows, unless those at hand are these tensors': they hold the memory, so no other can be there."""
+        places = [tensor.data_ptr() for kind in kinds for tensor in kind]
+        if places != self._places:
+            self._places = places
             rows = [[tensor.unbind(0) for tensor in kind] for kind in kinds]
-            self._rows = [[[row[m] for row in kind] for kind in rows] for m in range(len(stacks[0]))]
+            self._rows = [[[row[m] for row in kind] for kind in rows] for m in range(len(kinds[0][0]))]

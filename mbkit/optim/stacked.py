@@ -76,8 +76,9 @@ class StackedOptimizer(BatchOptimizer):
             states = [self._prepare(param, columns) for param in params]
             kept = self._kept(params, states, stopped)
             if not kept and can_fuse(self.optimizer_cls, params, columns):
-                fused = self._fused.setdefault(params[0], FusedAdam(self.optimizer_cls))
-                fused.update(params, grads, states, columns)
+                if params[0] not in self._fused:
+                    self._fused[params[0]] = FusedAdam(self.optimizer_cls)
+                self._fused[params[0]].update(params, grads, states, columns)
                 continue
             if params[0].is_complex():  # to torch.optim a complex number is a pair of real ones
                 states = [{name: _real(value) for name, value in state.items()} for state in states]
