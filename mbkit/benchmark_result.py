@@ -22,8 +22,8 @@ class Timing:
     """A median and the quartiles around it, in seconds a model and step.
 
     Example:
-        >>> Timing.of(torch.tensor([0.001, 0.002, 0.003, 0.004, 0.005]))
-        Timing(median=0.003, low=0.002, high=0.004)
+        >>> Timing.of(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+        Timing(median=3.0, low=2.0, high=4.0)
     """
 
     median: float
@@ -34,7 +34,7 @@ class Timing:
     def of(cls, seconds: Tensor) -> Timing:
         """Return the median and quartiles of raw times [steps]."""
         levels = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
-        return cls(*(round(value, 9) for value in seconds.double().quantile(levels).tolist()))
+        return cls(*seconds.double().quantile(levels).tolist())
 
     def __str__(self) -> str:
         return f"{1e3 * self.median:.3g} ({1e3 * self.low:.3g} to {1e3 * self.high:.3g})"

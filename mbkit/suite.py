@@ -100,7 +100,7 @@ class SuiteResult(Tables):
     def timing(self, row: dict[str, Any], side: str) -> Timing | None:
         """Return a side's median and quartiles, in seconds a model and step; None where it was not run."""
         seconds = row["seconds"].get(side)
-        return None if seconds is None else Timing.of(torch.tensor(seconds))
+        return None if seconds is None else Timing.of(torch.tensor(seconds, dtype=torch.float64))
 
     def ratio(self, row: dict[str, Any], side: str, over: str = "sequential") -> float | None:
         """Return how many times as fast a side is as another: the ratio of their medians."""
