@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch
+from torch._functorch.vmap import lazy_load_decompositions
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -219,13 +221,19 @@ def at_once(
         with Interception(index, batch.num_models, batch.streams, device, bool(batch.settings), batch.folding) as mode:
             return function(mode, *own)
 
+    lazy_load_decompositions()
     # vmap's own remark that it loops over the models for some operator is on by default, and nothing to act upon.
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    functorch._set_vmap_fallback_warning_enabled(False)
+    # What torch.vmap does, without taking apart nested arguments, which costs small models a tenth of a step.
+    # "error": a random operator that no rule covers raises here, where "different" would draw wrong numbers.
+    level = functorch._vmap_increment_nesting(batch.num_models, "error")
     try:
-        # "error": a random operator that no rule covers raises here, where "different" would draw wrong numbers.
-        return torch.vmap(with_rules, in_dims=(0, *in_dims), randomness="error")(index, *tensors)
+        dims = zip((index, *tensors), (0, *in_dims), strict=True)
+        outputs = with_rules(*(t if d is None else functorch._add_batch_dim(t, d, level) for t, d in dims))
+        return tuple(functorch._remove_batch_dim(t, level, batch.num_models, 0) for t in outputs)
     finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
+        functorch._vmap_decrement_nesting()
+        functorch._set_vmap_fallback_warning_enabled(True)
 
 
 class Memory:
