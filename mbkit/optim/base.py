@@ -36,6 +36,8 @@ class BatchOptimizer(torch.optim.Optimizer):
         defaults: a lone optimizer's `defaults`.
     """
 
+    one_by_one = False  # whether this step's gradients were made one by one, and the update may be made so, too
+
     def __init__(
         self,
         batch: ModelBatch,

@@ -1,8 +1,9 @@
-"""Adam and AdamW of larger models: torch's own fused kernel, called once a model on rows of the stacked tensors.
+"""Adam and AdamW of larger models, or of few: torch's own fused kernel, called once a model on rows of the tensors.
 
 The stacked rules pass over each tensor about nine times; where a model's tensors leave the cache, one pass is faster
-than the calls that it costs: 1.5 times for 16 LeNets of 62,006 parameters, on 2 cores. For many small models the
-stacked rule is far ahead. The kernel rounds otherwise than torch's for-loop, to the last bits.
+than the calls that it costs: 1.5 times for 16 LeNets of 62,006 parameters, on 2 cores. So are two or three calls than
+the nine operators a parameter of the stacked rule, but for many small models that rule is far ahead. The kernel rounds
+otherwise than torch's for-loop, to the last bits.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ _WORTH = 16_384  # parameters of one model
 _KERNELS = {torch.optim.Adam: "_fused_adam_", torch.optim.AdamW: "_fused_adamw_"}
 
 
-def can_fuse(optimizer_cls: type[torch.optim.Optimizer], params: Sequence[Tensor], columns: Columns) -> bool:
-    """Say whether the kernel knows this update and is faster: for large float32 models on a CPU."""
+def can_fuse(
+    optimizer_cls: type[torch.optim.Optimizer], params: Sequence[Tensor], columns: Columns, one_by_one: bool
+) -> bool:
+    """Say whether the kernel knows this update and is faster: on a CPU, for large float32 models or one by one."""
     first = params[0]
     return (
         optimizer_cls in _KERNELS
         and first.device.type == "cpu"
         and first.dtype == torch.float32
-        and sum(p.numel() for p in params) >= _WORTH * len(columns.groups)
+        and (one_by_one or sum(p.numel() for p in params) >= _WORTH * len(columns.groups))
         and all(columns.on(name) is False for name in ("amsgrad", "maximize"))
         and (optimizer_cls is torch.optim.AdamW or not _decoupled(columns))
         and not any(group.get("fused") is False for group in columns.groups)

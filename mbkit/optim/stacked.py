@@ -27,7 +27,8 @@ class StackedOptimizer(BatchOptimizer):
     The lone optimizers meant are torch.optim's for-loop implementations, the default on a CPU (`foreach` and `fused`
     round differently), and the bits are those of float32 parameters. In float64 a power of a hyperparameter may differ
     in its last bit (torch's vectorised `pow` against C's), in half precision a sum may. On a CPU, Adam and AdamW of
-    models with 16,384 parameters and more take torch's fused kernel, to rounding, unless `fused=False` is given.
+    models with 16,384 parameters and more, or that `fit` trains one by one, take torch's fused kernel, to rounding,
+    unless `fused=False` is given.
 
     It reads the stacked gradient itself, so there is no second copy of a gradient that could be out of date. `state`
     is keyed by the stacked parameters, like any torch optimizer's, and holds `[M, ...]` tensors under torch's own
@@ -75,7 +76,7 @@ class StackedOptimizer(BatchOptimizer):
             grads = [_gradient(param) for param in params]
             states = [self._prepare(param, columns) for param in params]
             kept = self._kept(params, states, stopped)
-            if not kept and can_fuse(self.optimizer_cls, params, columns):
+            if not kept and can_fuse(self.optimizer_cls, params, columns, self.one_by_one):
                 if params[0] not in self._fused:
                     self._fused[params[0]] = FusedAdam(self.optimizer_cls)
                 self._fused[params[0]].update(params, grads, states, columns)
