@@ -25,7 +25,7 @@ from .stacked_call import targets_of_models
 if TYPE_CHECKING:
     from .model_batch import ModelBatch
 
-__all__ = ["Chunks", "backward_at_once", "is_watched", "weighed"]
+__all__ = ["Chunks", "backward_at_once", "weighed"]
 
 _SHARE = 0.5  # of the free memory that one chunk's activations may take
 _ENOUGH = 128 << 20  # bytes of them on a CPU: 64 LeNets in chunks of 16 to 43 take the same time, within its noise
@@ -144,11 +144,6 @@ class Chunks:
             is_parameter = isinstance(tensor, nn.Parameter)
             rows[start, stop] = nn.Parameter(row, requires_grad=tensor.requires_grad) if is_parameter else row
         return rows[start, stop].requires_grad_(tensor.requires_grad and tensor.is_leaf)
-
-
-def is_watched(tensor: Tensor) -> bool:
-    """Say whether a stacked tensor has hooks on its gradient, which only the whole batch's backward pass runs."""
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def backward_at_once(

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .chunks import is_watched
 from .clipping import clip_by_norm_, norm_limits
+from .graph_passes import improve
 from .loop import arguments
 from .model_call import attempt
-from .operators import HOOKS, LayoutMatters, named_modules, read_state, replica, tensors_in
+from .operators import HOOKS, LayoutMatters, Look, is_watched, named_modules, read_state, replica, tensors_in
 from .optim.hyperparameters import Hyperparameters
 from .optim.stacked import StackedOptimizer
 from .stacked_call import call_losses
@@ -69,6 +69,9 @@ class CompiledStep:
         self.max_norm, self.shared_targets = max_norm, shared_targets
         self.reason = ""
         self._programs: dict[Any, _Program] = {}
+        self._look: Look | None = None
+        self._kept: list[Tensor] = []
+        self._form = ""  # of all that a graph takes for granted of the batch
 
     def attempt(self, x: Any, y: Any) -> tuple[Tensor, Any] | None:
         """Make one update; return the losses [M] and the outputs from before it, detached.
@@ -82,15 +85,13 @@ class CompiledStep:
         return None
 
     def _attempt(self, x: Any, y: Any) -> tuple[Tensor, Any]:
-        _check(self.batch, self.optimizer)
         if self._on_nonfinite is not None:
             raise CannotCompile("on_nonfinite looks at each gradient before its update")
-        self.batch.zero_grad()
-        for columns in self.optimizer._columns:
-            columns.refresh()
+        self._keep_up()
+        if any(p.grad is not None for p in self._kept if isinstance(p, nn.Parameter)):
+            self.batch.zero_grad()
         leaves, spec = tree_flatten((x, y))
-        kept = tensors_in(read_state(self.batch._template))
-        key = self._key(leaves, spec, kept)
+        key = self._key(leaves, spec)
         if key not in self._programs:
             try:
                 with warnings.catch_warnings():  # torch's compiler steps on torch's own deprecations
@@ -100,20 +101,40 @@ class CompiledStep:
                 raise
             except Exception as error:  # from the model, from make_fx, from the compiler: the eager step tells which
                 raise CannotCompile(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
-        losses, outputs = self._programs[key](kept, leaves)
+        losses, outputs = self._programs[key](self._kept, leaves)
         self.batch.__dict__["latest_losses"] = losses
         self.optimizer._opt_called = True  # what torch's schedulers look at
         return losses, outputs
 
-    def _key(self, leaves: list, spec: Any, kept: list[Tensor]) -> Any:
+    def _keep_up(self) -> None:
+        """Look at the batch again, unless it and its tensors are as they were at the last step."""
+        template = self.batch._template
+        _check(self.batch, self.optimizer)
+        for columns in self.optimizer._columns:
+            columns.refresh()
+        if self._look is not None and self._look.same:
+            return
+        self._look = None
+        _check_module(template)
+        self._kept = tensors_in(read_state(template))
+        settings = [_settings(module) for _, module in named_modules(template)]
+        self._form = repr((list(map(_form, self._kept)), settings))
+        self._look = Look(template)
+        for program in self._programs.values():
+            program.sources = None
+
+    def _key(self, leaves: list, spec: Any) -> Any:
         """Return what the graph takes for granted: when it changes, another graph is needed."""
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + kept
-        forms = tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
-        numbers = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        modules = [_settings(module) for _, module in named_modules(self.batch._template)]
+        forms = tuple(_form(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
+        numbers = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         modes = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype())
         flags = tuple(columns.on(name) for columns in self.optimizer._columns for name in columns.names)
-        return forms, modes, flags, repr((spec, numbers, modules))  # a repr where a value may have no hash
+        return forms, modes, flags, self._form, repr((spec, numbers))  # a repr where a value may have no hash
+
+
+def _form(tensor: Tensor) -> tuple:
+    """Return what a graph takes for granted of a tensor."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def _settings(module: nn.Module) -> list[Any]:
@@ -126,17 +147,20 @@ def _check(batch: Any, optimizer: Any) -> None:
         raise CannotCompile(f"{getattr(optimizer, 'optimizer_cls', type(optimizer)).__name__} has no stacked rule")
     if batch._frozen is not None:
         raise CannotCompile("a model is frozen")
-    if any(p.is_complex() for p in batch.parameters()):
-        raise CannotCompile("a parameter is complex")
     if batch.model_by_model:
         raise CannotCompile(f"{sorted(batch.model_by_model)} run model by model")
-    for path, module in named_modules(batch._template):
-        if any(vars(module)[hooks] for hooks in HOOKS):
-            raise CannotCompile(f"'{path}' ({type(module).__name__}) has hooks")
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise CannotCompile("the optimizer has hooks")
-    if any(map(is_watched, batch.parameters())):
+
+
+def _check_module(template: nn.Module) -> None:
+    if any(p.is_complex() for p in template.parameters()):
+        raise CannotCompile("a parameter is complex")
+    if any(map(is_watched, template.parameters())):
         raise CannotCompile("a parameter has hooks")
+    for path, module in named_modules(template):
+        if any(vars(module)[hooks] for hooks in HOOKS):
+            raise CannotCompile(f"'{path}' ({type(module).__name__}) has hooks")
 
 
 class _Draws:
@@ -178,7 +202,8 @@ class _Program:
         self._optimizer, self._template = step.optimizer, step.batch._template
         self._kept = tensors_in(read_state(self._template))
         self._reached: list[int] | None = None  # the kept tensors that the loss depends on and that are trained
-        self._masks: list[tuple[dict[str, Any], tuple[float, ...]]] = []
+        self._masks: list[tuple[tuple, tuple[float, ...]]] = []
+        self.sources: list[Mapping[str, Tensor]] | None = None  # states and columns, until the batch changes
         blank = _Draws(iter(()))
         with torch.no_grad():
             self._trace(self._arguments(self._kept, leaves, blank))  # learns what is drawn and what is reached
@@ -194,12 +219,26 @@ class _Program:
 
     def _arguments(self, kept: list[Tensor], leaves: list, streams: Any) -> list[Tensor]:
         """Return the graph's arguments: for each lot of parameters its states and columns; then the rest."""
-        lots = []
-        for params, columns in self._optimizer.alike([kept[i] for i in self._reached or ()]):
-            states = [self._optimizer._prepare(p, columns) for p in params]
-            lots += [tensor for each in (*states, columns.at(params).columns) for tensor in each.values()]
-        masks = [streams.dropout_masks(torch.empty_strided(**form), rates) for form, rates in self._masks]
+        lots = [tensor for each in self._sources(kept) for tensor in each.values()]
+        masks = [
+            streams.dropout_masks(torch.empty_strided(shape, stride, dtype=dtype, device=device), rates)
+            for (shape, stride, dtype, device), rates in self._masks
+        ]
         return [*lots, *kept, *(leaf for leaf in leaves if isinstance(leaf, Tensor)), *masks]
+
+    def _sources(self, kept: list[Tensor]) -> list[Mapping[str, Tensor]]:
+        """Return where states and columns are: the dicts of the last step, unless others have taken their places."""
+        optimizer = self._optimizer
+        if self.sources is None or self._columns is not optimizer._columns or not self._have_states():
+            self._columns, self._states, self.sources = optimizer._columns, [], []
+            for params, columns in optimizer.alike([kept[i] for i in self._reached or ()]):
+                states = [optimizer._prepare(p, columns) for p in params]
+                self._states += [(p, state) for p, state in zip(params, states, strict=True) if state]
+                self.sources += [*states, columns.at(params).columns]
+        return self.sources
+
+    def _have_states(self) -> bool:
+        return all(self._optimizer.state.get(param) is state for param, state in self._states)
 
     def _trace(self, operands: list[Tensor]) -> torch.fx.GraphModule:
         try:
@@ -207,7 +246,7 @@ class _Program:
         except LayoutMatters:
             self._step.batch.__dict__["folding"] = False
             return self._trace(operands)
-        _turn_products(graph.graph)
+        improve(graph.graph)
         graph.graph.set_codegen(torch.fx.graph.CodeGen())  # flat arguments and results, which torch.compile can enter
         graph.recompile()
         return graph
@@ -250,34 +289,11 @@ class _Program:
             places = [place[id(p)] for p in params]
             mine = [kept[i] for i in places]
             rule.update(mine, [reached[i] for i in places], states, Hyperparameters(columns, flags, mine))
-        self._reached, self._masks = list(reached), [(_form(t), rates) for t, rates in draws.wanted]
+        self._reached, self.sources = list(reached), None
+        self._masks = [(_form(t)[:4], rates) for t, rates in draws.wanted]
         flat, self._output_spec = tree_flatten(outputs)
         return [losses.detach(), *(t.detach() for t in flat)]
 
 
-def _turn_products(graph: torch.fx.Graph) -> None:
-    """Where only the transpose of a product is used, make the product of the transposes, in the other order.
-
-    A weight's gradient comes as such a transpose; next to the weight, row by row, it is read in vectors.
-    """
-    aten = torch.ops.aten
-    for node in graph.find_nodes(op="call_function", target=aten.bmm.default):
-        turned = [user for user in node.users if user.target is aten.transpose.int and {*user.args[1:]} == {1, 2}]
-        if not turned or len(turned) < len(node.users):
-            continue
-        with graph.inserting_before(node):
-            first, second = (graph.call_function(aten.transpose.int, (factor, 1, 2)) for factor in node.args)
-            product = graph.call_function(aten.bmm.default, (second, first))
-        for user in turned:
-            user.replace_all_uses_with(product)
-            graph.erase_node(user)
-        graph.erase_node(node)
-
-
 def _fill(names: Mapping[str, Tensor], tensors: Iterator[Tensor]) -> dict[str, Tensor]:
     return {name: next(tensors) for name in names}
-
-
-def _form(tensor: Tensor) -> dict[str, Any]:
-    """Return what `torch.empty_strided` needs to make one like it."""
-    return {"size": tensor.shape, "stride": tensor.stride(), "dtype": tensor.dtype, "device": tensor.device}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .checks import check_inputs, check_output
-from .chunks import backward_at_once, is_watched, weighed
+from .chunks import backward_at_once, weighed
 from .freezing import held
 from .loop import call, detach, first_tensor, part
 from .model_batch import ModelBatch
@@ -28,6 +28,7 @@ from .operators import (
     Look,
     fill,
     flattened,
+    is_watched,
     merge,
     note_reached,
     outcome,
@@ -59,7 +60,6 @@ class OneByOne:
         self.bytes_each = 0
         self._look: Look | None = None
         self._stacks: list[Tensor] = []
-        self._numbers: list[tuple[int, bool, bool]] = []
 
     @staticmethod
     def fits(batch: ModelBatch) -> bool:
@@ -130,14 +130,12 @@ class OneByOne:
     def _keep_up(self) -> bool:
         """Make the models' own modules, unless those at hand still look like the batch's; say whether they can be."""
         batch, template = self.batch, self.batch._template
-        numbers = _numbers(self._stacks)
-        if self._look is not None and self._look.same and numbers == self._numbers:
+        if self._look is not None and self._look.same:
             return _is_plain(batch)
         if not self.fits(batch):
             return False
         self._before = read_state(template)
         self._stacks = stacks = tensors_in(self._before)
-        self._numbers = _numbers(stacks)
         columns = [_rows(stack) for stack in stacks]
         self._twins, self._known = [], []
         for m in range(batch.num_models):
@@ -187,11 +185,6 @@ def _is_plain(batch: ModelBatch) -> bool:
         return False  # one by one the models draw from torch's default generator, as whoever is in the main thread does
     own = all(getattr(type(batch), verb) is getattr(ModelBatch, verb) and verb not in vars(batch) for verb in _VERBS)
     return own and not any(vars(batch)[hooks] for hooks in HOOKS)
-
-
-def _numbers(stacks: Sequence[Tensor]) -> list[tuple[int, bool, bool]]:
-    """Return where tensors are, whether they are trained, and whether somebody watches their gradients."""
-    return [(t.data_ptr(), t.requires_grad, is_watched(t)) for t in stacks]
 
 
 def _rows(stack: Tensor) -> list[Tensor]:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunks import Chunks, backward_at_once, is_watched
+from .chunks import Chunks, backward_at_once
 from .freezing import stop_nonfinite
 from .machine import keep_pages
 from .one_by_one import OneByOne
+from .operators import is_watched
 
 __all__ = ["Stepper", "batch_step", "check_chunk_size"]
 

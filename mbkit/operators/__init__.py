@@ -9,7 +9,7 @@ from .by_module import call_in_turn, loop_inside, tensors_in
 from .convolution import LayoutMatters, is_folded
 from .interception import Interception
 from .locate import BatchingError, module_path, running_modules
-from .look import Look
+from .look import Look, is_watched
 from .physical import stack_alike
 from .randomness import Streams
 from .reach import mark_rows, note_reached, reached_models, watch
@@ -45,6 +45,7 @@ __all__ = [
     "fill",
     "flattened",
     "is_folded",
+    "is_watched",
     "loop_inside",
     "mark_rows",
     "merge",

@@ -135,7 +135,7 @@ class Columns:
         if key not in self._spread:
             self._spread[key] = Hyperparameters({}, {}, params)
         found, columns = self._spread[key], self._devices[device]
-        found.columns = dict(zip(columns, cut(list(columns.values()), rows), strict=True))
+        found.columns = columns if rows == ALL else {name: column[rows] for name, column in columns.items()}
         found.flags = {name: self.on(name) for name in self.names}
         found.params = params
         return found
