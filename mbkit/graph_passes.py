@@ -14,15 +14,39 @@ __all__ = ["improve"]
 
 _VECTOR = 16  # numbers in a CPU's longest vector
 aten = torch.ops.aten
+_OF_MEMORY = {aten.as_strided.default, aten.as_strided_.default, aten.as_strided_scatter.default}
 
 
 def improve(graph: Graph) -> None:
-    """Change the graph of a step in place, for speed."""
+    """Change the graph of a step in place, for speed; leave it as it is where the order in memory may count."""
+    if _minds_memory(graph):
+        return
     _split_bias(graph)
     _turn_products(graph)
     _turn_sums(graph)
     for node in graph.find_nodes(op="call_function", target=aten.view.default):
         node.target = aten.reshape.default  # for what lies in another order now
+
+
+def _minds_memory(graph: Graph) -> bool:
+    """Say whether something is read by its strides, or edited in place in one shape and read in another."""
+    seen: dict[Node, tuple[Node, Node | None]] = {}  # what a node is a view of, and through which change of shape
+    edited: dict[Node, Node | None] = {}
+    for node in graph.nodes:
+        seen[node] = node, None
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target in _OF_MEMORY:
+            return True
+        arguments = zip(node.args, node.target._schema.arguments, strict=False)
+        written = [value for value, a in arguments if a.is_write and isinstance(value, Node)]
+        edited |= {origin: shape for origin, shape in map(seen.get, written) if origin.op != "placeholder"}
+        if any(edited.get(origin, shape) is not shape for origin, shape in map(seen.get, node.all_input_nodes)):
+            return True
+        if written or node.target.is_view:
+            origin, shape = seen[(written or node.args)[0]]
+            seen[node] = origin, shape or (node if node.target is aten.view.default else None)
+    return False
 
 
 def _split_bias(graph: Graph) -> None:
@@ -86,6 +110,11 @@ def _transpose(graph: Graph, node: Node) -> Node:
 
 def _is_input(node: Node) -> bool:
     """Say whether a node is an argument of the step, such as a weight, in whichever way it is looked at."""
-    while node.target in (aten.detach.default, aten.transpose.int):
+    return _origin(node).op == "placeholder"
+
+
+def _origin(node: Node) -> Node:
+    """Return what a view is a view of."""
+    while isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
         node = node.args[0]
-    return node.op == "placeholder"
+    return node

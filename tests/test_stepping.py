@@ -372,6 +372,64 @@ def test_a_mode_that_changes_is_compiled_anew(monkeypatch):
         torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
 
 
+class Edits(nn.Module):
+    """Edits an activation through a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(4, 6), nn.Linear(6, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h.view(-1).mul_(1.5)
+        return self.out(h)
+
+
+class Strided(Edits):
+    """Reads an activation by its strides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.out(h + h.as_strided((len(x), 6), (6, 1)))
+
+
+@pytest.mark.parametrize("cls", [Edits, Strided])
+def test_a_compiled_model_may_mind_how_its_activations_lie_in_memory(monkeypatch, cls):
+    from mbkit.compiled import CompiledStep
+
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+    models = [cls().double() for _ in range(M)]
+    x, y = torch.randn(B, 4).double(), torch.randint(K, (B,))
+    batch = ModelBatch(models)
+    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    for _ in range(3):
+        assert step.attempt(x, y) is not None, step.reason
+    for m, model in enumerate(models):
+        lone = torch.optim.SGD(model.parameters(), lr=RATES[m])
+        for _ in range(3):
+            lone.zero_grad()
+            cross_entropy(model(x), y).backward()
+            lone.step()
+        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
+
+
+def test_a_folded_convolution_can_be_compiled(monkeypatch):
+    """Its activations are flattened by a copy, whose memory a traced step does not have."""
+    from mbkit.compiled import CompiledStep
+
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+    models = [nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, K)) for _ in range(M)]
+    x, y = torch.randn(B, 2, 6, 6), torch.randint(K, (B,))
+    batch = ModelBatch(models)
+    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    assert step.attempt(x, y) is not None, step.reason
+    for m, model in enumerate(models):
+        lone = torch.optim.SGD(model.parameters(), lr=RATES[m])
+        cross_entropy(model(x), y).backward()
+        lone.step()
+        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("change", ["load", "clear", "cast"])
 def test_a_compiled_step_takes_the_optimizers_state_as_it_is(monkeypatch, change):
     from mbkit.compiled import CompiledStep

@@ -73,7 +73,7 @@ def check_edit(mode: Interception, args: tuple) -> None:
     """Raise `LayoutMatters` if the tensor to be edited in place is a copy of what is a view alone."""
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
-        if stacks[0].untyped_storage().data_ptr() in mode.copies:
+        if stacks[0].untyped_storage()._cdata in mode.copies:
             raise LayoutMatters
         return (mode.index_values,)
 
@@ -150,7 +150,7 @@ def _flatten(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Te
             return (mode.index_values,)
         plan.append(True)
         copy = stacks[0].contiguous()
-        mode.copies.add(copy.untyped_storage().data_ptr())
+        mode.copies.add(copy.untyped_storage()._cdata)
         return (copy,)
 
     copy = on_stacks(run, mode.index, [x])[0]
