@@ -24,12 +24,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .clipping import clip_by_norm_, norm_limits
+from .compilable import CannotCompile, check_module, check_step
 from .graph_passes import improve
 from .loop import arguments
 from .model_call import attempt
-from .operators import HOOKS, LayoutMatters, Look, is_watched, named_modules, read_state, replica, tensors_in
+from .operators import (
+    LayoutMatters,
+    Look,
+    is_leaf,
+    named_modules,
+    read_state,
+    replica,
+    tensors_in,
+)
 from .optim.hyperparameters import Hyperparameters
-from .optim.stacked import StackedOptimizer
 from .stacked_call import call_losses
 
 __all__ = ["CannotCompile", "CompiledStep"]
@@ -37,10 +45,6 @@ __all__ = ["CannotCompile", "CompiledStep"]
 # Without the threshold each of a million weights would work out its model's bias correction anew, in double precision.
 _OPTIONS = {"realize_opcount_threshold": 3}
 _OF_TORCH = set(vars(nn.Module())) - {"training"}
-
-
-class CannotCompile(RuntimeError):
-    """The step holds something that a graph of operators cannot hold."""
 
 
 class CompiledStep:
@@ -72,6 +76,7 @@ class CompiledStep:
         self._look: Look | None = None
         self._kept: list[Tensor] = []
         self._form = ""  # of all that a graph takes for granted of the batch
+        self._opaque: list[Any] = []  # settings that may change inside, such as a set
 
     def attempt(self, x: Any, y: Any) -> tuple[Tensor, Any] | None:
         """Make one update; return the losses [M] and the outputs from before it, detached.
@@ -109,16 +114,17 @@ class CompiledStep:
     def _keep_up(self) -> None:
         """Look at the batch again, unless it and its tensors are as they were at the last step."""
         template = self.batch._template
-        _check(self.batch, self.optimizer)
+        check_step(self.batch, self.optimizer)
         for columns in self.optimizer._columns:
             columns.refresh()
         if self._look is not None and self._look.same:
             return
         self._look = None
-        _check_module(template)
+        check_module(template)
         self._kept = tensors_in(read_state(template))
         settings = [_settings(module) for _, module in named_modules(template)]
         self._form = repr((list(map(_form, self._kept)), settings))
+        self._opaque = [value for own in settings for value in own if not is_leaf(value)]
         self._look = Look(template)
         for program in self._programs.values():
             program.sources = None
@@ -129,7 +135,7 @@ class CompiledStep:
         numbers = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         modes = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype())
         flags = tuple(columns.on(name) for columns in self.optimizer._columns for name in columns.names)
-        return forms, modes, flags, self._form, repr((spec, numbers))  # a repr where a value may have no hash
+        return forms, modes, flags, self._form, repr((spec, numbers, self._opaque))  # a value may have no hash
 
 
 def _form(tensor: Tensor) -> tuple:
@@ -140,27 +146,6 @@ def _form(tensor: Tensor) -> tuple:
 def _settings(module: nn.Module) -> list[Any]:
     """Return what a module's forward may read as Python values."""
     return [id(v) if isinstance(v, (Tensor, nn.Module)) else v for n, v in vars(module).items() if n not in _OF_TORCH]
-
-
-def _check(batch: Any, optimizer: Any) -> None:
-    if type(optimizer) is not StackedOptimizer:
-        raise CannotCompile(f"{getattr(optimizer, 'optimizer_cls', type(optimizer)).__name__} has no stacked rule")
-    if batch._frozen is not None:
-        raise CannotCompile("a model is frozen")
-    if batch.model_by_model:
-        raise CannotCompile(f"{sorted(batch.model_by_model)} run model by model")
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        raise CannotCompile("the optimizer has hooks")
-
-
-def _check_module(template: nn.Module) -> None:
-    if any(p.is_complex() for p in template.parameters()):
-        raise CannotCompile("a parameter is complex")
-    if any(map(is_watched, template.parameters())):
-        raise CannotCompile("a parameter has hooks")
-    for path, module in named_modules(template):
-        if any(vars(module)[hooks] for hooks in HOOKS):
-            raise CannotCompile(f"'{path}' ({type(module).__name__}) has hooks")
 
 
 class _Draws:

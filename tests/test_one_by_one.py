@@ -31,13 +31,13 @@ class Net(nn.Module):
         self.first, self.second, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
         self.second.weight = self.first.weight
         self.drop, self.out, self.scales = nn.Dropout(rate), nn.Linear(4, K), [1.0]
-        self.factors = {"on": 2.0}
+        self.factors, self.extra = {"on": 2.0}, {0.5}
         self.register_buffer("seen", torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen += x.mean()
         h = self.drop(self.norm(self.second(self.first(x).tanh())))
-        return self.out(h) * sum(self.scales) * self.factors.get("on", 1.0)
+        return self.out(h) * sum(self.scales) * self.factors.get("on", 1.0) + sum(self.extra) * h[:, :K]
 
 
 class Keeps(Net):
@@ -166,12 +166,13 @@ def own(model: Any) -> nn.Module:
         lambda model: own(model).first.bias.requires_grad_(False),
         lambda model: own(model).scales.append(0.5),
         lambda model: own(model).factors.update(off=own(model).factors.pop("on")),
+        lambda model: own(model).extra.add(2.5),
         lambda model: own(model).out.register_forward_hook(lambda module, args, out: out * 2),
         lambda model: setattr(own(model), "norm", nn.Identity()),
         lambda model: own(model).out.weight.data.mul_(3),
         lambda model: setattr(own(model).out.weight, "data", own(model).out.weight.data * 3),
     ],
-    ids="setting mode trained list dict hook module edit data".split(),
+    ids="setting mode trained list dict set hook module edit data".split(),
 )
 def test_what_is_changed_between_two_steps_counts(monkeypatch, change, compiled):
     """With SGD, since a bias before BatchNorm has no gradient but rounding, which Adam would blow up."""
