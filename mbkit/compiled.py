@@ -28,15 +28,7 @@ from .compilable import CannotCompile, check_module, check_step
 from .graph_passes import improve
 from .loop import arguments
 from .model_call import attempt
-from .operators import (
-    LayoutMatters,
-    Look,
-    is_leaf,
-    named_modules,
-    read_state,
-    replica,
-    tensors_in,
-)
+from .operators import LayoutMatters, Look, is_leaf, named_modules, read_state, replica, tensors_in
 from .optim.hyperparameters import Hyperparameters
 from .stacked_call import call_losses
 

@@ -372,6 +372,17 @@ def test_a_mode_that_changes_is_compiled_anew(monkeypatch):
         torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
 
 
+def assert_as_plain_sgd(batch: ModelBatch, models: list[nn.Module], pairs: list, atol: float = 1e-10) -> None:
+    """Train the models in plain PyTorch, and compare."""
+    for m, model in enumerate(models):
+        lone = torch.optim.SGD(model.parameters(), lr=RATES[m])
+        for x, y in pairs:
+            lone.zero_grad()
+            cross_entropy(model(x), y).backward()
+            lone.step()
+        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=atol)
+
+
 class Edits(nn.Module):
     """Edits an activation through a view of it."""
 
@@ -404,13 +415,7 @@ def test_a_compiled_model_may_mind_how_its_activations_lie_in_memory(monkeypatch
     step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
     for _ in range(3):
         assert step.attempt(x, y) is not None, step.reason
-    for m, model in enumerate(models):
-        lone = torch.optim.SGD(model.parameters(), lr=RATES[m])
-        for _ in range(3):
-            lone.zero_grad()
-            cross_entropy(model(x), y).backward()
-            lone.step()
-        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
+    assert_as_plain_sgd(batch, models, [(x, y)] * 3)
 
 
 def test_a_folded_convolution_can_be_compiled(monkeypatch):
@@ -423,11 +428,27 @@ def test_a_folded_convolution_can_be_compiled(monkeypatch):
     batch = ModelBatch(models)
     step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
     assert step.attempt(x, y) is not None, step.reason
-    for m, model in enumerate(models):
-        lone = torch.optim.SGD(model.parameters(), lr=RATES[m])
-        cross_entropy(model(x), y).backward()
-        lone.step()
-        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-6)
+    assert_as_plain_sgd(batch, models, [(x, y)], atol=1e-6)
+
+
+def test_a_compiled_step_leaves_no_gradient_and_gives_way_to_who_watches_one(monkeypatch):
+    from mbkit.compiled import CompiledStep
+
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+    models = [nn.Linear(4, K).double() for _ in range(M)]
+    x, y = torch.randn(B, 4).double(), torch.randint(K, (B,))
+    batch = ModelBatch(models)
+    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    for _ in range(2):
+        batch(x).sum().backward()  # gradients of the user's own, which the next step clears, as any does
+        assert step.attempt(x, y) is not None, step.reason
+        assert all(p.grad is None for p in batch.parameters())
+    assert_as_plain_sgd(batch, models, [(x, y)] * 2)
+    before = {name: p.detach().clone() for name, p in batch.named_parameters()}
+    batch.stacked_params["bias"].register_hook(lambda gradient: None)
+    assert step.attempt(x, y) is None
+    assert step.reason == "a parameter has hooks"
+    torch.testing.assert_close(dict(batch.named_parameters()), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("change", ["load", "clear", "cast"])

@@ -1,9 +1,9 @@
 """Adam and AdamW of larger models, or of few: torch's own fused kernel, called once a model on rows of the tensors.
 
 The stacked rules pass over each tensor about nine times; where a model's tensors leave the cache, one pass is faster
-than the calls that it costs: 1.5 times for 16 LeNets of 62,006 parameters, on 2 cores. So are two or three calls than
-the nine operators a parameter of the stacked rule, but for many small models that rule is far ahead. The kernel rounds
-otherwise than torch's for-loop, to the last bits.
+than the calls that it costs: 1.5 times for 16 LeNets of 62,006 parameters, on 2 cores. For two or three models its
+calls are fewer than the rule's, too; for many small ones the rule is far ahead. The kernel rounds otherwise than
+torch's for-loop, to the last bits.
 """
 
 from __future__ import annotations
