@@ -34,8 +34,6 @@ from .stacked_call import call_losses
 
 __all__ = ["CannotCompile", "CompiledStep"]
 
-# Without the threshold each of a million weights would work out its model's bias correction anew, in double precision.
-_OPTIONS = {"realize_opcount_threshold": 3}
 _OF_TORCH = set(vars(nn.Module())) - {"training"}
 
 
@@ -185,14 +183,14 @@ class _Program:
         with torch.no_grad():
             self._trace(self._arguments(self._kept, leaves, blank))  # learns what is drawn and what is reached
             operands = self._arguments(self._kept, leaves, blank)
-            options = _OPTIONS | {"triton.cudagraphs": self._kept[0].is_cuda}
+            options = {"triton.cudagraphs": self._kept[0].is_cuda}
             self._run = torch._inductor.compile(self._trace(operands), operands, options=options)
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def __call__(self, kept: list[Tensor], leaves: list) -> tuple[Tensor, Any]:
         with torch.no_grad():
             losses, *outputs = self._run(*self._arguments(kept, leaves, self._step.batch.streams))
-        return losses, tree_unflatten(outputs, self._output_spec)
+        return losses, tree_unflatten(outputs[: self._output_spec.num_leaves], self._output_spec)
 
     def _arguments(self, kept: list[Tensor], leaves: list, streams: Any) -> list[Tensor]:
         """Return the graph's arguments: for each lot of parameters its states and columns; then the rest."""

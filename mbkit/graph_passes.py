@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
+from .graph_pooling import keep, look_up_pooling
+
 __all__ = ["improve"]
 
 _VECTOR = 16  # numbers in a CPU's longest vector
@@ -19,8 +21,10 @@ _OF_MEMORY = {aten.as_strided.default, aten.as_strided_.default, aten.as_strided
 
 def improve(graph: Graph) -> None:
     """Change the graph of a step in place, for speed; leave it as it is where the order in memory may count."""
+    _keep_columns(graph)
     if _minds_memory(graph):
         return
+    look_up_pooling(graph)
     _split_bias(graph)
     _turn_products(graph)
     _turn_sums(graph)
@@ -49,6 +53,13 @@ def _minds_memory(graph: Graph) -> bool:
             origin, shape = seen[(written or node.args)[0]]
             seen[node] = origin, shape or (node if node.target is aten.view.default else None)
     return False
+
+
+def _keep_columns(graph: Graph) -> None:
+    """Round each of the models' hyperparameters once; a million weights would each work out a bias correction anew."""
+    for node in graph.find_nodes(op="call_function", target=aten._to_copy.default):
+        if node.args[0].meta["val"].dtype is torch.float64:
+            keep(graph, node)
 
 
 def _split_bias(graph: Graph) -> None:
