@@ -64,10 +64,9 @@ def _rewrite(graph: Graph, node: Node, gradient: Node, x: Node, window: tuple[in
         _replace(graph, rectifier, rectifier.args[0])
     for user in list(_alike(spread)):
         if user.target is aten.convolution_backward.default:
-            *args, (of_input, of_weight, of_bias) = user.args
-            if of_bias:
-                user.args = (*args, [of_input, of_weight, False])
-                _replace(graph, _item(user, 2), total)
+            *args, (of_input, of_weight, _) = user.args
+            user.args = (*args, [of_input, of_weight, False])
+            _replace(graph, _item(user, 2), total)
     _replace(graph, _item(forward, 0), pooled)
     graph.erase_node(index)
     graph.erase_node(forward)

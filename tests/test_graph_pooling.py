@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_max_pool2d, cross_entropy, max_pool2d
+from torch.nn.functional import cross_entropy, max_pool2d
 
 from mbkit import ModelBatch, OptimizerFactory
 from mbkit.compiled import CompiledStep
@@ -38,6 +38,26 @@ class Turned(torch.autograd.Function):
         return gradient.transpose(-1, -2)
 
 
+class OwnGradient(torch.autograd.Function):
+    """A ReLU whose gradient is as that of another, or one with another threshold."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, shift: float, threshold: float) -> Tensor:
+        return x.relu()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, *ctx.settings = inputs
+        ctx.save_for_backward(x, output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (x, out), (shift, threshold) = ctx.saved_tensors, ctx.settings
+        return aten.threshold_backward(gradient, (x + shift).relu() if shift else out, threshold), None, None
+
+
 class Pooled(nn.Module):
     """A convolution to `[B, 3, 6, 6]`, pooled in a way to be tried."""
 
@@ -65,6 +85,8 @@ WAYS = {
     "after a ReLU, turned": (lambda h: max_pool2d(h.relu().transpose(-1, -2), 2), (0, 0, 1)),
     "after a ReLU, flipped": (lambda h: max_pool2d(h.relu().flip(-1), 2), (1, 0, 1)),
     "after a ReLU whose gradient is turned": (lambda h: max_pool2d(Turned.apply(h.relu()), 2), (1, 0, 1)),
+    "after a ReLU with the gradient of another": (lambda h: max_pool2d(OwnGradient.apply(h, 0.1, 0), 2), (1, 0, 1)),
+    "after a ReLU with another threshold": (lambda h: max_pool2d(OwnGradient.apply(h, 0.0, 0.1), 2), (1, 0, 1)),
     "after a ReLU that is used twice": (both, (1, 0, 1)),
     "after no ReLU": (lambda h: max_pool2d(h, 2), (0, 0, 0)),
     "after a tanh": (lambda h: max_pool2d(h.tanh(), 2, 2), (0, 0, 1)),
@@ -74,10 +96,9 @@ WAYS = {
     "of windows with gaps": (lambda h: max_pool2d(h.relu(), 2, 3), (1, 1, 1)),
     "padded": (lambda h: max_pool2d(h.relu(), 2, 2, 1), (1, 1, 1)),
     "dilated": (lambda h: max_pool2d(h.relu(), 2, 2, 0, 2), (1, 1, 1)),
-    "rounded up": (lambda h: max_pool2d(h.relu(), 4, ceil_mode=True), (1, 1, 1)),
+    "rounded up": (lambda h: max_pool2d(h.relu(), (2, 4), ceil_mode=True), (1, 1, 1)),
     "of large windows": (lambda h: max_pool2d(h.relu(), 4), (1, 1, 1)),
     "with its index": (indexed, (0, 1, 1)),
-    "to a size": (lambda h: adaptive_max_pool2d(h.relu(), 2), (1, 0, 1)),
 }
 
 
@@ -118,6 +139,8 @@ def test_a_looked_up_gradient_is_the_one_alone(monkeypatch, way, dtype):
         torch.testing.assert_close(batch[m].state_dict(), state, rtol=0, atol=bound)
     count = tuple(sum(node.target is kind for node in graphs[0].graph.nodes) for kind in (RECTIFIED, SCATTERED))
     assert count == left[:2]
+    kept = graphs[0].graph.find_nodes(op="output")[0].args[0]
+    assert any(node.meta["val"].dtype is torch.int8 for node in kept) == (left[1] == 0)  # looked up, not found anew
     convolutions = graphs[0].graph.find_nodes(op="call_function", target=aten.convolution_backward.default)
     sums = sum(node.args[-1][2] for node in convolutions)
     assert sums == (left[2] if dtype is torch.float32 else 0)  # vmap's own rule adds and sums biases apart
