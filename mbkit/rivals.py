@@ -1,6 +1,6 @@
-"""The ways to train M models that a benchmark compares: one by one, mbkit's own, and what people would use instead.
+"""What a benchmark compares: networks, and the ways to train M of them: one by one, mbkit's own, and others'.
 
-Each is a function `rival(models, optimizer_cls, rates)` that returns a `step(x, y)` which makes one update of its
+Each way is a function `rival(models, optimizer_cls, rates)` that returns a `step(x, y)` which makes one update of its
 models, and the number of models that it updates; or None, where it cannot train them. All train with cross-entropy, in
 place of the given models or on copies, with a learning rate a model. `step.read(m, name)` gives a parameter, except for
 the sequential side.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,63 @@ from torch.nn.functional import cross_entropy
 
 from .alone import lone_step
 from .model_batch import ModelBatch
-from .models import MLP, LeNet5
+from .models import GPT, MLP, LeNet5, LSTMClassifier, ResNet
 from .optim import OptimizerFactory
 from .stepping import Stepper
 
-__all__ = ["RIVALS", "Rival"]
+__all__ = ["NETWORKS", "OWN", "RIVALS", "Case", "Rival"]
 
 Rival = Callable[[Sequence[nn.Module], type, Sequence[float]], tuple[Callable[[Any, Any], Any], int] | None]
 _MANY = 1024  # models from which on modelbatch's setup and steps, a Python loop each, take minutes
 _LONE = 8  # models that the sequential side trains in turn: all M would only take longer
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the suite.
+
+    Args:
+        network: the class's name. num_models: M. batch_size: B.
+    """
+
+    network: str
+    num_models: int
+    batch_size: int
+
+    def models(self) -> list[nn.Module]:
+        """Return M models from seeds 0, 1, 2, …"""
+        build, _ = NETWORKS[self.network]
+        found = []
+        with torch.random.fork_rng(devices=[]):
+            for m in range(self.num_models):
+                torch.manual_seed(m)
+                found.append(build())
+        return found
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Return one random batch, the same for all sides."""
+        _, example = NETWORKS[self.network]
+        generator = torch.Generator().manual_seed(0)
+        x = example(self.batch_size, generator)
+        return x, torch.randint(4, (self.batch_size,), generator=generator)
+
+
+def _images(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=generator)
+
+
+def _tokens(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(64, (count, 32), generator=generator)
+
+
+# The network's name -> what makes one, and what makes a batch of B inputs.
+NETWORKS = {
+    "MLP": (lambda: MLP((20, 16, 16, 4)), lambda count, g: torch.randn(count, 20, generator=g)),
+    "LeNet5": (LeNet5, _images),
+    "ResNet": (ResNet, _images),
+    "GPT": (GPT, _tokens),
+    "LSTM": (LSTMClassifier, lambda count, g: torch.randn(count, 32, 16, generator=g)),
+}
 
 
 def _sequential(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[float]):
@@ -57,9 +106,7 @@ def _own(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[float
 
 
 def _compiled(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[float]):
-    """mbkit with compile=True; for models whose arithmetic is not what takes the time."""
-    if sum(p.numel() for p in models[0].parameters()) > 10_000:
-        return None
+    """mbkit with compile=True."""
     step, count = _own(models, optimizer_cls, rates, compile=True)
 
     def compiled(x: Tensor, y: Tensor) -> None:
@@ -182,3 +229,4 @@ RIVALS: dict[str, Rival] = {
     "naive vmap": _naive_vmap,
     "JAX jit(vmap)": _jax,
 }
+OWN = ("mbkit", "mbkit compiled")

@@ -1,11 +1,8 @@
-"""The benchmark suite: every way to train M models, case by case, in turns in one process, as ratios of medians."""
+"""The benchmark suite: every way to train M models, case by case, in turns, as ratios of medians."""
 
 from __future__ import annotations
 
-import gc
 import json
-import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,68 +10,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from .benchmark_result import Timing
-from .machine import describe_machine, synchronize
-from .models import GPT, MLP, LeNet5, LSTMClassifier, ResNet
+from .machine import describe_machine
 from .progress import Progress
-from .rivals import RIVALS
+from .rivals import OWN, RIVALS, Case
 from .tables import Tables
+from .turns import Elsewhere, Turns
 
 __all__ = ["CASES", "Case", "SuiteResult", "run_suite"]
 
 ROUNDS = 5
 SECONDS = 0.2  # that a side's turn lasts, about, unless one step is longer
-_WARM_UP = 40  # steps at most until fit's own choice is made
 
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the suite.
-
-    Args:
-        network: the class's name. num_models: M. batch_size: B.
-    """
-
-    network: str
-    num_models: int
-    batch_size: int
-
-    def models(self) -> list[nn.Module]:
-        """Return M models from seeds 0, 1, 2, …"""
-        build, _ = NETWORKS[self.network]
-        found = []
-        with torch.random.fork_rng(devices=[]):
-            for m in range(self.num_models):
-                torch.manual_seed(m)
-                found.append(build())
-        return found
-
-    def data(self) -> tuple[Tensor, Tensor]:
-        """Return one random batch, the same for all sides."""
-        _, example = NETWORKS[self.network]
-        generator = torch.Generator().manual_seed(0)
-        x = example(self.batch_size, generator)
-        return x, torch.randint(4, (self.batch_size,), generator=generator)
-
-
-def _images(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(count, 3, 32, 32, generator=generator)
-
-
-def _tokens(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(64, (count, 32), generator=generator)
-
-
-# The network's name -> what makes one, and what makes a batch of B inputs.
-NETWORKS = {
-    "MLP": (lambda: MLP((20, 16, 16, 4)), lambda count, g: torch.randn(count, 20, generator=g)),
-    "LeNet5": (LeNet5, _images),
-    "ResNet": (ResNet, _images),
-    "GPT": (GPT, _tokens),
-    "LSTM": (LSTMClassifier, lambda count, g: torch.randn(count, 32, 16, generator=g)),
-}
 
 CASES = (
     *(Case("MLP", m, 32) for m in (1, 2, 16, 256, 16384)),
@@ -153,8 +101,8 @@ class SuiteResult(Tables):
         title = f"{m['device']}, {m['threads']} of {m['cores']} threads, torch {m['torch']}, mbkit {m['mbkit']}"
         note = (
             "Times are ms a model and step; the others' speed is a multiple of sequential, by medians. Each side has "
-            f"{ROUNDS} turns,\non one batch in float32 with Adam; sequential trains the first 8 models. "
-            "A dash: it cannot train them, or is not installed."
+            f"{ROUNDS} turns,\non one batch in float32 with Adam, mbkit in one process and what it is compared with in "
+            "another; sequential trains the first 8\nmodels. A dash: it cannot train them, or is not installed."
         )
         return [(title, self.table()), (note, [])]
 
@@ -184,53 +132,21 @@ def run_suite(
     if unknown := [side for side in sides if side not in RIVALS]:
         raise ValueError(f"Expected sides out of {', '.join(RIVALS)}, got {', '.join(unknown)}.")
     result = SuiteResult(describe_machine(torch.device("cpu")))
-    with Progress(len(cases), "suite", progress) as bar:
+    with Progress(len(cases), "suite", progress) as bar, Elsewhere() as elsewhere:
         for case in cases:
-            result.rows.append(_measure(case, sides))
+            result.rows.append(_measure(case, sides, elsewhere))
             bar.advance(f"{case.network}, M = {case.num_models}")
     return result
 
 
-def _measure(case: Case, sides: Sequence[str]) -> dict[str, Any]:
-    x, y = case.data()
-    models = case.models()
-    rates = torch.logspace(-4, -2, case.num_models).tolist()
-    made = {side: RIVALS[side](models, torch.optim.Adam, rates) for side in sides}
-    made = {side: found for side, found in made.items() if found is not None}
-    counts = {side: _warm_up(step, x, y) for side, (step, _) in made.items()}
-    made = {side: found for side, found in made.items() if counts[side]}
-    seconds: dict[str, list[float]] = {side: [] for side in made}
+def _measure(case: Case, sides: Sequence[str], elsewhere: Elsewhere) -> dict[str, Any]:
+    away = elsewhere.begin(case, [side for side in sides if side not in OWN], SECONDS)
+    here = Turns(case, [side for side in sides if side in OWN], SECONDS)
+    ready = [side for side in sides if side in (*away, *here.counts)]
+    seconds: dict[str, list[float]] = {side: [] for side in ready}
     for turn in range(ROUNDS):
-        for side in list(made) if turn % 2 == 0 else reversed(list(made)):
-            step, models_trained = made[side]
-            for _ in range(counts[side]):
-                seconds[side].append(_clock(step, x, y) / models_trained)
+        for side in ready if turn % 2 == 0 else reversed(ready):
+            seconds[side] += (elsewhere if side in away else here).turn(side)
     row = {"network": case.network, "num_models": case.num_models, "batch_size": case.batch_size}
-    row["parameters"] = sum(p.numel() for p in models[0].parameters())
-    row["how"] = made["mbkit"][0].stepper.how if "mbkit" in made else ""
-    del made
-    gc.collect()
+    row["parameters"], row["how"] = here.parameters, here.how
     return {**row, "seconds": {side: [round(s, 9) for s in times] for side, times in seconds.items()}}
-
-
-def _warm_up(step: Any, x: Tensor, y: Tensor) -> int:
-    """Make steps until all is compiled, allocated and chosen; return how many fit into a turn, 0 if it cannot train."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a side has to say about its speed is what is measured
-        try:
-            for _ in range(_WARM_UP):
-                seconds = _clock(step, x, y)
-                if not hasattr(step, "stepper") or step.stepper.settled:
-                    break
-        except RuntimeError:
-            return 0
-    seconds = min(_clock(step, x, y) for _ in range(2 if seconds < 1 else 1))
-    return int(min(50, max(1, SECONDS / seconds)))
-
-
-def _clock(step: Any, x: Tensor, y: Tensor) -> float:
-    synchronize(x.device)
-    start = time.perf_counter()
-    step(x, y)
-    synchronize(x.device)
-    return time.perf_counter() - start

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from mbkit import plots
 from mbkit.models import GPT, LSTMClassifier, ResNet
-from mbkit.rivals import RIVALS
-from mbkit.suite import CASES, NETWORKS, Case, SuiteResult, run_suite
+from mbkit.rivals import NETWORKS, RIVALS, Case
+from mbkit.suite import CASES, SuiteResult, run_suite
 
 
 @pytest.fixture(scope="module")
