@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .clipping import clip_by_norm_, norm_limits
-from .compilable import CannotCompile, check_module, check_step
+from .compilable import CannotCompile, check_memory, check_module, check_step
 from .graph_passes import improve
 from .loop import arguments
 from .model_call import attempt
@@ -221,6 +221,7 @@ class _Program:
         except LayoutMatters:
             self._step.batch.__dict__["folding"] = False
             return self._trace(operands)
+        check_memory(graph.graph)
         improve(graph.graph)
         graph.graph.set_codegen(torch.fx.graph.CodeGen())  # flat arguments and results, which torch.compile can enter
         graph.recompile()

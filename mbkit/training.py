@@ -63,8 +63,9 @@ def fit(
             Models that keep more than 128 KiB each for their backward pass are also tried in smaller chunks and one by
             one, on the first steps, and go on in the fastest way, which the History names. Two such runs can differ in
             float32's last bits; with a number or None they don't. Up to three smaller models go one by one untried.
-        compile: make each step as one function compiled by torch.compile: after some seconds of compilation, far ahead
-            for small models. Where that cannot be, a warning says why and the steps run uncompiled.
+        compile: make each step as one function compiled by torch.compile: after half a minute of compilation at most
+            far ahead for small models, and ahead for convolutional ones. Where that cannot be, or would not fit into
+            memory without chunks, a warning says why and the steps run uncompiled.
         callback: called with each Step; returning False ends the training.
         progress: show a bar on a terminal or in a notebook.
 

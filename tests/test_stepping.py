@@ -348,6 +348,17 @@ def test_without_a_compiler_the_steps_run_uncompiled(monkeypatch):
     assert history.how == "all models at once"
 
 
+def test_what_would_not_fit_into_memory_as_one_function_runs_in_chunks(monkeypatch):
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+    monkeypatch.setattr("mbkit.compilable.free_memory", lambda device: 2 * 110_000)
+    history, _ = train(Steady, False, compile=True)
+    assert history.how == "compiled"
+    monkeypatch.setattr("mbkit.compilable.free_memory", lambda device: 2 * 80_000)
+    with pytest.warns(UserWarning, match="run uncompiled, because it might take 0.10 MB at once, with 0.08 left"):
+        history, _ = train(Steady, False, compile=True, chunk_size=2)
+    assert history.how == "in chunks of 2"
+
+
 def test_a_mode_that_changes_is_compiled_anew(monkeypatch):
     """A graph takes training and eval mode for granted, and must notice when they change."""
     from mbkit.compiled import CompiledStep

@@ -14,6 +14,7 @@ from mbkit import plots
 from mbkit.models import GPT, LSTMClassifier, ResNet
 from mbkit.rivals import NETWORKS, RIVALS, Case
 from mbkit.suite import CASES, SuiteResult, run_suite
+from mbkit.turns import Elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,23 @@ def test_it_is_saved_and_loaded_and_drawn(result, tmp_path):
 def test_an_unknown_side_is_refused():
     with pytest.raises(ValueError, match="Expected sides out of sequential"):
         run_suite(CASES[:1], sides=["tortoise"])
+
+
+def test_what_mbkit_is_compared_with_runs_in_another_process(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("trained in the process that mbkit has set up")
+
+    monkeypatch.setitem(RIVALS, "sequential", refuse)
+    result = run_suite([Case("MLP", 2, 8)], sides=["sequential", "mbkit"], progress=False)
+    assert sorted(result.rows[0]["seconds"]) == ["mbkit", "sequential"]
+
+
+def test_the_end_of_that_process_is_told():
+    with Elsewhere() as away:
+        away._process.kill()
+        away._process.wait()
+        with pytest.raises(RuntimeError, match=r"process that measures other libraries ended \(-9\)"):
+            away.turn("sequential")
 
 
 def test_the_cases_cover_what_is_claimed():
