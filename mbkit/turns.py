@@ -61,15 +61,7 @@ class Turns:
 
 
 class Elsewhere:
-    """Turns in another process, which waits, without using a core, until it is asked.
-
-    Example:
-        >>> with Elsewhere() as elsewhere:
-        ...     sides = elsewhere.begin(Case("MLP", 2, 8), ["sequential"], seconds=0.01)
-        ...     seconds = elsewhere.turn("sequential")
-        >>> sides, min(seconds) > 0
-        (['sequential'], True)
-    """
+    """Turns in another process, which waits, without using a core, until it is asked."""
 
     def __enter__(self) -> Elsewhere:
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

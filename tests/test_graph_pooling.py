@@ -127,7 +127,10 @@ def alone(model: nn.Module, rate: float, pairs: list) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["as it lies alone", "channels last"])
+ALONE = pytest.param(torch.float64, id="as it lies alone", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("dtype", [ALONE, pytest.param(torch.float32, id="channels last")])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_looked_up_gradient_is_the_one_alone(monkeypatch, way, dtype):
     pool, left = WAYS[way]
@@ -153,7 +156,7 @@ def test_a_convolution_without_a_bias(monkeypatch):
         torch.testing.assert_close(batch[m].state_dict(), state, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [ALONE, torch.float32])
 def test_inductor_makes_it_so(dtype):
     batch, states = train(WAYS["with numbers left over"][0], dtype)
     for m, state in enumerate(states):

@@ -527,3 +527,16 @@ def test_a_compiled_weights_gradient_lies_in_memory_as_the_weight_does(monkeypat
             cross_entropy(model(x), y).backward()
             lone.step()
         torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
+
+
+def test_a_compiled_adam_works_out_its_bias_corrections_once_and_not_for_each_weight(monkeypatch):
+    from mbkit.compiled import CompiledStep
+
+    graphs = []
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graphs.append(graph) or graph)
+    batch = ModelBatch([nn.Linear(6, K) for _ in range(M)])
+    step = CompiledStep(batch, OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES), cross_entropy)
+    _, outputs = step.attempt(torch.randn(B, 6), torch.randint(K, (B,)))
+    assert outputs.shape == (M, B, K)
+    kept = [tuple(node.meta["val"].shape) for node in graphs[0].graph.find_nodes(op="output")[0].args[0][2:]]
+    assert kept.count((2, M)) == 2  # of two parameters, for both averages
