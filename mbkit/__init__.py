@@ -2,16 +2,14 @@
 
 import importlib
 
-__version__ = "0.1.0"  # before the rooms, because a benchmark's asks for it
-
+from .batch import ModelBatch
+from .common.version import __version__ as __version__
 from .data import Batches, ImageData, load_cifar10, load_digits, load_images
-from .grad_scaler import GradScaler
-from .history import History, Step
-from .model_batch import ModelBatch
 from .models import MLP, LeNet5, TinyMLP
-from .operators import BatchingError
 from .optim import OptimizerFactory, create_adam_configs, create_lr_sweep_configs, create_sgd_configs
-from .training import evaluate, fit, fit_alone, train_steps
+from .optim.grad_scaler import GradScaler
+from .training import History, Step, evaluate, fit, fit_alone, train_steps
+from .vmap import BatchingError
 
 __all__ = [
     "MLP", "Batches", "BatchingError", "Diagnosis", "EquivalenceReport", "GradScaler", "History", "ImageData",
@@ -23,10 +21,10 @@ __all__ = [
 
 # Rooms that training does not need, imported when they are first asked for.
 _LATER = {
-    "Diagnosis": "diagnosis",
-    "diagnose": "diagnosis",
-    "EquivalenceReport": "equivalence",
-    "compare": "equivalence",
+    "Diagnosis": "verify",
+    "diagnose": "verify",
+    "EquivalenceReport": "verify",
+    "compare": "verify",
 }
 
 

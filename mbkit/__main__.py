@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 
 import torch
 
-from .benchmark import BenchmarkResult, run_benchmark
-from .consistency import PRESETS, PUBLISHED, dissect, preset, run, switches
-from .data import load_images
-from .outcome import DEMO_FAULTS
-from .suite import run_suite
-from .tables import text_table
+from .benchmark.lenet import BenchmarkResult, run_benchmark
+from .benchmark.suite import run_suite
+from .common.tables import text_table
+from .data.load import load_images
+from .lessons.consistency import PRESETS, PUBLISHED, dissect, preset, run, switches
+from .lessons.demo_result import DEMO_FAULTS
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
@@ -108,7 +108,7 @@ def _story(options: argparse.Namespace) -> None:
     measured = run_benchmark(data, 16, epochs=4, max_steps=60)
     print(measured)
 
-    from .plots import story_figure
+    from .figures.plots import story_figure
 
     _save(story_figure(published, eight, measured), options.figure)
     print("\nThe lessons: python -m mbkit lab      (after: pip install -e '.[lab]')")
@@ -134,7 +134,7 @@ def _benchmark(options: argparse.Namespace) -> None:
         result.save(options.save)
         print(f"\nRaw runs: {options.save}")
     if options.figure:
-        from . import plots
+        from .figures import plots
 
         _save(plots.scaling(result.growth()) if options.suite else plots.benchmark(result), options.figure)
 

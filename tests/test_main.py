@@ -9,7 +9,7 @@ import pytest
 
 import mbkit
 from mbkit.__main__ import main
-from mbkit.benchmark_result import BenchmarkResult
+from mbkit.benchmark.result import BenchmarkResult
 
 
 def test_consistency_prints_the_published_table(capsys):

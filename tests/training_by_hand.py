@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from mbkit.model_batch import ModelBatch
+from mbkit.batch.model_batch import ModelBatch
 from mbkit.optim import OptimizerFactory
 
 M, B, SEEDS, RATES = 4, 5, [11, 22, 33, 44], [0.1, 0.05, 0.2, 0.15]  # fewer go one by one

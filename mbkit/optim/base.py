@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .hyperparameters import SWITCHES
 
 if TYPE_CHECKING:
-    from ..model_batch import ModelBatch
+    from ..batch.model_batch import ModelBatch
 
 __all__ = ["BatchOptimizer", "construct", "numbers_of", "parameters_of"]
 

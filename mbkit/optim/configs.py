@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checks import did_you_mean, per_model
+from ..common.checks import did_you_mean, per_model
 from .hyperparameters import SWITCHES, plain
 
 __all__ = ["check_names", "create_adam_configs", "create_lr_sweep_configs", "create_sgd_configs", "merge_configs"]

@@ -17,7 +17,7 @@ from .stacked import StackedOptimizer
 from .views import ViewsOptimizer
 
 if TYPE_CHECKING:
-    from ..model_batch import ModelBatch
+    from ..batch.model_batch import ModelBatch
 
 __all__ = ["OptimizerFactory"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..checks import did_you_mean
+from ..common.checks import did_you_mean
 from .configs import merge_configs
 
 __all__ = ["split_groups"]

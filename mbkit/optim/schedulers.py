@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..checks import per_model
+from ..common.checks import per_model
 from .base import BatchOptimizer
 
 __all__ = ["ModelOptimizer", "ModelSchedulers"]

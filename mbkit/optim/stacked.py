@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..freezing import rows_where
-from ..operators import reached_models
+from ..batch.freeze import rows_where
+from ..vmap import reached_models
 from .base import BatchOptimizer, construct
 from .fused import FusedAdam, can_fuse
 from .hyperparameters import ALL, SWITCHES, Columns, cut

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..operators import reached_models
+from ..vmap import reached_models
 from .base import BatchOptimizer, construct, numbers_of, parameters_of
 
 __all__ = ["ViewsOptimizer"]

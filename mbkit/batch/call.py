@@ -1,0 +1,290 @@
+"""One call of M models: all at once under vmap, and whatever cannot be run so one model after the other."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from types import CellType, FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch as functorch
+from torch._functorch.vmap import lazy_load_decompositions
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ..common.checks import check_inputs, check_output
+from ..vmap import (
+    BatchingError,
+    Interception,
+    LayoutMatters,
+    State,
+    call_in_turn,
+    fill,
+    flattened,
+    is_folded,
+    loop_inside,
+    merge,
+    module_path,
+    outcome,
+    read_state,
+    replica,
+    running_modules,
+    tensors_in,
+    watch,
+    write_state,
+)
+
+if TYPE_CHECKING:
+    from .model_batch import ModelBatch
+
+__all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models", "kept_attributes"]
+
+# Errors that can be raised again under the same name with a longer text.
+PLAIN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+NO_FAULT_OF_VMAP = (torch.OutOfMemoryError, Warning)
+
+
+def call_models(
+    batch: ModelBatch, template: nn.Module, attributes: list[Tensor], inputs: tuple, kwargs: dict, shared: bool
+) -> tuple[Any, list[Tensor]]:
+    """Call the template once for all models and keep what it assigned anew.
+
+    A layer that vmap cannot run is noted in `batch.model_by_model`, and the call starts again, with that layer run
+    for one model after the other. If that fails too, the layer around it is taken, up to the model itself, which then
+    does what plain PyTorch does: an error of the user's own shows as it does there.
+
+    Args:
+        batch: supplies M, the streams, the per-model settings and the layers that run model by model.
+        template: the user's module, holding the stacked tensors.
+        attributes: those of its plain attributes that are stacked.
+        inputs, kwargs: what one model takes; tensors in them are `[B, ...]`, or `[M, B, ...]` unless `shared`.
+        shared: whether all models see the same input.
+
+    Returns:
+        The model's own nested output, each tensor `[M, ...]`, and the plain attributes that are stacked now.
+    """
+    slow: set[str] = batch.model_by_model
+    reasons: dict[str, str] = {}  # of the paths that are added in this call
+    for path in _hooked(template) - slow:
+        slow.add(path)
+        reasons[path] = "its hooks are to see each model's own tensors and gradients"
+    while True:
+        before = read_state(template)
+        memory = Memory(batch, before)
+        try:
+            output, after, kept = attempt(batch, template, before, attributes, inputs, kwargs, shared)
+            write_state(template, before, after)
+            break
+        except LayoutMatters as error:
+            memory.undo(error)
+            batch.__dict__["folding"] = False
+        except Exception as error:
+            undone = memory.undo(error)
+            unit = _next_slower(error, slow) if undone and not isinstance(error, NO_FAULT_OF_VMAP) else None
+            if unit is None:
+                slow.difference_update(reasons)
+                raise _named(error, batch.num_models) from error
+            slow.add(unit)
+            reasons[unit] = str(error).strip().split("\n")[0]
+    memory.learn()
+    if slow:
+        watch(tree_leaves(output), batch.num_models)
+    for path, reason in reasons.items():
+        where = f"'{path}' ({type(template.get_submodule(path)).__name__})" if path else "The whole model"
+        warnings.warn(
+            f"{where} runs model by model: exact, but no faster than alone, since torch.vmap cannot run it ({reason}). "
+            f"ModelBatch(..., model_by_model=[{path!r}]) says so beforehand, without this warning.",
+            stacklevel=6,
+        )
+    return output, kept
+
+
+def _hooked(template: nn.Module) -> set[str]:
+    """Return the paths of the modules with backward hooks, which vmap passes over in silence, or hooks that keep."""
+    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+        return {""}
+    found = set()
+    for path, module in template.named_modules():
+        forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if module._backward_hooks or module._backward_pre_hooks or any(map(_keeps, forward)):
+            found.add(path)
+    return found
+
+
+def _keeps(hook: Any) -> bool:
+    """Say whether a forward hook has a list or dict at hand to keep tensors in; vmap's are nobody's afterwards."""
+    if isinstance(hook, partial):
+        return any(map(_holds, (*hook.args, *hook.keywords.values()))) or _keeps(hook.func)
+    owner, function = getattr(hook, "__self__", hook), getattr(hook, "__func__", hook)
+    held = [] if isinstance(owner, (nn.Module, FunctionType)) else list(getattr(owner, "__dict__", {}).values())
+    if isinstance(function, FunctionType):
+        held += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        held += [*(function.__defaults__ or ())]
+        held += [function.__globals__.get(name) for name in function.__code__.co_names]
+    return any(map(_holds, held))
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, (list, dict, set, deque))
+
+
+def _next_slower(error: Exception, slow: set[str]) -> str | None:
+    """Return the path of the layer to run model by model after an error; None if there is no wider one to try."""
+    paths = [vars(module)["mbkit_path"] for module in running_modules(error.__traceback__)]
+    first = next((i for i, path in enumerate(paths) if path in slow), len(paths))
+    return paths[first - 1] if first else None
+
+
+def _named(error: Exception, num_models: int) -> Exception:
+    """Return the error with the layer in its text, in which it came up."""
+    running = running_modules(error.__traceback__)
+    where = module_path(running[-1]) if running else "the model itself"
+    if type(error) is BatchingError:
+        return BatchingError(f"{where} cannot run for {num_models} models: {error}")
+    return type(error)(f"{where}: {error}") if type(error) in PLAIN_ERRORS and running else error
+
+
+def attempt(
+    batch: ModelBatch,
+    template: nn.Module,
+    before: State,
+    attributes: list[Tensor],
+    args: tuple,
+    kwargs: dict,
+    shared: bool,
+) -> tuple[Any, State, list[Tensor]]:
+    leaves, spec = tree_flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if not shared:
+        check_inputs(leaves, batch.num_models)
+    kept = tensors_in(before)
+    stacked = {id(t) for key, t in before.items() if key[1] != "__dict__"} | set(map(id, attributes))
+    device = next((t.device for t in (*kept, *(leaves[i] for i in places))), torch.device("cpu"))
+
+    if "" in batch.model_by_model:
+        flags = [id(t) in stacked for t in kept] + [not shared] * len(places)
+        with batch.streams.take_turns(device) as turns:
+            output, after, new = call_in_turn(
+                template, before, args, kwargs, turns, lambda run, tensors: run(tensors, flags), whole=True
+            )
+        check_output(output, template)
+    else:
+        origins = {id(t): t for t in kept}
+        kept = [t for t in kept if id(t) in stacked]
+        seen: list[State] = []
+
+        def one_model(mode: Interception, *own: Tensor) -> tuple[Tensor, ...]:
+            mine = list(leaves)
+            for place, tensor in zip(places, own[len(kept) :], strict=True):
+                mine[place] = tensor
+            twin = replica(template, {id(t): o for t, o in zip(kept, own, strict=False)})
+            slow = [twin.get_submodule(path) for path in batch.model_by_model]
+            for module in slow:
+                vars(module)["_call_impl"] = loop_inside(mode, module)
+            given = flattened(twin)
+            my_args, my_kwargs = tree_unflatten(mine, spec)
+            output = twin(*my_args, **my_kwargs)
+            for module in slow:  # a circle, which would keep tensors alive
+                del vars(module)["_call_impl"]
+            check_output(output, template)
+            known = origins | {id(o): t for t, o in zip(kept, own, strict=False)}
+            merged, fresh = merge([outcome(twin, given, before, set(), output)], before, [known], whole=False)
+            seen.append(merged)
+            return tuple(column[0] for column in fresh)
+
+        tensors = [*kept, *(leaves[i] for i in places)]
+        in_dims = [0] * len(kept) + [None if shared else 0] * len(places)
+        results = at_once(batch, one_model, tensors, in_dims)
+        output, after, new = fill(seen[0], [t.contiguous() if is_folded(t) else t for t in results])
+    return output, after, kept_attributes(after, [*attributes, *new])
+
+
+def kept_attributes(after: State, stacked: list[Tensor]) -> list[Tensor]:
+    """Return those of the stacked tensors that still stand in plain attributes."""
+    held = set(map(id, tensors_in({key: value for key, value in after.items() if key[1] == "__dict__"})))
+    return [t for t in stacked if id(t) in held]
+
+
+def at_once(
+    batch: ModelBatch, function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor], in_dims: list[int | None]
+) -> tuple[Tensor, ...]:
+    """Run a function of the interception and one model's tensors for all models at once."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    index = torch.arange(batch.num_models, device=device)
+
+    def with_rules(index: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+        with Interception(index, batch.num_models, batch.streams, device, bool(batch.settings), batch.folding) as mode:
+            return function(mode, *own)
+
+    lazy_load_decompositions()
+    # vmap's own remark that it loops over the models for some operator is on by default, and nothing to act upon.
+    functorch._set_vmap_fallback_warning_enabled(False)
+    # What torch.vmap does, without taking apart nested arguments, which costs small models a tenth of a step.
+    # "error": a random operator that no rule covers raises here, where "different" would draw wrong numbers.
+    level = functorch._vmap_increment_nesting(batch.num_models, "error")
+    try:
+        dims = zip((index, *tensors), (0, *in_dims), strict=True)
+        outputs = with_rules(*(t if d is None else functorch._add_batch_dim(t, d, level) for t, d in dims))
+        return tuple(functorch._remove_batch_dim(t, level, batch.num_models, 0) for t in outputs)
+    finally:
+        functorch._vmap_decrement_nesting()
+        functorch._set_vmap_fallback_warning_enabled(True)
+
+
+class Memory:
+    """What a call may change in place, to undo it when the call has to start again.
+
+    Only tensors that calls have been seen to edit are copied, once the first call has shown which those are.
+    """
+
+    def __init__(self, batch: ModelBatch, before: State) -> None:
+        flags = tuple(module.training for module in batch._template.modules())
+        self.steady: dict[int, weakref.ref] = batch._steady.setdefault(flags, {})
+        self.streams = batch.streams.remember()
+        self.tensors = [
+            (t, _version(t), None if self._is_steady(t) else t.detach().clone()) for t in tensors_in(before)
+        ]
+
+    def _is_steady(self, tensor: Tensor) -> bool:
+        known = self.steady.get(id(tensor))  # an id may be that of a tensor long gone
+        return known is not None and known() is tensor
+
+    def undo(self, error: Exception) -> bool:
+        """Put everything back, or say that an error of the user's own came after an edit, which stays, as alone.
+
+        Raises:
+            RuntimeError: an edit cannot be undone, and the error may not be the user's own.
+        """
+        self.streams()
+        undone = True
+        for tensor, version, copied in self.tensors:
+            if copied is not None:
+                tensor.data.copy_(copied)
+            else:
+                undone = undone and _version(tensor) == version
+        if not undone and isinstance(error, (RuntimeError, LayoutMatters)):
+            raise RuntimeError(
+                f"A call failed after it had edited a tensor that no call before had ({error}): "
+                "load the last checkpoint, and name the layer in model_by_model."
+            ) from error
+        return undone
+
+    def learn(self) -> None:
+        for tensor, version, copied in self.tensors:
+            if _version(tensor) != version:
+                self.steady.pop(id(tensor), None)
+            elif copied is not None and _can_compare(tensor) and torch.equal(tensor, copied):
+                self.steady[id(tensor)] = weakref.ref(tensor)  # compared, for BatchNorm's kernels count no versions
+
+
+def _can_compare(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

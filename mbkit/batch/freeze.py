@@ -1,0 +1,177 @@
+"""Stopping single models of a batch: whatever is called, nothing of theirs changes, and the others do not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ..vmap import BatchingError, Own, mix, read_state, tensors_in, write_state
+
+if TYPE_CHECKING:
+    from .model_batch import ModelBatch
+
+__all__ = ["CanFreeze", "check_on_nonfinite", "held", "nonfinite_models", "rows_where", "stop_nonfinite"]
+
+
+class CanFreeze:
+    """The part of a ModelBatch that stops single models."""
+
+    num_models: int
+    _frozen: Tensor | None = None  # [M], True for the frozen ones; None before the first
+
+    @property
+    def frozen(self) -> list[int]:
+        """The numbers of the models that are frozen; to read it waits for the device."""
+        return [] if self._frozen is None else self._frozen.nonzero().flatten().tolist()
+
+    def freeze(self, models: int | Iterable[int]) -> None:
+        """Stop models: until `unfreeze`, nothing of theirs changes, and the others train on to the same bits.
+
+        A frozen model has what a lone model has that is no longer trained: its parameters, buffers, random stream
+        and its share of the optimizer's state stay as they are, whatever is called. It still computes outputs and
+        losses. Its learning rate goes on as its scheduler says. A gradient that waits for `optimizer.step()` is not
+        applied. The update is the optimizer's work, so it has to be one from `OptimizerFactory`.
+
+        Args:
+            models: a model's number, or several.
+
+        Raises:
+            TypeError: models that are not whole numbers.
+            IndexError: there is no such model.
+
+        Example:
+            >>> from torch import nn
+            >>> from mbkit import ModelBatch
+            >>> batch = ModelBatch([nn.Linear(2, 1) for _ in range(3)])
+            >>> batch.freeze(1)
+            >>> batch.freeze([2])
+            >>> batch.frozen
+            [1, 2]
+            >>> batch.unfreeze(range(3))
+            >>> batch.frozen
+            []
+        """
+        self.__dict__["_frozen"] = _changed(self, models, True)
+
+    def unfreeze(self, models: int | Iterable[int]) -> None:
+        """Let frozen models train on from where they stopped; arguments and errors as for `freeze`."""
+        self.__dict__["_frozen"] = _changed(self, models, False)
+
+
+def _changed(batch: CanFreeze, models: int | Iterable[int], frozen: bool) -> Tensor | None:
+    """Return which models are frozen once `models` are (or no longer are): `[M]`, or None for none.
+
+    Raises:
+        TypeError: models that are not whole numbers.
+        IndexError: there is no such model.
+    """
+    numbers = list(models) if isinstance(models, Iterable) and not isinstance(models, str) else [models]
+    for m in numbers:
+        if isinstance(m, bool) or not isinstance(m, int):
+            raise TypeError(f"Expected a model's number, or several, got {m!r}: pass 0 to {batch.num_models - 1}.")
+        if not -batch.num_models <= m < batch.num_models:
+            raise IndexError(f"Expected models from 0 to {batch.num_models - 1}, got {m}.")
+    mask = torch.zeros(batch.num_models, dtype=torch.bool) if batch._frozen is None else batch._frozen.clone()
+    mask[numbers] = frozen
+    return mask if mask.any() else None
+
+
+def rows_where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Return `yes` for the models of a mask `[M]` and `no` for the others; both are `[M, ...]`."""
+    return torch.where(mask.to(yes.device).view(-1, *[1] * (yes.dim() - 1)), yes, no)
+
+
+@contextmanager
+def held(batch: ModelBatch) -> Iterator[None]:
+    """Run a call of the batch, and put back what it changed of frozen models: tensors, attributes, random streams.
+
+    Raises:
+        BatchingError: the call changed something that is one Python value for all models.
+    """
+    frozen = batch._frozen
+    if frozen is None:
+        yield
+        return
+    template, streams = batch._template, batch.streams.remember()
+    before = read_state(template)
+    shared = {id(t) for key, value in before.items() if key[1] == "__dict__" for t in tree_leaves(value)}
+    shared -= set(map(id, (*batch._attributes, *template.parameters(), *template.buffers())))
+    copies = {id(t): t.detach().clone() for t in tensors_in(before) if id(t) not in shared}
+    yield
+    if batch.streams.in_use:
+        streams(frozen.nonzero().flatten().tolist())
+    for tensor in tensors_in(before):
+        if id(tensor) in copies and tensor.shape == copies[id(tensor)].shape:
+            tensor.data.copy_(rows_where(frozen, copies[id(tensor)], tensor.data))  # kernels count not all their edits
+    after, replaced = read_state(template), {}
+    now = dict(after)
+    for key, value in after.items():
+        if value is not before.get(key):
+            now[key] = _put_back(key, before.get(key), value, copies, frozen, replaced)
+    write_state(template, after, now)
+    batch.__dict__["_attributes"] = [replaced.get(id(t), t) for t in batch._attributes]
+
+
+def _put_back(key: tuple, before: Any, after: Any, copies: dict, frozen: Tensor, replaced: dict[int, Tensor]) -> Any:
+    """Return an attribute's value after a call, with the frozen models' share as it was before."""
+    (old, old_spec), (new, spec) = tree_flatten(before), tree_flatten(after)
+    if spec == old_spec:
+        for i, (was, now) in enumerate(zip(old, new, strict=True)):
+            if was is now or (not isinstance(now, Tensor | Own) and was == now):
+                continue
+            if isinstance(now, Own) or isinstance(was, Own):
+                new[i] = mix(frozen.tolist(), was, now)
+            elif isinstance(now, Tensor) and id(was) in copies and was.shape == now.shape and was.dtype == now.dtype:
+                new[i] = replaced[id(now)] = rows_where(frozen, copies[id(was)], now)
+            else:
+                break
+        else:
+            return tree_unflatten(new, spec)
+    name = ".".join(part for part in (key[0], key[2]) if part)
+    raise BatchingError(
+        f"a call changes '{name}', which is one value for all models, so frozen ones cannot keep theirs: make it a "
+        "buffer of one shape, or train with unfreeze() and leave these models' results aside"
+    )
+
+
+def nonfinite_models(tensors: Sequence[Tensor], num_models: int) -> Tensor:
+    """Return which models have a number that is not finite in one of the tensors `[M, ...]`; no wait for the device."""
+    flags = [~t.isfinite().reshape(num_models, -1).all(1) for t in tensors]
+    return torch.stack(flags).any(0) if flags else torch.zeros(num_models, dtype=torch.bool)
+
+
+def check_on_nonfinite(choice: str | None, optimizer: Any) -> None:
+    """Refuse another choice, or to freeze with an optimizer that would go on with momentum and weight decay."""
+    if choice == "freeze" and not hasattr(optimizer, "batch"):
+        raise TypeError(
+            f"Expected an optimizer from OptimizerFactory with on_nonfinite='freeze', got {type(optimizer).__name__}, "
+            "which cannot leave out single models: create one by OptimizerFactory(...).create_optimizer(batch, ...)."
+        )
+    if choice not in (None, "freeze", "raise"):
+        raise ValueError(f"Expected on_nonfinite None, 'freeze' or 'raise', got {choice!r}: choose one of them.")
+
+
+def stop_nonfinite(batch: ModelBatch, losses: Tensor, choice: str) -> None:
+    """Freeze the models whose loss or gradient is not finite, before their update; or raise.
+
+    Raises:
+        FloatingPointError: there are such models among those that train, and `choice` is "raise".
+    """
+    grads = [p.grad for p in batch.parameters() if p.grad is not None]
+    bad = nonfinite_models([losses.detach(), *grads], batch.num_models)
+    bad = bad if batch._frozen is None else bad | batch._frozen.to(bad.device)
+    if choice == "raise":
+        known = () if batch._frozen is None else batch.frozen
+        numbers = [m for m, is_bad in enumerate(bad.tolist()) if is_bad and m not in known]
+        if numbers:
+            raise FloatingPointError(
+                f"The loss or gradient of models {numbers} is not finite: the batch is as before this update. "
+                "Go on with smaller learning rates, or with on_nonfinite='freeze'."
+            )
+    else:
+        batch.__dict__["_frozen"] = bad

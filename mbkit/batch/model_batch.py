@@ -1,0 +1,298 @@
+"""ModelBatch: M models of one architecture, stacked, called and trained in one pass."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.checks import check_seeds
+from ..vmap import PerModel, Streams
+from . import checkpoint
+from .call import call_models
+from .clip import clip_by_norm_, norm_limits
+from .freeze import CanFreeze, held
+from .loss import call_losses
+from .stack import set_memory_format, stack_models, unstack_model
+from .validate import check_models, check_paths
+
+__all__ = ["ModelBatch"]
+
+_TAKEN_OVER = """_parameters _buffers _modules _non_persistent_buffers_set _state_dict_hooks _state_dict_pre_hooks
+    _load_state_dict_pre_hooks""".split()
+
+
+class ModelBatch(CanFreeze, nn.Module):
+    """M models of one architecture as one module, each computing exactly what it computes alone.
+
+    The batch is a module like any other: `.to()`, `.double()`, `train()`, `eval()`, `state_dict()` and
+    `parameters()` do what they always do, on tensors `[M, ...]` under the names that the model itself uses.
+    The models given are copied and never changed.
+
+    Args:
+        models: M modules of one architecture; floats of torch's own layers (dropout rates, slopes, …) may differ.
+        shared_input: True when all models see one batch `[B, ...]`, False when each has its own, `[M, B, ...]`.
+        seeds: one whole number a model. Model m draws its dropout masks and other random numbers as it would
+            alone after `torch.manual_seed(seeds[m])`. Without seeds they are drawn from torch's default generator.
+        model_by_model: dotted paths of layers to run for one model after the other ("" for the whole model): exact
+            whatever they do, no faster than alone. What `torch.vmap` cannot run is added at its first call, with a
+            warning.
+
+    Raises:
+        TypeError: models that are not modules, or seeds that are not whole numbers.
+        ValueError: no models, or models that differ in anything but weights and float settings; another number
+            of seeds than of models.
+
+    Example:
+        >>> models = [nn.Linear(3, 2) for _ in range(4)]
+        >>> batch = ModelBatch(models, seeds=range(4))
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 2)
+        >>> losses = batch.compute_loss(batch(x), y, nn.functional.mse_loss, reduction="none")
+        >>> losses.sum().backward()
+        >>> tuple(losses.shape), tuple(batch.stacked_params["weight"].grad.shape)
+        ((4,), (4, 2, 3))
+
+    The name is that of the library `modelbatch` 0.1.0. Here model m is exactly the lone model (masks, buffers and
+    settings included), the given models are not part of the module, and no gradient is a copy that can go stale.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[nn.Module],
+        shared_input: bool = True,
+        *,
+        seeds: Sequence[int] | None = None,
+        model_by_model: Iterable[str] = (),
+    ) -> None:
+        super().__init__()
+        models, self.settings = check_models(models)
+        self.num_models = len(models)
+        self.shared_input = shared_input
+        self.seeds = check_seeds(seeds, self.num_models)
+        self.streams = Streams(self.seeds)
+        self.latest_losses: Tensor | None = None
+        self.folding = any(isinstance(module, nn.Conv2d) for module in models[0].modules())  # see vmap/rules/convolution
+        # The template is the user's own module, holding the stacked tensors. The batch takes over its tensors and
+        # children instead of becoming their parent, so that every name is the user's own.
+        template, attributes = stack_models(models)
+        for path, settings in self.settings.items():
+            for name, values in settings.items():
+                setattr(template.get_submodule(path), name, PerModel(values))
+        self.training = template.training
+        # Past nn.Module.__setattr__ here and below: the user's own names, whatever they are, stay the user's.
+        self.__dict__ |= {"_template": template, "_attributes": attributes, "_version": template._version}
+        self.__dict__ |= {name: template.__dict__[name] for name in _TAKEN_OVER}
+        self._load_state_dict_post_hooks.update(template._load_state_dict_post_hooks)
+        self.register_load_state_dict_post_hook(checkpoint.load_streams)
+        self.__dict__ |= {"model_by_model": check_paths(template, model_by_model), "_steady": {}, "_slow_losses": set()}
+
+    @property
+    def stacked_params(self) -> dict[str, nn.Parameter]:
+        """The parameters `[M, ...]` under the model's own dotted names."""
+        return dict(self.named_parameters())
+
+    @property
+    def stacked_buffers(self) -> dict[str, Tensor]:
+        """The buffers `[M, ...]` under the model's own dotted names."""
+        return dict(self.named_buffers())
+
+    def __len__(self) -> int:
+        return self.num_models
+
+    def __getitem__(self, m: int) -> nn.Module:
+        """Return model m as a stand-alone module of the user's own class, with copies of its present tensors.
+
+        Args:
+            m: the model's number; negative numbers count from the end.
+
+        Raises:
+            IndexError: no such model.
+        """
+        try:
+            m = operator.index(m)
+        except TypeError:
+            raise TypeError(f"Expected a model's number from 0 to {self.num_models - 1}, got {m!r}.") from None
+        if not -self.num_models <= m < self.num_models:
+            raise IndexError(f"Expected a model's number from 0 to {self.num_models - 1}, got {m}.")
+        return unstack_model(self._template, self._attributes, m)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self[m] for m in range(self.num_models))
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """M stand-alone modules with today's weights; to change them does not change the batch."""
+        return list(self)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_models} x {type(self._template).__name__}, shared_input={self.shared_input}"
+
+    # ------------------------------------------------------------------ calling
+
+    def forward(self, *inputs: Any, shared_input: bool | None = None, **kwargs: Any) -> Any:
+        """Call all models; tensors may stand anywhere in the arguments.
+
+        Args:
+            *inputs: what the model takes; tensors are `[B, ...]` for all models or `[M, B, ...]`.
+            shared_input: for this call only, instead of the batch's own.
+            **kwargs: likewise.
+
+        Returns:
+            What the model returns, each tensor in it `[M, ...]`.
+
+        Raises:
+            ValueError: a per-model input whose first dimension is not M.
+            TypeError: a model that returns something that is not made of tensors.
+            BatchingError: a layer that cannot do for M models at once what it does for one.
+        """
+        shared = self.shared_input if shared_input is None else shared_input
+        with held(self):
+            output, attributes = call_models(self, self._template, self._attributes, inputs, kwargs, shared)
+            self.__dict__["_attributes"] = attributes
+        return output
+
+    def compute_loss(
+        self,
+        outputs: Any,
+        targets: Any,
+        loss_fn: Callable[[Any, Any], Tensor],
+        reduction: str = "sum",
+        *,
+        shared_targets: bool | None = None,
+    ) -> Tensor:
+        """Return the models' losses, added up, averaged or one by one.
+
+        Args:
+            outputs: what the batch returned, `[M, B, ...]`.
+            targets: `[B, ...]` for all models or `[M, B, ...]`.
+            loss_fn: gets one model's outputs and targets, returns one number.
+            reduction: "sum" (each model's gradient is its own), "none" for the losses `[M]`, or "mean", which
+                divides every gradient by M.
+            shared_targets: says which of the two forms the targets have, where their shape fits both.
+
+        Returns:
+            One number, or `[M]` for "none". The losses are kept in `latest_losses`, detached.
+
+        Raises:
+            ValueError: targets that fit neither form or could be both; a loss of many numbers; a wrong reduction.
+        """
+        if reduction not in ("sum", "mean", "none"):
+            raise ValueError(f"Expected reduction 'sum', 'mean' or 'none', got {reduction!r}: choose one of them.")
+        with held(self):
+            losses = call_losses(self, outputs, targets, loss_fn, shared_targets)
+        self.__dict__["latest_losses"] = losses.detach()
+        return losses if reduction == "none" else getattr(losses, reduction)()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the latest loss of each model as plain numbers, `{"loss_model_0": …}`; empty before the first."""
+        losses = [] if self.latest_losses is None else self.latest_losses.tolist()
+        return {f"loss_model_{m}": loss for m, loss in enumerate(losses)}
+
+    # ------------------------------------------------------------------ gradients
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the stacked parameters, the only gradients there are.
+
+        Clearing anything else, such as copies of single models' gradients, would leave the last step's in place.
+
+        Args:
+            set_to_none: drop the gradients (as torch does by default) instead of filling them with zeros.
+        """
+        super().zero_grad(set_to_none)
+
+    def clip_grad_norm_(self, max_norm: float | Sequence[float], norm_type: float = 2.0) -> Tensor:
+        """Clip each model's gradient to its own norm, as `torch.nn.utils.clip_grad_norm_` does for a lone model.
+
+        Args:
+            max_norm: the largest norm, one for all models or one a model.
+            norm_type: the p of the p-norm, `inf` included.
+
+        Returns:
+            The norms `[M]` before clipping.
+
+        Raises:
+            ValueError: another number of norms than models, or one that is not positive.
+
+        Example:
+            >>> batch = ModelBatch([nn.Linear(2, 1) for _ in range(3)])
+            >>> batch(torch.ones(4, 2)).sum().backward()
+            >>> tuple(batch.clip_grad_norm_(1.0).shape)
+            (3,)
+        """
+        limits = norm_limits(max_norm, self.num_models)
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        return clip_by_norm_(grads, limits, norm_type) if grads else torch.zeros(self.num_models)
+
+    # ------------------------------------------------------------------ states and files
+
+    def get_model_states(self) -> list[dict[str, Tensor]]:
+        """Return M state dicts, each what the lone model's `state_dict()` would be, as copies."""
+        return checkpoint.split_state(self._template.state_dict(), self.num_models)
+
+    def load_model_states(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Put M state dicts into the batch; all are checked before the first tensor is changed.
+
+        Args:
+            states: what `get_model_states()` or M lone models' `state_dict()` return.
+
+        Raises:
+            ValueError: another number of states than models, other names, or other shapes.
+        """
+        checkpoint.load_states(self._template.state_dict(), states, self.num_models)
+
+    def save_all(self, folder: str | Path) -> None:
+        """Save each model's state as `folder/model_{m}.pt`, loadable by the lone model's `load_state_dict`.
+
+        Raises:
+            ValueError: the folder holds files of a batch with more models.
+        """
+        checkpoint.save_folder(self.get_model_states(), Path(folder))
+
+    def load_all(self, folder: str | Path) -> None:
+        """Load what `save_all` saved; every file is read and checked before the first tensor is changed.
+
+        Raises:
+            FileNotFoundError: a model's file is missing.
+            ValueError: a file that is not a state dict, or one that belongs to another architecture.
+        """
+        self.load_model_states(checkpoint.read_folder(Path(folder), self.num_models))
+
+    # ------------------------------------------------------------------ nn.Module's own verbs
+
+    def train(self, mode: bool = True) -> ModelBatch:
+        """Put all models into training mode, through the model's own `train`."""
+        self._template.train(mode)
+        self.training = self._template.training
+        return self
+
+    def eval(self) -> ModelBatch:
+        """Put all models into evaluation mode, through the model's own `eval`."""
+        self._template.eval()
+        self.training = self._template.training
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> ModelBatch:
+        """Move or cast the stacked tensors, with `nn.Module.to`'s arguments; a memory format is each model's own."""
+        device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        if memory_format is not None:
+            set_memory_format(self._template, memory_format)
+        return super().to(device, dtype, non_blocking)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_steady": {}, "_slow_losses": set()}  # learnt about these very tensors and functions
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> ModelBatch:
+        self._template._apply(fn)  # .to(), .double() and the rest, through the model's own
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        self._template._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(checkpoint.save_streams(self.streams, self._frozen, prefix))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        self.__dict__["_loading"] = checkpoint.take_streams(state_dict, prefix, errors=rest[-1])
+        self._template._load_from_state_dict(state_dict, prefix, *rest)

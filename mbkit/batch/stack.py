@@ -1,0 +1,81 @@
+"""Where a module keeps tensors: those of M modules stacked into one, and one model's own taken out again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..vmap import replica
+from ..vmap.unwrap import stack_alike
+
+__all__ = ["set_memory_format", "stack_models", "unstack_model"]
+
+
+def stack_models(models: Sequence[nn.Module]) -> tuple[nn.Module, list[Tensor]]:
+    """Return a copy of model 0 that holds stacked tensors `[M, ...]`, and those among them that are plain attributes.
+
+    A stack stands wherever its tensor stood, so that tied weights stay tied. A plain attribute that is one and the
+    same tensor in all models stays shared.
+
+    Args:
+        models: M modules that `check_models` found alike.
+    """
+    sources = [dict(model.named_modules()) for model in models]
+    buffers = {id(b) for b in models[0].buffers()}
+    replaced: dict[int, Any] = {}  # deepcopy's memo: instead of copying model 0's tensor, take the stack
+    attributes: list[Tensor] = []
+    for path in sources[0]:
+        for kind in ("_forward_hooks", "_forward_pre_hooks"):
+            for own in zip(*(getattr(modules[path], kind).values() for modules in sources), strict=True):
+                holder = getattr(own[0], "__self__", own[0])
+                if not isinstance(holder, nn.Module) and all(getattr(h, "__self__", h) is holder for h in own):
+                    replaced[id(holder)] = holder  # one object that watches all models goes on watching them
+    for path, owner in models[0].named_modules():
+        for kind in ("_parameters", "_buffers", "__dict__"):
+            for name, tensor in getattr(owner, kind).items():
+                if not isinstance(tensor, Tensor) or id(tensor) in replaced:
+                    continue
+                own = [getattr(modules[path], kind)[name] for modules in sources]
+                plain = kind == "__dict__" and id(tensor) not in buffers
+                if plain and len(own) > 1 and all(t is tensor for t in own):
+                    continue  # a table that all models share already
+                stack = stack_alike([t.detach() for t in own])
+                if kind == "_parameters":
+                    stack = nn.Parameter(stack, requires_grad=tensor.requires_grad)
+                    hooks = [getattr(modules[path], kind)[name]._backward_hooks or {} for modules in sources]
+                    if any(hooks):
+                        stack.register_hook(partial(_each_through_its_hooks, hooks))
+                replaced[id(tensor)] = stack
+                if plain:
+                    attributes.append(stack.requires_grad_(tensor.requires_grad and tensor.is_leaf))
+    return copy.deepcopy(models[0], replaced), attributes
+
+
+def _each_through_its_hooks(hooks: Sequence[dict[int, Callable]], gradient: Tensor) -> Tensor:
+    rows = []
+    for own, row in zip(hooks, gradient, strict=True):
+        for hook in own.values():
+            changed = hook(row)
+            row = row if changed is None else changed
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def unstack_model(template: nn.Module, attributes: Sequence[Tensor], m: int) -> nn.Module:
+    """Return a copy of the template that holds model m's slices, as tensors of its own."""
+    own: dict[int, Any] = {id(t): t.detach()[m].clone() for t in (*template.buffers(), *attributes)}
+    for p in template.parameters():
+        own[id(p)] = nn.Parameter(p.detach()[m].clone(), requires_grad=p.requires_grad)
+    return copy.deepcopy(replica(template, own, m, alone=True))
+
+
+def set_memory_format(template: nn.Module, memory_format: torch.memory_format) -> None:
+    """Give each model's tensors the memory format that `nn.Module.to` gives them when it is alone."""
+    for tensor in (*template.parameters(), *template.buffers()):
+        if tensor.dim() in (5, 6):  # 4 and 5 without the models' dimension
+            tensor.data = stack_alike([row.to(memory_format=memory_format) for row in tensor.data])

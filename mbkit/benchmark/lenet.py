@@ -1,0 +1,249 @@
+"""An honest benchmark: M image classifiers trained alone and in a batch, on the same batches, timed in turns."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..batch.model_batch import ModelBatch
+from ..common.checks import check_seeds, per_model, whole_number
+from ..common.machine import describe_machine, measure_peak_memory, synchronize
+from ..common.progress import Progress
+from ..common.random_streams import OwnDraws, seeded
+from ..data.load import ImageData, load_images
+from ..models import LeNet5
+from ..optim import OptimizerFactory, create_lr_sweep_configs
+from ..training.evaluation import evaluate
+from ..training.loop import walk
+from ..training.sequential import lone_step
+from ..training.step import Stepper
+from .result import BenchmarkResult, Timing
+
+__all__ = ["BenchmarkResult", "Timing", "learning_rate_grid", "run_benchmark"]
+
+# Adam's useful range for a LeNet on CIFAR-10 in batches of 128: about 0.003 is best, both ends train, and worse.
+MIN_LR, MAX_LR = 3e-4, 1e-2
+BLOCK = 10  # steps that a model or the batch makes before it is another's turn
+_Block = list[tuple[Tensor, Tensor]]
+_TIMING = "batches are fetched outside the clock, which waits for the device"
+_TURNS = f"; the sides take turns every {BLOCK} steps"
+
+
+def learning_rate_grid(num_models: int, min_lr: float = MIN_LR, max_lr: float = MAX_LR) -> tuple[list, list]:
+    """Return M learning rates on a logarithmic grid, and M seeds: two models a rate, one where M is odd or 2.
+
+    Example:
+        >>> learning_rate_grid(4, 0.001, 0.1)
+        ([0.001, 0.001, 0.1, 0.1], [0, 1, 0, 1])
+    """
+    seeds = 2 if num_models % 2 == 0 and num_models > 2 else 1
+    rates = [config["lr"] for config in create_lr_sweep_configs(min_lr, max_lr, num_models // seeds)]
+    pairs = list(itertools.product(rates, range(seeds)))
+    return [rate for rate, _ in pairs], [seed for _, seed in pairs]
+
+
+def run_benchmark(
+    data: ImageData | str = "auto",
+    num_models: int = 8,
+    *,
+    learning_rates: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
+    model: Callable[[int], nn.Module] = LeNet5,
+    optimizer_cls: type[torch.optim.Optimizer] = torch.optim.Adam,
+    hyperparameters: Mapping[str, Any] | None = None,
+    batch_size: int = 128,
+    epochs: int = 1,
+    max_steps: int | None = None,
+    warmup: int = 5,
+    alone: bool = True,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> BenchmarkResult:
+    """Train M models alone and in a batch on the same batches, and measure both.
+
+    The data lies on the device as uint8 and is fetched once a step, outside the clock, for both sides. The sides take
+    turns in this one process, every 10 steps and each first every other time, so that whatever else the machine does
+    hits both; the clock covers forward, backward and update and waits for the device. Left out on purpose: torch's
+    thread count is what the caller has set, and is reported.
+
+    Args:
+        data: images, or a name for `load_images`.
+        num_models: M.
+        learning_rates: M numbers; `learning_rate_grid(M)` when absent.
+        seeds: M whole numbers, from which model m is initialized and draws; of the grid when absent.
+        model: makes one from the number of classes K.
+        optimizer_cls: a class of torch.optim.
+        hyperparameters: further arguments for it, each one value for all models or a list of M.
+        batch_size: B.
+        epochs: walks through the training set.
+        max_steps: an end before that, for a quick run.
+        warmup: steps at the start, trained but not timed; memory is measured in them.
+        alone: False trains the batch only.
+        device: where both sides and the data are.
+        dtype: float32, or float64 to see both sides agree.
+        progress: show a bar on a terminal or in a notebook.
+
+    Returns:
+        A BenchmarkResult, which prints itself.
+
+    Raises:
+        TypeError, ValueError: numbers that are no positive whole numbers, more warm-up than steps, no full batch to
+            time, or what ModelBatch, OptimizerFactory and load_images refuse.
+
+    Example:
+        >>> result = run_benchmark("digits", num_models=2, max_steps=8, warmup=2)
+        >>> result.alone_seconds.shape, bool(result.parameter_difference.max() < 1e-3)
+        (torch.Size([6, 2]), True)
+    """
+    for name, value in {"num_models": num_models, "batch_size": batch_size, "epochs": epochs}.items():
+        whole_number(value, name)
+    whole_number(warmup, "warmup", least=0)
+    device = torch.device(device)
+    data = (load_images(data) if isinstance(data, str) else data).to(device)
+    batches = data.batches(batch_size, dtype=dtype)
+    steps = epochs * len(batches)
+    if max_steps is not None:
+        steps = min(steps, whole_number(max_steps, "max_steps"))
+    if steps <= warmup or len(data.images) < batch_size:
+        raise ValueError(
+            f"Expected more than {warmup} steps (that many are for warm-up) and a full batch of {batch_size}, got "
+            f"{steps} steps with {len(data.images):,} images: use more steps, less warm-up or smaller batches."
+        )
+    grid_rates, grid_seeds = learning_rate_grid(num_models)
+    rates = grid_rates if learning_rates is None else per_model(list(learning_rates), num_models, "learning rates")
+    seeds = check_seeds(grid_seeds if seeds is None else seeds, num_models)
+    settings = {name: per_model(v, num_models, name) for name, v in {**(hyperparameters or {}), "lr": rates}.items()}
+    configs = [{name: values[m] for name, values in settings.items()} for m in range(num_models)]
+    models = []
+    for seed in seeds:
+        with seeded(seed):
+            models.append(model(len(data.classes)).to(device, dtype))
+
+    kinds = [_Alone, _Batched] if alone else [_Batched]
+    sides = [kind(models, optimizer_cls, configs, seeds, device) for kind in kinds]
+    first = next(iter(_blocks(batches, 1, 1, 1, device)))
+    for kind in kinds:  # what is loaded and compiled once in a process is no memory of either side
+        kind(models[:1], optimizer_cls, configs[:1], seeds[:1], device).train(first, measure=True)
+    with Progress(len(sides) * steps, "benchmark", progress) as bar:
+        for turn, block in enumerate(_blocks(batches, epochs, steps, warmup, device)):
+            for side in sides if turn % 2 == 0 else reversed(sides):
+                side.train(block, measure=turn == 0)
+                bar.advance(steps=len(block))
+
+    timed = torch.tensor([i >= warmup and size == batch_size for i, size in enumerate(sides[0].sizes)])
+    tests = data.test_batches(dtype=dtype)
+    batched, reference = sides[-1], sides[0] if alone else None
+    return BenchmarkResult(
+        learning_rates=rates,
+        seeds=seeds,
+        batched_seconds=batched.seconds()[timed, 0],
+        alone_seconds=reference and reference.seconds()[timed],
+        batched_loss=batched.loss(),
+        alone_loss=reference and reference.loss(),
+        batched_accuracy=evaluate(batched.batch, tests),
+        alone_accuracy=reference and evaluate(reference.models, tests),
+        parameter_difference=reference and _difference(reference.models, batched.batch),
+        batched_memory=batched.memory,
+        alone_memory=reference and reference.memory,
+        setup={
+            "model": type(models[0]).__name__,
+            "parameters": sum(p.numel() for p in models[0].parameters()),
+            "optimizer": optimizer_cls.__name__,
+            "hyperparameters": {name: values for name, values in settings.items() if name != "lr"},
+            "batch_size": batch_size,
+            "steps": steps,
+            "warmup": warmup,
+            "dtype": str(dtype).removeprefix("torch."),
+            "dataset": data.name,
+            "dataset_note": data.note,
+            "timing": _TIMING + _TURNS * alone,
+        },
+        machine=describe_machine(device),
+    )
+
+
+def _difference(models: Sequence[nn.Module], batch: ModelBatch) -> Tensor:
+    """[M], the largest absolute difference of a model's parameters."""
+    gaps = [
+        torch.stack([(p.detach() - stacked[m]).abs().max() for p, stacked in zip(own, batch.parameters(), strict=True)])
+        for m, own in enumerate(model.parameters() for model in models)
+    ]
+    return torch.stack(gaps).amax(1).detach().cpu()
+
+
+class _Side:
+    """One of the two ways to train. It is built in the first block, so that its state counts as memory."""
+
+    def __init__(self, models: list, optimizer_cls: Any, configs: list, seeds: list, device: torch.device):
+        self._given = (models, optimizer_cls, configs, seeds)
+        self._device = device
+        self._columns: list[list[tuple[Tensor, float]]] = []  # what trains as one: loss and seconds, step by step
+        self.sizes: list[int] = []  # B, step by step
+        self.memory: int | None = None
+
+    def train(self, block: _Block, measure: bool) -> None:
+        """Make the steps of one block."""
+        self.sizes += [len(y) for _, y in block]
+        if not measure:
+            return self._train(block)
+        with measure_peak_memory(self._device) as peak:
+            self._build(*self._given)
+            self._train(block)
+        self.memory = peak.bytes
+
+    def seconds(self) -> Tensor:
+        """[steps, columns]"""
+        return torch.tensor([[seconds for _, seconds in run] for run in self._columns], dtype=torch.float64).T
+
+    def loss(self) -> Tensor:
+        """[steps, M]"""
+        return torch.cat([torch.stack([loss.view(-1) for loss, _ in run]) for run in self._columns], 1).cpu()
+
+    def _clock(self, step: Callable[..., tuple[Tensor, Any]], *args: Any) -> tuple[Tensor, float]:
+        synchronize(self._device)
+        start = time.perf_counter()
+        loss, _ = step(*args)
+        synchronize(self._device)
+        return loss, time.perf_counter() - start
+
+
+class _Alone(_Side):
+    def _build(self, models: list, optimizer_cls: Any, configs: list, seeds: list) -> None:
+        self.models = copy.deepcopy(models)
+        self._optimizers = [optimizer_cls(m.parameters(), **c) for m, c in zip(self.models, configs, strict=True)]
+        self._draws = [OwnDraws(seed) for seed in seeds]
+        self._columns = [[] for _ in models]
+
+    def _train(self, block: _Block) -> None:
+        for model, optimizer, draws, run in zip(self.models, self._optimizers, self._draws, self._columns, strict=True):
+            with draws.current():
+                run += [self._clock(lone_step, model, optimizer, x, y, cross_entropy) for x, y in block]
+
+
+class _Batched(_Side):
+    def _build(self, models: list, optimizer_cls: Any, configs: list, seeds: list) -> None:
+        self.batch = ModelBatch(models, seeds=seeds)
+        optimizer = OptimizerFactory(optimizer_cls).create_optimizer(self.batch, configs)
+        self._step = Stepper(self.batch, optimizer, cross_entropy).step  # as fit makes it
+        self._columns = [[]]
+
+    def _train(self, block: _Block) -> None:
+        self._columns[0] += [self._clock(self._step, x, y) for x, y in block]
+
+
+def _blocks(batches: Any, epochs: int, steps: int, warmup: int, device: torch.device) -> Iterator[_Block]:
+    """Cut the walk into the warm-up and then blocks of equal size."""
+    pairs = itertools.chain.from_iterable(walk(batches, epoch, device) for epoch in range(epochs))
+    pairs = itertools.islice(pairs, steps)
+    block = list(itertools.islice(pairs, warmup or BLOCK))
+    while block:
+        yield block
+        block = list(itertools.islice(pairs, BLOCK))

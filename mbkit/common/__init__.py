@@ -1,0 +1,1 @@
+"""What every room may use: checks, tables, progress, the machine, random streams."""

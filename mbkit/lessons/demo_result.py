@@ -1,0 +1,166 @@
+"""What comes out of a consistency check, and how it is shown in a terminal and in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..common.checks import did_you_mean
+from ..common.tables import Tables
+from .demo import PRESETS, Demo
+
+__all__ = ["DEMO_FAULTS", "PUBLISHED", "SWITCHES", "Dissection", "Outcome", "switches"]
+
+# What the library printed; only ever shown beside, or compared with, what is computed here.
+PUBLISHED: dict[str, list[str]] = {
+    "Sequential": ["49.3%", "67.3%", "80.7%"],
+    "ModelBatch": ["50.7%", "76.7%", "80.7%"],
+    "Diff": ["1.3%", "9.3%", "0.0%"],
+}
+
+# Half of the last decimal that the table prints, so that CONSISTENT means "the same table".
+ACCURACY_TOLERANCE = 0.0005
+# Accuracy hides most differences, so each model's parameters are judged too, in units of what one update moves them:
+# its learning rate. Only the first steps count: there rounding stays far below this and every fault is far above.
+# Later, training itself makes rounding grow, in float32 at high learning rates to any size.
+PARAMETER_TOLERANCE, JUDGED_STEPS = 0.01, 5
+
+SWITCHES = {"gradients": ("stale", "cleared"), "weights": ("other", "same"), "order": ("other", "same")}
+DEMO_FAULTS = [f"{wrong}-{switch}" for switch, (wrong, _) in SWITCHES.items()]  # their names in `faults.FAULTS`
+
+
+def switches(faults: Iterable[str]) -> dict[str, str]:
+    """Translate names of faults into the arguments of `run` that plant these and no others.
+
+    Raises:
+        ValueError: a fault that the demo does not have.
+
+    Example:
+        >>> switches(["stale-gradients"])
+        {'gradients': 'stale', 'weights': 'same', 'order': 'same'}
+    """
+    faults = set(faults)
+    for fault in sorted(faults - set(DEMO_FAULTS)):
+        raise ValueError(f"Expected a fault of the demo, got {fault!r}.{did_you_mean(fault, DEMO_FAULTS)}")
+    return {
+        switch: both[name not in faults] for name, (switch, both) in zip(DEMO_FAULTS, SWITCHES.items(), strict=True)
+    }
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Outcome(Tables):
+    """The same models trained alone and in a batch; prints itself as the library's table.
+
+    Attributes:
+        demo: what was trained.
+        gradients: "stale" or "cleared".
+        weights: "other" or "same" initial weights.
+        order: "other" or "same" batches.
+        accuracy_alone: [M], float64, from 0 to 1.
+        accuracy_batched: likewise.
+        parameter_difference: [steps, M], the largest absolute difference among a model's parameters after each step.
+    """
+
+    demo: Demo
+    gradients: str
+    weights: str
+    order: str
+    accuracy_alone: Tensor
+    accuracy_batched: Tensor
+    parameter_difference: Tensor
+
+    @property
+    def difference(self) -> Tensor:
+        """The absolute difference of the accuracies, [M]."""
+        return (self.accuracy_batched - self.accuracy_alone).abs()
+
+    @property
+    def max_difference(self) -> float:
+        """The largest entry of `difference`."""
+        return self.difference.max().item()
+
+    @property
+    def faults(self) -> list[str]:
+        """The names, in `faults.FAULTS`, of what was planted."""
+        return [name for name in (f"{getattr(self, switch)}-{switch}" for switch in SWITCHES) if name in DEMO_FAULTS]
+
+    @property
+    def parameters_agree(self) -> bool:
+        """Whether the parameters differ by at most 1 % of a model's learning rate in the first five steps."""
+        limits = PARAMETER_TOLERANCE * torch.tensor(self.demo.learning_rates, dtype=torch.float64)
+        return bool((self.parameter_difference[:JUDGED_STEPS] <= limits).all())
+
+    @property
+    def verdict(self) -> str:
+        """The word CONSISTENT where the accuracies agree to the printed decimal, and the parameters; else DIVERGENT."""
+        return "CONSISTENT" if self.parameters_agree and self.max_difference <= ACCURACY_TOLERANCE else "DIVERGENT"
+
+    def table(self) -> dict[str, list[str]]:
+        """Return the library's table: three rows of M entries in percent."""
+        rows = {"Sequential": self.accuracy_alone, "ModelBatch": self.accuracy_batched, "Diff": self.difference}
+        return {name: [f"{value:.1%}" for value in row.tolist()] for name, row in rows.items()}
+
+    def _tables(self) -> list[tuple[str, list[list[str]]]]:
+        models = [f"Model {m}" for m in range(self.demo.num_models)]
+        rates = ["learning rate", *(f"{rate:g}" for rate in self.demo.learning_rates)]
+        steps = len(self.parameter_difference)
+        shown = sorted({step for step in (1, 2, 3, 5, 10, 30, 100, 300, 1000, steps) if step <= steps})
+        growth = [[f"{step}", *map(_small, self.parameter_difference[step - 1].tolist())] for step in shown]
+        tables = [(self._title(), [["", *models], rates, *([name, *row] for name, row in self.table().items())])]
+        if self.demo == PRESETS["published"] and len(self.faults) == len(SWITCHES):
+            tables.append(("As the library printed it", [["", *models], *([k, *row] for k, row in PUBLISHED.items())]))
+        tables.append((self._judgment(), []))
+        tables.append(("Largest difference of a parameter", [["after step", *models], *growth]))
+        return tables
+
+    def _title(self) -> str:
+        chosen = (
+            f"{self.gradients.capitalize()} gradients, {self.weights} initial weights, {self.order} order of batches"
+        )
+        return f"{chosen} ({self.demo.optimizer}, epochs: {self.demo.epochs}, seed: {self.demo.seed})"
+
+    def _judgment(self) -> str:
+        text = (
+            f"Max difference: {self.max_difference:.1%}\n{self.verdict} (tolerance: {100 * ACCURACY_TOLERANCE:g} "
+            f"percentage points; for parameters {PARAMETER_TOLERANCE:.0%} of the learning rate in the first "
+            f"{JUDGED_STEPS} steps)"
+        )
+        if not self.faults and self.parameters_agree and self.verdict == "DIVERGENT":
+            text += (
+                "\nNothing was planted and the first steps agree: this is rounding, grown by training at these rates."
+            )
+            text += " Try dtype=torch.float64." if self.demo.dtype == torch.float32 else ""
+        return text
+
+
+class Dissection(Tables, tuple):
+    """The eight `Outcome`s of one demo, from all three faults to none; prints itself as one table."""
+
+    def _tables(self) -> list[tuple[str, list[list[str]]]]:
+        demo = self[0].demo
+        models = [f"Model {m}" for m in range(demo.num_models)]
+        rows = [[*SWITCHES, *models, "max diff", "step 1", f"step {len(self[0].parameter_difference)}", "verdict"]]
+        rows.append(["(alone)", "", "", *self[0].table()["Sequential"], "", "", "", ""])
+        for outcome in self:
+            ends = outcome.parameter_difference[[0, -1]].amax(1).tolist()
+            chosen = [getattr(outcome, switch) for switch in SWITCHES]
+            accuracies = outcome.table()["ModelBatch"]
+            rows.append([*chosen, *accuracies, f"{outcome.max_difference:.1%}", *map(_small, ends), outcome.verdict])
+        title = "Accuracy, and the largest difference of a parameter from the same model alone after two of the steps"
+        return [(title, rows), (self._better(), [])]
+
+    def _better(self) -> str:
+        """Say whether stale gradients alone make a model look better than it should."""
+        stale = next(outcome for outcome in self if outcome.faults == ["stale-gradients"])
+        gain, m = (stale.accuracy_batched - stale.accuracy_alone).max(0)
+        if gain <= ACCURACY_TOLERANCE:
+            return "Stale gradients alone make no model look better here."
+        alone, batched = stale.accuracy_alone[m], stale.accuracy_batched[m]
+        return f"Stale gradients alone make model {m} look better: {batched:.1%}, where it has {alone:.1%} alone."
+
+
+def _small(value: float) -> str:
+    return f"{value:.1e}" if value else "0"

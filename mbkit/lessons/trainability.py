@@ -1,0 +1,172 @@
+"""Which learning rates train? One network for each pair of a first and a second layer's rate, all in one batch.
+
+After Sohl-Dickstein, "The boundary of neural network trainability is fractal" (arXiv 2402.06184): a network with one
+hidden layer of tanh units and no biases, all data in every step, plain gradient descent, and the same initial weights
+everywhere, so that nothing but the two rates makes a difference. It differs in its size: 8 inputs, 8 hidden units and
+16 points in place of 16, 16 and 272, and in what a color means: here it is the last loss, there a mean over all steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..batch.model_batch import ModelBatch
+from ..common.random_streams import seeded
+from ..optim import OptimizerFactory
+from ..training.batched import train_steps
+
+__all__ = ["GROUPS", "WINDOW", "RateGrid", "Trainability", "TwoLayers", "points", "spaced", "trainability"]
+
+GROUPS = ("first", "second")
+WINDOW = ((0.01, 100.0), (0.01, 10.0))  # the demo's rates: from too slow to hopeless
+Range = tuple[float, float]
+
+
+class TwoLayers(nn.Module):
+    """A network with one hidden layer of tanh units, without biases: two matrices, `first` and `second`.
+
+    Example:
+        >>> TwoLayers(8)(torch.zeros(5, 8)).shape
+        torch.Size([5])
+    """
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(width, width) / width**0.5)
+        self.second = nn.Parameter(torch.randn(width) / width**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.first).tanh() @ self.second  # [B, width] to [B]
+
+
+def points(count: int = 16, width: int = 8) -> list[tuple[Tensor, Tensor]]:
+    """Return the demo's data, one batch of random points `[B, width]` with random targets `[B]`."""
+    generator = torch.Generator().manual_seed(42)
+    return [(torch.randn(count, width, generator=generator), torch.randn(count, generator=generator))]
+
+
+@dataclass(frozen=True, eq=False)
+class Trainability:
+    """What became of N x N networks; row i, column j has the i-th second and the j-th first rate.
+
+    Attributes:
+        first_rates: [N]. second_rates: [N].
+        loss: [steps, N, N], before each of the steps made so far.
+        steps: how many are to be made.
+    """
+
+    first_rates: Tensor
+    second_rates: Tensor
+    loss: Tensor
+    steps: int
+
+    @property
+    def ratio(self) -> Tensor:
+        """The last loss in units of the first one, [N, N]."""
+        return self.loss[-1] / self.loss[0]
+
+    @property
+    def diverged(self) -> Tensor:
+        """Whether the last loss is not finite or a quarter above the first one, [N, N] bools."""
+        return ~(self.ratio <= 1.25)
+
+    @property
+    def trained(self) -> Tensor:
+        """Whether the last loss is less than half of the first one, [N, N] bools."""
+        return self.ratio < 0.5
+
+
+class RateGrid:
+    """N x N networks in one batch, trained again and again from the same weights with other pairs of rates.
+
+    Args:
+        build: makes the model, drawing its weights from torch's default generator, which is seeded before.
+        batches: an iterable of (inputs, targets), as for `fit`.
+        loss_fn: one model's outputs and targets to one number.
+        groups: the names, as `create_optimizer(groups=…)` takes them, of the parameters of the first and second rate.
+        size: N.
+        seed: of the weights.
+        optimizer_cls: a class of torch.optim.
+        **hyperparameters: of the optimizer.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module] = TwoLayers,
+        batches: Any = None,
+        loss_fn: Callable[[Any, Any], Tensor] = F.mse_loss,
+        *,
+        groups: tuple[str, str] = GROUPS,
+        size: int = 128,
+        seed: int = 0,
+        optimizer_cls: type[torch.optim.Optimizer] = torch.optim.SGD,
+        **hyperparameters: Any,
+    ) -> None:
+        models = []
+        with seeded(seed):
+            for _ in range(size * size):  # anew: that is quicker than a deep copy
+                torch.default_generator.manual_seed(seed)
+                models.append(build())
+        self.size, self.loss_fn = size, loss_fn
+        self.batches = points() if batches is None else batches
+        self.batch = ModelBatch(models, seeds=[seed] * len(models))
+        first, second = ({"params": names, "lr": 0.0} for names in groups)
+        factory = OptimizerFactory(optimizer_cls, hyperparameters)
+        self.optimizer = factory.create_optimizer(self.batch, groups=[first, second])
+        self._start = {name: tensor.clone() for name, tensor in self.batch.state_dict().items()}
+
+    def train(self, first_rates: Range, second_rates: Range, steps: int) -> Iterator[Trainability]:
+        """Give a Trainability after each step: of all steps so far."""
+        first, second = spaced(*first_rates, self.size), spaced(*second_rates, self.size)
+        self.batch.load_state_dict(self._start)
+        self.optimizer.state.clear()
+        pairs = itertools.product(second.tolist(), first.tolist())
+        rates = (rate for above, along in pairs for rate in (along, above))
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        loss = torch.empty(steps, self.size, self.size)
+        walk = train_steps(self.batch, self.optimizer, self.batches, self.loss_fn, steps)
+        for done, step in enumerate(itertools.islice(walk, steps)):
+            loss[done] = step.losses.view(self.size, self.size)
+            yield Trainability(first, second, loss[: done + 1], steps)
+
+
+def trainability(
+    first_rates: Range = WINDOW[0], second_rates: Range = WINDOW[1], *, steps: int = 60, **settings: Any
+) -> Trainability:
+    """Train a network for each pair of rates, all from the same weights and all in one batch.
+
+    Args:
+        first_rates: the lowest and the highest rate of the first group of parameters; those between are evenly spaced
+            on a log scale. second_rates: likewise of the second group.
+        steps: how many updates each makes.
+        **settings: of `RateGrid`: build, batches, loss_fn, groups, size, seed, optimizer_cls …
+
+    Raises:
+        ValueError: rates that are not 0 < lowest <= highest; what `create_optimizer` refuses.
+
+    Example:
+        >>> outcome = trainability(size=8, steps=20)
+        >>> outcome.loss.shape, bool(outcome.diverged[-1, -1]), bool(outcome.trained[4, 4])
+        (torch.Size([20, 8, 8]), True, True)
+    """
+    *_, outcome = RateGrid(**settings).train(first_rates, second_rates, steps)
+    return outcome
+
+
+def spaced(low: float, high: float, size: int) -> Tensor:
+    """Return [N] float64 rates from low to high, evenly spaced on a log scale.
+
+    Raises:
+        ValueError: rates that are not 0 < low <= high.
+    """
+    if not 0 < low <= high < float("inf"):
+        raise ValueError(f"Expected the lowest and the highest rate, both above 0, got {low} and {high}.")
+    return torch.logspace(*torch.tensor([low, high], dtype=torch.float64).log10().tolist(), size, dtype=torch.float64)

@@ -1,0 +1,189 @@
+"""GradScaler: torch.amp's, with a scale, a growth count and a skip decision of each model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch.freeze import nonfinite_models
+from .base import BatchOptimizer
+
+__all__ = ["GradScaler"]
+
+
+class GradScaler(torch.amp.GradScaler):
+    """Scales the losses of M models, each as `torch.amp.GradScaler` scales it alone; an overflow skips its own model.
+
+    It is used like torch's, only with the losses `[M]`. Everything stays on the losses' device and nothing waits for
+    it, but `get_scale` and `state_dict`. A frozen model keeps its scale.
+
+    Args:
+        init_scale: the first scale of each model.
+        growth_factor: what a scale is multiplied by after `growth_interval` updates in a row.
+        backoff_factor: what it is multiplied by when a gradient is not finite; that model's update is left out.
+        growth_interval: a number of updates.
+        enabled: False to do nothing.
+
+    Example:
+        >>> from torch import nn
+        >>> from mbkit import ModelBatch, OptimizerFactory
+        >>> batch = ModelBatch([nn.Linear(2, 1) for _ in range(3)], shared_input=False)
+        >>> optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=0.1)
+        >>> scaler = GradScaler(init_scale=4.0, growth_interval=1)
+        >>> x, y = torch.ones(3, 5, 2), torch.zeros(5, 1)
+        >>> x[1] = torch.inf
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     losses = batch.compute_loss(batch(x), y, nn.functional.mse_loss, reduction="none")
+        >>> scaler.scale(losses).sum().backward()
+        >>> scaler.unscale_(optimizer)
+        >>> norms = batch.clip_grad_norm_(1.0)
+        >>> scaler.step(optimizer)
+        >>> scaler.update()
+        >>> scaler.get_scale()
+        [8.0, 2.0, 8.0]
+    """
+
+    def __init__(
+        self,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+    ) -> None:
+        # To torch's class "cpu" means any device that exists; tensors are made on the losses'.
+        super().__init__("cpu", init_scale, growth_factor, backoff_factor, growth_interval, enabled)
+        self._frozen: Tensor | None = None  # what the optimizer's batch says, for update()
+
+    def scale(self, losses: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the losses `[M]`, each times its model's scale.
+
+        Raises:
+            ValueError: a tensor that is not one loss a model.
+        """
+        if not self._enabled:
+            return losses
+        count = None if self._scale is None else len(self._scale)
+        if not isinstance(losses, Tensor) or losses.dim() != 1 or count not in (None, len(losses)):
+            got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"Expected the losses [{count or 'M'}], one a model, got {got}: pass what "
+                "compute_loss(..., reduction='none') returns, and add up the scaled losses."
+            )
+        if self._scale is None:
+            self._start(len(losses), losses.device)
+        return losses * self._scale.to(losses.device, non_blocking=True)
+
+    def _start(self, num_models: int, device: torch.device) -> None:
+        self._scale = _column(self._init_scale, num_models, torch.float32, device)
+        self._growth_tracker = _column(self._init_growth_tracker, num_models, torch.int32, device)
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        if not isinstance(optimizer, BatchOptimizer) or optimizer.num_models != len(inv_scale):
+            raise TypeError(
+                f"Expected an optimizer of OptimizerFactory's for {len(inv_scale)} models, got "
+                f"{type(optimizer).__name__}: create one by OptimizerFactory(...).create_optimizer(batch, ...)."
+            )
+        self._frozen = optimizer.batch._frozen
+        devices: dict[torch.device, list[Tensor]] = {}
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    if param.grad.dtype == torch.float16 and not allow_fp16:
+                        raise ValueError("Expected float32 gradients, got float16: keep the parameters in float32.")
+                    devices.setdefault(param.grad.device, []).append(param.grad)
+        found = {}
+        for device, grads in devices.items():
+            found[device] = nonfinite_models(grads, len(inv_scale))
+            own = inv_scale.to(device)
+            with torch.no_grad():
+                for grad in grads:
+                    grad.mul_(own.view(-1, *[1] * (grad.dim() - 1)))
+        return found
+
+    def _maybe_opt_step(self, optimizer: Any, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        optimizer._skipped = self._found([optimizer_state])
+        try:
+            return optimizer.step(*args, **kwargs)
+        finally:
+            optimizer._skipped = None
+
+    def _found(self, states: Sequence[dict[str, Any]]) -> Tensor:
+        """Return which models have met a gradient that is not finite, `[M]`."""
+        found = [
+            f.to(self._scale.device, non_blocking=True) for s in states for f in s["found_inf_per_device"].values()
+        ]
+        return torch.stack(found).any(0)
+
+    def update(self, new_scale: float | Sequence[float] | Tensor | None = None) -> None:  # type: ignore[override]
+        """Let each model's scale grow or shrink, after the steps of all optimizers.
+
+        Args:
+            new_scale: set the scales to this instead: one number, or one a model.
+
+        Raises:
+            RuntimeError: before the first `scale`, or no optimizer has made a step since the last update.
+        """
+        if not self._enabled:
+            return
+        scale, tracker = self._check_scale_growth_tracker("update")
+        states = list(self._per_optimizer_states.values())
+        self._per_optimizer_states.clear()
+        if new_scale is not None:
+            scale.copy_(_column(new_scale, len(scale), scale.dtype, scale.device))
+            return
+        if not any(state["found_inf_per_device"] for state in states):
+            raise RuntimeError("Expected scaler.step(optimizer) before update(), got none: no gradient was looked at.")
+        found, done = self._found(states), tracker + 1
+        larger = (scale.double() * self._growth_factor).float()  # a product in double, as torch.amp's own
+        smaller = (scale.double() * self._backoff_factor).float()
+        grows = done == self._growth_interval
+        after = torch.where(found, smaller, torch.where(grows & larger.isfinite(), larger, scale))
+        count = torch.where(found | grows, 0, done)
+        if self._frozen is not None:
+            frozen = self._frozen.to(scale.device)
+            after, count = torch.where(frozen, scale, after), torch.where(frozen, tracker, count)
+        scale.copy_(after)
+        tracker.copy_(count)
+
+    def get_scale(self) -> float | list[float]:  # type: ignore[override]
+        """Return the M scales; before the first loss, when M is unknown, the one they start from."""
+        return 1.0 if not self._enabled else self._init_scale if self._scale is None else self._scale.tolist()
+
+    def _get_growth_tracker(self) -> int | list[int]:  # type: ignore[override]
+        if self._growth_tracker is not None:
+            return self._growth_tracker.tolist()
+        return self._init_growth_tracker if self._enabled else 0
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` returned: torch's entries, "scale" and "_growth_tracker" with M numbers each.
+
+        Raises:
+            RuntimeError: the state is that of a disabled scaler.
+            ValueError: it has the scales of another number of models.
+        """
+        scale, self._scale = self._scale, None
+        tracker, self._growth_tracker = self._growth_tracker, None
+        try:
+            if scale is not None and state_dict:  # before anything is changed
+                _column(state_dict["scale"], len(scale), scale.dtype, scale.device)
+            super().load_state_dict(state_dict)
+        finally:
+            self._scale, self._growth_tracker = scale, tracker
+        if scale is not None and self._enabled:
+            self._start(len(scale), scale.device)
+
+
+def _column(value: Any, num_models: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return one number for all, or one a model, as a tensor `[M]`."""
+    given = torch.as_tensor(value, dtype=dtype, device=device)
+    if given.dim() > 1 or (given.dim() == 1 and len(given) != num_models):
+        raise ValueError(
+            f"Expected one scale or {num_models} (one per model), got {list(given.shape)}: use it for as many models."
+        )
+    return given.expand(num_models).clone()

@@ -1,0 +1,175 @@
+"""Training M models in one batch; the reference that it is judged by, fit_alone, lives in alone.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..batch.freeze import check_on_nonfinite
+from .evaluation import batch_accuracy, evaluate
+from .history import History, Step
+from .loop import Pairs, check_run, check_schedule, count_steps, make_schedule, walk
+from .recorder import Recording
+from .sequential import fit_alone
+from .step import Stepper, batch_step, check_chunk_size
+
+__all__ = ["History", "Step", "batch_step", "evaluate", "fit", "fit_alone", "train_steps"]
+
+
+def fit(
+    batch: Any,
+    optimizer: Any,
+    batches: Pairs,
+    loss_fn: Callable[[Any, Any], Tensor],
+    epochs: int = 1,
+    *,
+    first_epoch: int = 0,
+    scheduler: Any = None,
+    scheduler_every: str = "epoch",
+    max_norm: float | Sequence[float] | None = None,
+    shared_targets: bool | None = None,
+    on_nonfinite: str | None = None,
+    chunk_size: int | str | None = "auto",
+    compile: bool = False,
+    callback: Callable[[Step], bool | None] | None = None,
+    progress: bool = True,
+) -> History:
+    """Train a ModelBatch: clear the gradients, forward, backward, clip, update; batch after batch, epoch after epoch.
+
+    Ctrl-C lets the step under way end and returns the History so far, with `interrupted` set (pressed twice it raises
+    at once). An exception, say from the data, carries the History so far as its attribute `history`. Either way the
+    batch holds what was trained.
+
+    Args:
+        batch: a ModelBatch of M models. It is put into train mode unless it is, so parts in eval mode stay so.
+        optimizer: from OptimizerFactory, or anything with zero_grad() and step() over the batch's parameters.
+        batches: an iterable of (inputs, targets), walked through once an epoch; its set_epoch(e) is called first where
+            it has one. Inputs and targets are [B, ...], or [M, B, ...] as the batch expects them; a tuple of inputs is
+            spread over the model's arguments, a dict over their names. Tensors are moved to the models' device.
+        loss_fn: one model's outputs and targets to one number.
+        epochs: how many times to walk through the batches.
+        first_epoch: the first epoch's number, to go on where an earlier run ended: with the next epoch's order.
+        scheduler: an lr scheduler of this optimizer, or a callable that makes one from it.
+        scheduler_every: "epoch" or "step".
+        max_norm: clip each model's gradient to this norm; one number or one a model.
+        shared_targets: as in ModelBatch.compute_loss, where the targets' shape could mean both.
+        on_nonfinite: what to do with a model whose loss or gradient is not finite, before that update is made:
+            "freeze" stops it (see ModelBatch.freeze; the History says when), "raise" ends the run, None does nothing.
+        chunk_size: how many models are trained at once, which changes no result; None for all. "auto" keeps their
+            activations within half of the free memory, and on a CPU within 128 MiB, past which they gain little.
+            Models that keep more than 128 KiB each for their backward pass are also tried in smaller chunks and one by
+            one, on the first steps, and go on in the fastest way, which the History names. Two such runs can differ in
+            float32's last bits; with a number or None they don't. Up to three smaller models go one by one untried.
+        compile: make each step as one function compiled by torch.compile: after half a minute of compilation at most
+            far ahead for small models, and ahead for convolutional ones. Where that cannot be, or would not fit into
+            memory without chunks, a warning says why and the steps run uncompiled.
+        callback: called with each Step; returning False ends the training.
+        progress: show a bar on a terminal or in a notebook.
+
+    Returns:
+        A History: loss [steps, M], accuracy [steps, M] or None, and times.
+
+    Raises:
+        TypeError: an optimizer, scheduler or batches of the wrong kind, or an iterator that would be used up.
+        ValueError: fewer than 1 epoch, an empty walk, or what ModelBatch refuses.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from mbkit import ModelBatch, OptimizerFactory
+        >>> batch = ModelBatch([nn.Linear(4, 2) for _ in range(3)])
+        >>> optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=[0.1, 0.2, 0.3])
+        >>> data = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(5)]
+        >>> history = fit(batch, optimizer, data, nn.functional.cross_entropy, epochs=2)
+        >>> tuple(history.loss.shape), tuple(history.accuracy.shape)
+        ((10, 3), (10, 3))
+    """
+    steps = train_steps(
+        batch,
+        optimizer,
+        batches,
+        loss_fn,
+        epochs,
+        first_epoch=first_epoch,
+        scheduler=scheduler,
+        scheduler_every=scheduler_every,
+        max_norm=max_norm,
+        shared_targets=shared_targets,
+        on_nonfinite=on_nonfinite,
+        chunk_size=chunk_size,
+        compile=compile,
+    )
+    with Recording(batch.num_models, count_steps(batches, epochs), progress=progress) as run:
+        for step in steps:
+            if not run.keep(step, callback):
+                break
+    return run.history
+
+
+def train_steps(
+    batch: Any,
+    optimizer: Any,
+    batches: Pairs,
+    loss_fn: Callable[[Any, Any], Tensor],
+    epochs: int = 1,
+    *,
+    first_epoch: int = 0,
+    scheduler: Any = None,
+    scheduler_every: str = "epoch",
+    max_norm: float | Sequence[float] | None = None,
+    shared_targets: bool | None = None,
+    on_nonfinite: str | None = None,
+    chunk_size: int | str | None = "auto",
+    compile: bool = False,
+) -> Iterator[Step]:
+    """Train as `fit` does, but yield a Step after each update: whoever draws the Steps can pause between them.
+
+    Args: as for `fit`. They are checked at once, training starts with the first `next`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from mbkit import ModelBatch, OptimizerFactory
+        >>> batch = ModelBatch([nn.Linear(4, 2) for _ in range(3)])
+        >>> optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+        >>> steps = train_steps(batch, optimizer, [(torch.randn(8, 4), torch.zeros(8, 2))], nn.functional.mse_loss)
+        >>> next(steps).losses.shape
+        torch.Size([3])
+    """
+    if not hasattr(batch, "compute_loss"):
+        raise TypeError(
+            f"Expected a ModelBatch, got {type(batch).__name__}: pass ModelBatch(models), or use fit_alone for models."
+        )
+    verbs = [getattr(optimizer, verb, None) for verb in ("step", "zero_grad")]
+    if isinstance(optimizer, type) or not all(map(callable, verbs)):
+        raise TypeError(
+            f"Expected an optimizer with step() and zero_grad(), got {optimizer!r}: "
+            "create one by OptimizerFactory(...).create_optimizer(batch, ...)."
+        )
+    check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
+    check_on_nonfinite(on_nonfinite, optimizer)
+    check_chunk_size(chunk_size)
+    schedule = check_schedule(scheduler) if hasattr(scheduler, "step") else make_schedule(scheduler, optimizer)
+    run = Stepper(batch, optimizer, loss_fn, max_norm, shared_targets, on_nonfinite, chunk_size, compile)
+
+    def steps() -> Iterator[Step]:
+        device = next(batch.parameters()).device
+        index = 0
+        for epoch in range(first_epoch, first_epoch + epochs):
+            for x, y in walk(batches, epoch, device):
+                if not batch.training:
+                    batch.train()
+                start = time.perf_counter()
+                losses, outputs = run.step(x, y)
+                seconds = time.perf_counter() - start
+                if schedule and scheduler_every == "step":
+                    schedule.step()
+                yield Step(index, epoch, losses, batch_accuracy(outputs, y), seconds, frozen=batch._frozen, how=run.how)
+                index += 1
+            if schedule and scheduler_every == "epoch":
+                schedule.step()
+
+    return steps()

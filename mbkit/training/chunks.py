@@ -1,0 +1,247 @@
+"""Training a batch in chunks of models: parts that share its memory, one after the other.
+
+A chunk is a ModelBatch whose tensors are rows of the whole batch's tensors and whose streams are the whole batch's own,
+so what it trains is trained. Only one chunk's activations exist at a time: they fit into memory, or into the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+
+from ..batch.loss import targets_of_models
+from ..common.checks import check_inputs
+from ..common.machine import free_memory
+from ..vmap import BatchingError, Own, note_reached, reached_models, read_state, replica, write_state
+from .loop import call, detach, first_tensor
+
+if TYPE_CHECKING:
+    from ..batch.model_batch import ModelBatch
+
+__all__ = ["Chunks", "backward_at_once", "weighed"]
+
+_SHARE = 0.5  # of the free memory that one chunk's activations may take
+_ENOUGH = 128 << 20  # bytes of them on a CPU: 64 LeNets in chunks of 16 to 43 take the same time, within its noise
+
+
+class Chunks:
+    """Cuts a batch into chunks of `size` models, and makes the forward and backward passes chunk by chunk.
+
+    Args:
+        batch: M models.
+        size: how many models make a chunk; the last one may have fewer. None for as many as memory allows, which the
+            first call finds out on its first few models.
+
+    Attributes:
+        size: the same; known after the first call.
+        bytes_each: known after the first call: what a model's forward pass keeps for its backward pass, beside weights
+            and inputs; where there is to be none, all that it makes.
+    """
+
+    def __init__(self, batch: ModelBatch, size: int | None = None) -> None:
+        self.batch, self.size = batch, size
+        self.bytes_each = 0
+        self._rows: dict[int, tuple[Tensor, int, dict]] = {}  # by the id of a tensor of the whole batch
+        self._steady: dict[tuple[int, int], dict] = {}  # by chunk; see model_call.Memory
+
+    def __iter__(self) -> Iterator[tuple[int, int, ModelBatch]]:
+        """Yield (first model, the one after the last, chunk)."""
+        stop, num_models = 0, self.batch.num_models
+        while stop < num_models:
+            start, stop = stop, min(stop + (self.size or max(4, -(-num_models // 16))), num_models)
+            yield start, stop, self._chunk(start, stop)
+
+    def call(self, x: Any, shared_input: bool) -> Any:
+        """Return what the batch returns for these inputs, without gradients."""
+        if self.size == self.batch.num_models:
+            return call(partial(self.batch, shared_input=shared_input), x)
+        return _join([out for *_, out in self._calls(x, shared_input)])
+
+    def backward(self, x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None) -> tuple[Tensor, Any]:
+        """Add up the gradients of all models; return the losses [M] and the outputs, detached."""
+        batch, losses, outputs = self.batch, [], []
+        gradients: dict[nn.Parameter, list[list[bool]]] = {}
+        for start, stop, chunk, out in self._calls(x, batch.shared_input):
+            some = first_tensor(out)
+            shape = None if some is None else some.shape[1:]
+            targets, shared = targets_of_models(y, shape, batch.num_models, start, stop, shared_targets)
+            loss = chunk.compute_loss(out, targets, loss_fn, reduction="none", shared_targets=shared)
+            loss.sum().backward()
+            _collect(batch, chunk, start, stop, gradients)
+            losses.append(loss.detach())
+            outputs.append(detach(out))
+        for parameter, flags in gradients.items():
+            note_reached(parameter.grad, [flag for row in flags for flag in row])
+        batch.__dict__["latest_losses"] = torch.cat(losses)
+        return batch.latest_losses, _join(outputs)
+
+    def _calls(self, x: Any, shared_input: bool) -> Iterator[tuple[int, int, ModelBatch, Any]]:
+        """Call chunk after chunk; yield (first model, the one after the last, chunk, outputs), and keep its state."""
+        batch, after = self.batch, []
+        before = read_state(batch._template)
+        if not shared_input:
+            check_inputs(tree_leaves(x), batch.num_models)
+        for start, stop, chunk in self:
+            given = read_state(chunk._template)
+            mine = x if shared_input else tree_map_only(Tensor, lambda t, a=start, b=stop: t[a:b], x)
+            run = partial(chunk, shared_input=shared_input)
+            if self.bytes_each:
+                out = call(run, mine)
+            else:
+                with weighed((list(chunk.parameters()), mine)) as sizes:
+                    out = call(run, mine)
+                self.bytes_each = max(1, sum(sizes) // chunk.num_models)
+                self.size = self.size or self.largest(first_tensor(out).device)
+            yield start, stop, chunk, out
+            now = read_state(chunk._template)
+            after.append({key: value for key, value in now.items() if value is not given.get(key)})
+        _keep(batch, before, after)
+
+    def largest(self, device: torch.device) -> int:
+        """Return how many models at once memory allows, `bytes_each` being known."""
+        room = int(_SHARE * free_memory(device))
+        room = min(room, _ENOUGH) if device.type == "cpu" else room
+        return min(max(1, room // self.bytes_each), self.batch.num_models)
+
+    def _chunk(self, start: int, stop: int) -> ModelBatch:
+        batch = self.batch
+        template = batch._template
+        tensors = [*template.parameters(), *template.buffers(), *batch._attributes]
+        own = {id(t): self._row(t, start, stop) for t in tensors}
+        twin = replica(template, own, slice(start, stop), alone=True)
+        chunk = object.__new__(type(batch))
+        frozen = None if batch._frozen is None else batch._frozen[start:stop]
+        chunk.__dict__ = {
+            **batch.__dict__,
+            **{name: twin.__dict__[name] for name in ("_parameters", "_buffers", "_modules")},
+            "_template": twin,
+            "_attributes": [own[id(t)] for t in batch._attributes],
+            "num_models": stop - start,
+            "seeds": batch.seeds[start:stop],
+            "streams": batch.streams.part(start, stop),
+            "_frozen": frozen if frozen is not None and frozen.any() else None,
+            "_steady": self._steady.setdefault((start, stop), {}),
+        }
+        return chunk
+
+    def _row(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Return the chunk's rows of a tensor: always the same object, for as long as the tensor is the same."""
+        if tensor.layout is not torch.strided:  # a constant such as a graph's edges; its rows have no address to share
+            return tensor.detach().index_select(0, torch.arange(start, stop, device=tensor.device))
+        known, pointer, rows = self._rows.get(id(tensor), (None, 0, {}))
+        if known is not tensor or pointer != tensor.data_ptr():
+            rows = {}
+            self._rows[id(tensor)] = (tensor, tensor.data_ptr(), rows)
+        if (start, stop) not in rows:
+            row = tensor.detach()[start:stop]
+            is_parameter = isinstance(tensor, nn.Parameter)
+            rows[start, stop] = nn.Parameter(row, requires_grad=tensor.requires_grad) if is_parameter else row
+        return rows[start, stop].requires_grad_(tensor.requires_grad and tensor.is_leaf)
+
+
+def backward_at_once(
+    batch: ModelBatch, x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None
+) -> tuple[Tensor, Any]:
+    """Do what `Chunks.backward` does, for all models at once."""
+    outputs = call(batch, x)
+    losses = batch.compute_loss(outputs, y, loss_fn, reduction="none", shared_targets=shared_targets)
+    losses.sum().backward()
+    return losses.detach(), detach(outputs)
+
+
+@contextmanager
+def weighed(given: Any) -> Iterator[list[int]]:
+    """Weigh a call on tensors `given`: yield a list that then gets the bytes of each storage that it keeps or makes."""
+    known, kept, sizes = _storages(given), {}, []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.update(_storages(tensor))
+        return tensor
+
+    if torch.is_grad_enabled():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield sizes
+        sizes += [size for pointer, size in kept.items() if pointer not in known]
+    else:
+        with _Made(sizes):
+            yield sizes
+
+
+class _Made(TorchDispatchMode):
+    """Notes the size of every storage that an operator makes."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self._sizes = sizes
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made, given = function(*args, **(kwargs or {})), _storages((args, kwargs))
+        self._sizes += [size for pointer, size in _storages(made).items() if pointer not in given]
+        return made
+
+
+def _storages(tree: Any) -> dict[int, int]:
+    """Return the storages of the tensors in a tree: address to bytes; a sparse tensor has none."""
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def _join(outputs: list[Any]) -> Any:
+    return tree_map(lambda *parts: torch.cat(parts), *outputs)
+
+
+def _collect(batch: ModelBatch, chunk: ModelBatch, start: int, stop: int, found: dict) -> None:
+    """Move a chunk's gradients into the whole batch's."""
+    for whole, own in zip(batch.parameters(), chunk.parameters(), strict=True):
+        if own.grad is None:
+            if whole in found:
+                whole.grad[start:stop] = 0
+                found[whole].append([False] * (stop - start))
+            continue
+        if whole not in found:
+            whole.grad = torch.empty_like(whole)
+            whole.grad[:start] = 0
+            found[whole] = [[False] * start]
+        whole.grad[start:stop] = own.grad
+        reached = reached_models(own.grad, stop - start)
+        found[whole].append([True] * (stop - start) if reached is None else reached.tolist())
+        own.grad = None
+
+
+def _keep(batch: ModelBatch, before: dict, after: list[dict]) -> None:
+    """Put together what the chunks' calls assigned anew, and keep it in the batch."""
+    changed = {key for state in after for key in state}
+    fresh: dict[int, Tensor] = {}
+
+    def join(name: str, column: tuple) -> Any:
+        if all(isinstance(leaf, Tensor) for leaf in column):
+            whole = torch.cat(column)
+            fresh[id(whole)] = whole
+            return whole
+        if all(isinstance(leaf, Own) for leaf in column):
+            return Own([value for leaf in column for value in leaf.values])
+        if any(leaf is not column[0] and leaf != column[0] for leaf in column):
+            raise BatchingError(f"'{name}' is {column[0]!r} in one chunk of models and another value in the next")
+        return column[0]
+
+    state = dict(before)
+    for key in changed:
+        name = ".".join(part for part in (key[0], key[2]) if part)
+        flat = [tree_flatten(part.get(key)) for part in after]
+        if any(spec != flat[0][1] for _, spec in flat):
+            raise BatchingError(f"'{name}' has another structure in one chunk of models than in the next")
+        leaves = [join(name, column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
+        state[key] = tree_unflatten(leaves, flat[0][1])
+    if changed:
+        write_state(batch._template, before, state)
+        plain = {id(t) for key in changed if key[1] == "__dict__" for t in tree_flatten(state[key])[0]}
+        held = {id(t) for value in state.values() for t in tree_flatten(value)[0]}
+        kept = [t for t in batch._attributes if id(t) in held]
+        batch.__dict__["_attributes"] = kept + [t for i, t in fresh.items() if i in plain]

@@ -1,0 +1,71 @@
+"""What a step must not hold to be compiled."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Graph
+from torch.utils._pytree import tree_leaves
+
+from ..common.machine import free_memory
+from ..optim.stacked import StackedOptimizer
+from ..vmap import HOOKS, is_watched, named_modules
+
+__all__ = ["CannotCompile", "check_memory", "check_module", "check_step"]
+
+_SHARE = 0.5  # of the free memory that a step may take, as for chunks
+
+
+class CannotCompile(RuntimeError):
+    """The step holds something that a graph of operators cannot hold."""
+
+
+def check_step(batch: Any, optimizer: Any) -> None:
+    """Raise CannotCompile at what may change from step to step."""
+    if type(optimizer) is not StackedOptimizer:
+        raise CannotCompile(f"{getattr(optimizer, 'optimizer_cls', type(optimizer)).__name__} has no stacked rule")
+    if batch._frozen is not None:
+        raise CannotCompile("a model is frozen")
+    if batch.model_by_model:
+        raise CannotCompile(f"{sorted(batch.model_by_model)} run model by model")
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise CannotCompile("the optimizer has hooks")
+
+
+def check_module(template: nn.Module) -> None:
+    """Raise CannotCompile at what a look at the module shows."""
+    if any(p.is_complex() for p in template.parameters()):
+        raise CannotCompile("a parameter is complex")
+    if any(map(is_watched, template.parameters())):
+        raise CannotCompile("a parameter has hooks")
+    for path, module in named_modules(template):
+        if any(vars(module)[hooks] for hooks in HOOKS):
+            raise CannotCompile(f"'{path}' ({type(module).__name__}) has hooks")
+
+
+def check_memory(graph: Graph) -> None:
+    """Raise CannotCompile where what a traced step holds at its worst might not fit: it has no chunks.
+
+    Inductor makes less of it than is traced, so this errs on the safe side.
+    """
+    given, sizes, first, last = set(), {}, {}, {}
+    device = None
+    for i, node in enumerate(graph.nodes):
+        for value in tree_leaves([n.meta.get("val") for n in (node, *node.all_input_nodes)]):
+            if not isinstance(value, Tensor):
+                continue
+            storage, device = value.untyped_storage(), value.device
+            if node.op == "placeholder":
+                given.add(storage._cdata)
+            sizes[storage._cdata] = storage.nbytes()
+            first.setdefault(storage._cdata, i)
+            last[storage._cdata] = i
+    changes = [0] * (len(graph.nodes) + 1)
+    for storage in sizes.keys() - given:
+        changes[first[storage]] += sizes[storage]
+        changes[last[storage] + 1] -= sizes[storage]
+    most, room = max(accumulate(changes)), int(_SHARE * free_memory(device))
+    if most > room:
+        raise CannotCompile(f"it might take {most / 1e6:,.2f} MB at once, with {room / 1e6:,.2f} left")

@@ -1,0 +1,275 @@
+"""One training step as one compiled function: forward, losses, backward, clipping and update.
+
+The step is traced with tensors that hold no numbers, through the very rules that the eager step goes through, and the
+graph of plain operators that comes out goes to inductor, the compiler behind `torch.compile`. Random masks are drawn
+outside it, from the models' own streams, and passed in; so are the hyperparameters, which change without compiling
+again. What a graph cannot hold (a branch on a tensor's value, a layer that runs model by model, a hook, a tensor that a
+call assigns anew) raises `CannotCompile` before any parameter or count has changed.
+
+What a forward reads from elsewhere than its module, its arguments and constants is read when the step is traced, not at
+every step: a global number that the user changes meanwhile, say.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..batch.call import attempt
+from ..batch.clip import clip_by_norm_, norm_limits
+from ..batch.loss import call_losses
+from ..optim.hyperparameters import Hyperparameters
+from ..vmap import LayoutMatters, Look, is_leaf, named_modules, read_state, replica, tensors_in
+from .compilable import CannotCompile, check_memory, check_module, check_step
+from .graph_passes import improve
+from .loop import arguments
+
+__all__ = ["CannotCompile", "CompiledStep"]
+
+_OF_TORCH = set(vars(nn.Module())) - {"training"}
+
+
+class CompiledStep:
+    """Makes the update that `batch_step` makes, as one compiled function; compiles anew where shapes or modes change.
+
+    Args:
+        batch: a ModelBatch of M models.
+        optimizer: from OptimizerFactory, of a class that has a stacked rule.
+        loss_fn: one model's outputs and targets to one number.
+        max_norm: clip each model's gradient to this norm; one number, M, or None.
+        shared_targets: as in ModelBatch.compute_loss.
+        on_nonfinite: as for `fit`.
+    """
+
+    def __init__(
+        self,
+        batch: Any,
+        optimizer: Any,
+        loss_fn: Callable[[Any, Any], Tensor],
+        max_norm: float | Sequence[float] | None = None,
+        shared_targets: bool | None = None,
+        on_nonfinite: str | None = None,
+    ) -> None:
+        self._on_nonfinite = on_nonfinite
+        self.batch, self.optimizer, self.loss_fn = batch, optimizer, loss_fn
+        self.max_norm, self.shared_targets = max_norm, shared_targets
+        self.reason = ""
+        self._programs: dict[Any, _Program] = {}
+        self._look: Look | None = None
+        self._kept: list[Tensor] = []
+        self._form = ""  # of all that a graph takes for granted of the batch
+        self._opaque: list[Any] = []  # settings that may change inside, such as a set
+
+    def attempt(self, x: Any, y: Any) -> tuple[Tensor, Any] | None:
+        """Make one update; return the losses [M] and the outputs from before it, detached.
+
+        Where that cannot be, return None before anything is changed; `reason` says why.
+        """
+        try:
+            return self._attempt(x, y)
+        except CannotCompile as error:
+            self.reason = str(error)
+        return None
+
+    def _attempt(self, x: Any, y: Any) -> tuple[Tensor, Any]:
+        if self._on_nonfinite is not None:
+            raise CannotCompile("on_nonfinite looks at each gradient before its update")
+        self._keep_up()
+        if any(p.grad is not None for p in self._kept if isinstance(p, nn.Parameter)):
+            self.batch.zero_grad()
+        leaves, spec = tree_flatten((x, y))
+        key = self._key(leaves, spec)
+        if key not in self._programs:
+            try:
+                with warnings.catch_warnings():  # torch's compiler steps on torch's own deprecations
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    self._programs[key] = _Program(self, leaves, spec)
+            except (CannotCompile, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # from the model, from make_fx, from the compiler: the eager step tells which
+                raise CannotCompile(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        losses, outputs = self._programs[key](self._kept, leaves)
+        self.batch.__dict__["latest_losses"] = losses
+        self.optimizer._opt_called = True  # what torch's schedulers look at
+        return losses, outputs
+
+    def _keep_up(self) -> None:
+        """Look at the batch again, unless it and its tensors are as they were at the last step."""
+        template = self.batch._template
+        check_step(self.batch, self.optimizer)
+        for columns in self.optimizer._columns:
+            columns.refresh()
+        if self._look is not None and self._look.same:
+            return
+        self._look = None
+        check_module(template)
+        self._kept = tensors_in(read_state(template))
+        settings = [_settings(module) for _, module in named_modules(template)]
+        self._form = repr((list(map(_form, self._kept)), settings))
+        self._opaque = [value for own in settings for value in own if not is_leaf(value)]
+        self._look = Look(template)
+        for program in self._programs.values():
+            program.sources = None
+
+    def _key(self, leaves: list, spec: Any) -> Any:
+        """Return what the graph takes for granted: when it changes, another graph is needed."""
+        forms = tuple(_form(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
+        numbers = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        modes = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype())
+        flags = tuple(columns.on(name) for columns in self.optimizer._columns for name in columns.names)
+        return forms, modes, flags, self._form, repr((spec, numbers, self._opaque))  # a value may have no hash
+
+
+def _form(tensor: Tensor) -> tuple:
+    """Return what a graph takes for granted of a tensor."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _settings(module: nn.Module) -> list[Any]:
+    """Return what a module's forward may read as Python values."""
+    return [id(v) if isinstance(v, (Tensor, nn.Module)) else v for n, v in vars(module).items() if n not in _OF_TORCH]
+
+
+class _Draws:
+    """Stands for the models' streams while a step is traced: notes which masks are drawn, and hands out stand-ins.
+
+    Args:
+        ready: the stand-ins, in the order in which they are asked for; when they run out, new ones are made.
+    """
+
+    def __init__(self, ready: Iterator[Tensor]) -> None:
+        self._ready = ready
+        self.wanted: list[tuple[Tensor, tuple[float, ...]]] = []
+
+    def dropout_masks(self, like: Tensor, rates: Sequence[float]) -> Tensor:
+        strides = (like.numel(), *like.stride())
+        made = torch.empty_strided((len(rates), *like.shape), strides, dtype=like.dtype, device=like.device)
+        self.wanted.append((like, tuple(rates)))
+        return next(self._ready, made)
+
+    def remember(self) -> Callable[[], None]:
+        return lambda: None
+
+    def take_turns(self, device: torch.device) -> Any:
+        raise CannotCompile("an operator runs model by model")
+
+    on = take_turns
+
+
+class _Program:
+    """One graph, compiled, with what it takes to call it.
+
+    Args:
+        step: says what is trained by what.
+        leaves, spec: inputs and targets, flattened.
+    """
+
+    def __init__(self, step: CompiledStep, leaves: list, spec: Any) -> None:
+        self._step, self._leaves, self._spec = step, leaves, spec
+        self._optimizer, self._template = step.optimizer, step.batch._template
+        self._kept = tensors_in(read_state(self._template))
+        self._reached: list[int] | None = None  # the kept tensors that the loss depends on and that are trained
+        self._masks: list[tuple[tuple, tuple[float, ...]]] = []
+        self.sources: list[Mapping[str, Tensor]] | None = None  # states and columns, until the batch changes
+        blank = _Draws(iter(()))
+        with torch.no_grad():
+            self._trace(self._arguments(self._kept, leaves, blank))  # learns what is drawn and what is reached
+            operands = self._arguments(self._kept, leaves, blank)
+            options = {"triton.cudagraphs": self._kept[0].is_cuda}
+            self._run = torch._inductor.compile(self._trace(operands), operands, options=options)
+        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def __call__(self, kept: list[Tensor], leaves: list) -> tuple[Tensor, Any]:
+        with torch.no_grad():
+            losses, *outputs = self._run(*self._arguments(kept, leaves, self._step.batch.streams))
+        return losses, tree_unflatten(outputs[: self._output_spec.num_leaves], self._output_spec)
+
+    def _arguments(self, kept: list[Tensor], leaves: list, streams: Any) -> list[Tensor]:
+        """Return the graph's arguments: for each lot of parameters its states and columns; then the rest."""
+        lots = [tensor for each in self._sources(kept) for tensor in each.values()]
+        masks = [
+            streams.dropout_masks(torch.empty_strided(shape, stride, dtype=dtype, device=device), rates)
+            for (shape, stride, dtype, device), rates in self._masks
+        ]
+        return [*lots, *kept, *(leaf for leaf in leaves if isinstance(leaf, Tensor)), *masks]
+
+    def _sources(self, kept: list[Tensor]) -> list[Mapping[str, Tensor]]:
+        """Return where states and columns are: the dicts of the last step, unless others have taken their places."""
+        optimizer = self._optimizer
+        if self.sources is None or self._columns is not optimizer._columns or not self._have_states():
+            self._columns, self._states, self.sources = optimizer._columns, [], []
+            for params, columns in optimizer.alike([kept[i] for i in self._reached or ()]):
+                states = [optimizer._prepare(p, columns) for p in params]
+                self._states += [(p, state) for p, state in zip(params, states, strict=True) if state]
+                self.sources += [*states, columns.at(params).columns]
+        return self.sources
+
+    def _have_states(self) -> bool:
+        return all(self._optimizer.state.get(param) is state for param, state in self._states)
+
+    def _trace(self, operands: list[Tensor]) -> torch.fx.GraphModule:
+        try:
+            graph = make_fx(self._step_of, tracing_mode="fake", _allow_non_fake_inputs=True)(*operands)
+        except LayoutMatters:
+            self._step.batch.__dict__["folding"] = False
+            return self._trace(operands)
+        check_memory(graph.graph)
+        improve(graph.graph)
+        graph.graph.set_codegen(torch.fx.graph.CodeGen())  # flat arguments and results, which torch.compile can enter
+        graph.recompile()
+        return graph
+
+    def _step_of(self, *tensors: Tensor) -> list[Tensor]:
+        """Make the step on stand-ins for its tensors; the operators are recorded."""
+        step, remaining = self._step, iter(tensors)
+        batch, optimizer, rule = step.batch, step.optimizer, step.optimizer._rule
+        lots = []
+        for params, columns in optimizer.alike([self._kept[i] for i in self._reached or ()]):
+            states = [_fill(optimizer._prepare(p, columns), remaining) for p in params]
+            h = columns.at(params)
+            lots.append((params, states, _fill(h.columns, remaining), h.flags))
+        kept = list(islice(remaining, len(self._kept)))
+        draws = _Draws(remaining)
+        mine = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        x, y = tree_unflatten(mine, self._spec)
+
+        own = [t.detach().requires_grad_(k.requires_grad) for t, k in zip(kept, self._kept, strict=True)]
+        own = [o if k.requires_grad else t for o, t, k in zip(own, kept, self._kept, strict=True)]
+        twins = {id(k): o for k, o in zip(self._kept, own, strict=True)}
+        template = replica(self._template, twins)
+        facts = "num_models settings folding model_by_model".split()
+        crew = SimpleNamespace(**{name: getattr(batch, name) for name in facts}, streams=draws, _slow_losses=set())
+        before = read_state(template)
+        attributes = [twins[id(t)] for t in batch._attributes]
+        args, kwargs = arguments(x)
+        with torch.enable_grad():
+            outputs, after, _ = attempt(crew, template, before, attributes, args, kwargs, batch.shared_input)
+            for path, _, name in before.keys() ^ after.keys() | {k for k in after if after[k] is not before.get(k)}:
+                raise CannotCompile(f"a call assigns '{path}.{name}' anew".replace("'.", "'"))
+            losses = call_losses(crew, outputs, y, step.loss_fn, step.shared_targets)
+            trained = [i for i, t in enumerate(self._kept) if t.requires_grad]
+            grads = torch.autograd.grad(losses.sum(), [own[i] for i in trained], allow_unused=True)
+        reached = {i: grad for i, grad in zip(trained, grads, strict=True) if grad is not None}
+        if step.max_norm is not None:
+            clip_by_norm_(list(reached.values()), norm_limits(step.max_norm, batch.num_models), 2.0)
+        place = {id(self._kept[i]): i for i in reached}
+        for params, states, columns, flags in lots:
+            places = [place[id(p)] for p in params]
+            mine = [kept[i] for i in places]
+            rule.update(mine, [reached[i] for i in places], states, Hyperparameters(columns, flags, mine))
+        self._reached, self.sources = list(reached), None
+        self._masks = [(_form(t)[:4], rates) for t, rates in draws.wanted]
+        flat, self._output_spec = tree_flatten(outputs)
+        return [losses.detach(), *(t.detach() for t in flat)]
+
+
+def _fill(names: Mapping[str, Tensor], tensors: Iterator[Tensor]) -> dict[str, Tensor]:
+    return {name: next(tensors) for name in names}

@@ -1,0 +1,161 @@
+"""What both training loops share: checks, the walk through the batches, and the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from ..common.checks import whole_number
+
+__all__ = [
+    "Pairs", "arguments", "call", "check_run", "check_schedule", "count_steps", "detach", "first_tensor",
+    "make_schedule", "part", "walk",
+]  # fmt: skip
+
+Pairs = Iterable[tuple[Any, Any]]  # (inputs, targets)
+
+
+def check_run(batches: Any, loss_fn: Any, epochs: Any, scheduler_every: str, walks: int) -> None:
+    """Refuse what no loop can run, before anything is trained.
+
+    Args:
+        batches: what is to be walked through.
+        loss_fn: a callable.
+        epochs: a whole number, 1 or more.
+        scheduler_every: "epoch" or "step".
+        walks: how many walks through the batches are needed.
+
+    Raises:
+        TypeError, ValueError: as the text says.
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"Expected loss_fn(outputs, targets), got {loss_fn!r}: pass e.g. nn.functional.cross_entropy.")
+    whole_number(epochs, "epochs")
+    if scheduler_every not in ("epoch", "step"):
+        raise ValueError(f"Expected scheduler_every 'epoch' or 'step', got {scheduler_every!r}: choose one of them.")
+    check_batches(batches, walks)
+
+
+def make_schedule(scheduler: Any, optimizer: Any) -> Any:
+    """Return None, or the lr scheduler that the callable `scheduler` makes from `optimizer`.
+
+    Raises:
+        TypeError: no callable, or one that makes no scheduler; ReduceLROnPlateau, whose step needs a measurement.
+    """
+    if scheduler is None:
+        return None
+    made = scheduler(optimizer) if callable(scheduler) else scheduler
+    if made is scheduler or not callable(getattr(made, "step", None)):
+        raise TypeError(
+            f"Expected a callable that makes an lr scheduler from an optimizer, got {made!r}: pass e.g. "
+            "lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)."
+        )
+    return check_schedule(made)
+
+
+def check_schedule(schedule: Any) -> Any:
+    """Return `schedule`, unless its step needs a number that only the user can choose."""
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise TypeError(
+            "Expected a scheduler that steps by itself, got ReduceLROnPlateau, whose step needs a measurement: "
+            "call its step in a callback."
+        )
+    return schedule
+
+
+def check_batches(batches: Any, walks: int) -> None:
+    """Refuse what cannot be walked through `walks` times.
+
+    Raises:
+        TypeError: not an iterable, or one that can be walked through only once where more is needed.
+    """
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise TypeError(
+            f"Expected batches as an iterable of (inputs, targets), got {type(batches).__name__}: pass a DataLoader, "
+            "a Batches or a list of pairs."
+        )
+    # An iterator that knows its length is most likely a hand-written loader that starts again in __iter__.
+    if walks > 1 and isinstance(batches, Iterator) and not hasattr(batches, "__len__"):
+        raise TypeError(
+            f"Expected batches that can be walked through {walks} times (once an epoch, and once a model where they "
+            f"train alone), got a {type(batches).__name__}, which is used up after once: pass a DataLoader, or "
+            "list(batches)."
+        )
+
+
+def walk(batches: Pairs, epoch: int, device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """Yield one epoch's (inputs, targets) with their tensors on `device`.
+
+    Args:
+        batches: an iterable of pairs; where it has set_epoch(epoch), as a DistributedSampler has, that is called first.
+        epoch: the epoch's number, from 0.
+        device: where the models are.
+
+    Raises:
+        TypeError: an item that is no pair.
+        ValueError: no batch at all.
+    """
+
+    def move(tree: Any) -> Any:  # a PackedSequence is no tensor, but it can be moved
+        return tree_map(lambda leaf: leaf.to(device, non_blocking=True) if hasattr(leaf, "to") else leaf, tree)
+
+    if hasattr(batches, "set_epoch"):
+        batches.set_epoch(epoch)
+    empty = True
+    for item in batches:
+        empty = False
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            got = f"a {type(item).__name__}" + (f" of {len(item)}" if isinstance(item, (tuple, list)) else "")
+            raise TypeError(
+                f"Expected each batch to be a pair (inputs, targets), got {got}: give a model with several inputs "
+                "((input, another), targets)."
+            )
+        yield move(item[0]), move(item[1])
+    if empty:
+        raise ValueError(
+            f"Expected at least one batch in epoch {epoch}, got none: use a smaller batch size (a loader with "
+            "drop_last=True drops a set smaller than a batch), or pass a list if an iterator is used up."
+        )
+
+
+def call(model: Any, inputs: Any) -> Any:
+    """Return model(inputs), with a tuple or list spread over its arguments and a dict over their names."""
+    args, kwargs = arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def arguments(inputs: Any) -> tuple[tuple, dict]:
+    """Return the arguments that `call` gives a model."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if type(inputs) in (tuple, list):  # a PackedSequence is a tuple too, and one input
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def first_tensor(tree: Any) -> Tensor | None:
+    """Return the first tensor in nested tuples, lists and dicts, or None."""
+    return next((leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)), None)
+
+
+def part(tree: Any, m: int) -> Any:
+    """Return `tree` with model m's slice of every tensor in it."""
+    return tree_map_only(Tensor, lambda tensor: tensor[m], tree)
+
+
+def detach(tree: Any) -> Any:
+    """Return `tree` with every tensor in it cut off from its graph."""
+    return tree.detach() if isinstance(tree, Tensor) else tree_map_only(Tensor, Tensor.detach, tree)
+
+
+def count_steps(batches: Any, walks: int) -> int | None:
+    """Return the number of batches in `walks` walks, or None where the batches don't know their number."""
+    try:
+        return walks * len(batches)
+    except TypeError:  # no __len__, or a DataLoader over an IterableDataset
+        return None

@@ -1,0 +1,110 @@
+"""Keeping what a run has done, whatever ends it: the last step, a callback, Ctrl-C or an exception."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..common.progress import Progress
+from .history import History, Step
+
+__all__ = ["Recording"]
+
+
+class Recording:
+    """A `with` block around a training loop; when it is left, `history` holds the steps so far.
+
+    Ctrl-C inside the block waits for the step under way, so that no model is left half updated; the block then ends
+    as if the training were done, with `history.interrupted` set. Pressed twice it does not wait. An exception goes
+    on its way and carries the History as its attribute `history`.
+
+    Args:
+        num_models: M. total: number of steps to come, or None, for the progress bar.
+        alone: False where each Step is one of all models, True where each is one of the model it names.
+    """
+
+    history: History
+
+    def __init__(self, num_models: int, total: int | None, *, alone: bool = False, progress: bool = True):
+        self._alone = alone
+        self._width = 1 if alone else num_models
+        self._columns: list[list[Step]] = [[] for _ in range(num_models if alone else 1)]
+        self._bar = Progress(total, "training", progress)
+        self._pressed = False
+        self._handler: Any = None
+        self._start = time.perf_counter()
+
+    def keep(self, step: Step, callback: Callable[[Step], bool | None] | None = None) -> bool:
+        """Keep a step, show it to the callback, and say whether to go on."""
+        self._columns[step.model or 0].append(step)
+        self._bar.advance(lambda: f"median loss {step.losses.nanmedian().item():.4g}")
+        go_on = callback is None or callback(step) is not False
+        if self._pressed:
+            raise KeyboardInterrupt
+        return go_on
+
+    def __enter__(self) -> Recording:
+        # Only the main thread gets signals, and whoever handles Ctrl-C in a way of their own goes on doing so.
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._handler = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> bool:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+        self._bar.close()
+        interrupted = isinstance(error, KeyboardInterrupt)
+        self.history = self._history(interrupted)
+        if isinstance(error, Exception):
+            error.history = self.history
+        return interrupted
+
+    def _press(self, number: int, frame: Any) -> None:
+        if self._pressed:
+            signal.default_int_handler(number, frame)
+        self._pressed = True
+
+    def _history(self, interrupted: bool) -> History:
+        columns = self._columns
+        loss = _table([[s.losses for s in column] for column in columns], self._width)
+        known = any(columns) and all(s.accuracy is not None for column in columns for s in column)
+        accuracy = _table([[s.accuracy for s in column] for column in columns], self._width) if known else None
+        clocks = [[torch.tensor([s.seconds], dtype=torch.float64) for s in column] for column in columns]
+        step_seconds = _table(clocks, 1)
+        done = [len(column) for column in columns for _ in range(self._width)]
+        last = done if self._alone else _last_updates(columns[0], self._width)
+        frozen = [None if a == b else a for a, b in zip(last, done, strict=True)] if last != done else []
+        return History(
+            loss=loss,
+            accuracy=accuracy,
+            seconds=time.perf_counter() - self._start,
+            step_seconds=step_seconds if self._alone else step_seconds[:, 0],
+            epoch=torch.tensor([s.epoch for s in max(columns, key=len)], dtype=torch.int64),
+            steps_done=last,
+            interrupted=interrupted,
+            frozen=frozen,
+            how=columns[0][-1].how if columns[0] else "",
+        )
+
+
+def _last_updates(steps: Sequence[Step], num_models: int) -> list[int]:
+    """Return for each model how many steps there are up to its last update."""
+    last = torch.zeros(num_models, dtype=torch.int64)
+    for i, step in enumerate(steps, 1):
+        last = torch.full_like(last, i) if step.frozen is None else torch.where(step.frozen.cpu(), last, i)
+    return last.tolist()
+
+
+def _table(columns: Sequence[Sequence[Tensor]], width: int) -> Tensor:
+    """Lay columns of [width] tensors side by side, [steps, columns * width], NaN where a column is shorter."""
+    stacked = [torch.stack(list(column)).cpu() if column else torch.empty(0, width) for column in columns]
+    return pad_sequence(stacked, padding_value=math.nan).flatten(1)

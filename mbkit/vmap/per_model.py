@@ -1,0 +1,89 @@
+"""A float that has another value for each model: a dropout rate, a slope, BatchNorm's momentum."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .errors import BatchingError
+
+__all__ = ["PerModel", "agreed"]
+
+
+def agreed(values: Sequence[Any], what: str) -> Any:
+    """Return the value that all M models have, or raise, because one Python value cannot stand for several.
+
+    Example:
+        >>> agreed([2, 2, 2], "the number of steps")
+        2
+    """
+    first = values[0]
+    for m, value in enumerate(values):
+        if value != first:
+            raise BatchingError(
+                f"{what} has to be one Python value, but the models disagree: {first!r} for model 0, "
+                f"{value!r} for model {m}"
+            )
+    return first
+
+
+class PerModel(float):
+    """M Python floats that travel through a model as if they were one.
+
+    Arithmetic works on all of them and comparisons need all models to agree. As a C double it is NaN, so a
+    leak into a kernel that no rule covers poisons the result instead of silently using model 0's value.
+
+    Args:
+        values: M floats.
+
+    Example:
+        >>> rates = PerModel([0.25, 0.5])
+        >>> (1 - rates).values
+        (0.75, 0.5)
+        >>> rates > 0
+        True
+    """
+
+    values: tuple[float, ...]
+
+    def __new__(cls, values: Sequence[float]) -> PerModel:
+        self = super().__new__(cls, "nan")
+        self.values = tuple(values)
+        return self
+
+    def __reduce__(self):
+        return PerModel, (self.values,)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __repr__(self) -> str:
+        return f"PerModel({list(self.values)})"
+
+    def __float__(self) -> float:
+        return float(agreed(self.values, "a setting that differs between the models"))
+
+    def __bool__(self) -> bool:
+        return agreed([bool(v) for v in self.values], "a test of a setting")
+
+    __hash__ = None  # equal to a float for no model in particular, so no key for a dict
+
+
+def _lifted(function: Callable) -> Callable:
+    def method(self: PerModel, other: Any = 0.0) -> Any:
+        others = other.values if isinstance(other, PerModel) else [other] * len(self.values)
+        results = [function(a, b) for a, b in zip(self.values, others, strict=True)]
+        if any(r is NotImplemented for r in results):
+            return NotImplemented
+        return agreed(results, "a comparison of settings") if isinstance(results[0], bool) else PerModel(results)
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow", "lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(PerModel, f"__{_name}__", _lifted(getattr(float, f"__{_name}__")))
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    setattr(PerModel, f"__r{_name}__", _lifted(getattr(float, f"__r{_name}__")))
+PerModel.__neg__ = _lifted(lambda a, _: operator.neg(a))
+PerModel.__abs__ = _lifted(lambda a, _: abs(a))

@@ -1,0 +1,43 @@
+"""Cross-entropy with class labels: M models' rows as one batch, where vmap decomposes it into a dozen operators."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..unwrap import on_stacks
+
+if TYPE_CHECKING:
+    from ..mode import Interception
+
+__all__ = ["RULES"]
+
+_NONE, _MEAN = 0, 1  # of torch's own numbers for reductions
+
+
+def _cross_entropy(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tensor:
+    """Row by row the kernels are those of a lone model; only the mean over a model's rows is taken here."""
+    outputs, labels, weight, reduction, ignored, smoothing = (*args, None, _MEAN, -100, 0.0)[:6]
+    if kwargs or weight is not None or smoothing != 0 or outputs.dim() != 2 or labels.dim() != 1:
+        return function(*args, **kwargs)
+    plan: list[bool] = []
+
+    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
+        outputs, labels = stacks
+        if not stacked[0] or labels.is_floating_point():
+            return (mode.index_values,)
+        plan.append(True)
+        labels = labels if stacked[1] else labels.expand(mode.num_models, -1)
+        rows = function(outputs.flatten(0, 1), labels.flatten(), None, _NONE, ignored, 0.0)
+        rows = rows.view(mode.num_models, -1)
+        if reduction == _NONE:
+            return (rows,)
+        return (rows.sum(1) / (labels != ignored).sum(1) if reduction == _MEAN else rows.sum(1),)
+
+    out = on_stacks(run, mode.index, [outputs, labels])[0]
+    return out if plan else function(*args)
+
+
+RULES = {torch._C._nn.cross_entropy_loss: _cross_entropy}

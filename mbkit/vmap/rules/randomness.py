@@ -1,0 +1,209 @@
+"""Random numbers: model m draws from its own stream the very bits that it draws when it is trained alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...common.random_streams import GENERATOR
+from ..operator_loop import model_by_model
+from ..per_model import PerModel
+from ..unwrap import on_stacks
+from .convolution import check_order
+
+if TYPE_CHECKING:
+    from ..mode import Interception
+
+__all__ = ["RULES", "Streams"]
+
+
+class Streams:
+    """M random generators, the m-th in the state that `torch.manual_seed(seeds[m])` gives.
+
+    On a CPU the bits are those of a lone run, and tests compare them. On CUDA each model has a generator of the device
+    as well, whatever draws runs model by model with that generator in the default's place, and so the bits are expected
+    to be the lone ones too: same kernels, same seed, same offsets. That has not been run, for want of a GPU.
+
+    Args:
+        seeds: M integers.
+
+    Example:
+        >>> streams = Streams([3, 4])
+        >>> _ = torch.manual_seed(4)
+        >>> torch.equal(torch.rand(2, generator=streams.on("cpu")[1]), torch.rand(2))
+        True
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.seeds = list(seeds)
+        self._generators: dict[torch.device, list[torch.Generator]] = {}
+
+    def on(self, device: torch.device | str) -> list[torch.Generator]:
+        """Return the M generators of a device, seeded at their first use."""
+        device = torch.device(device)
+        if device not in self._generators:
+            self._generators[device] = [torch.Generator(device).manual_seed(seed) for seed in self.seeds]
+        return self._generators[device]
+
+    @contextmanager
+    def take_turns(self, device: torch.device) -> Iterator[Iterator[int]]:
+        """Give out 0 … M-1; while m is out, torch's default generators stand where model m's streams stand."""
+        defaults = {torch.device("cpu"): torch.default_generator}
+        if device.type == "cuda":
+            defaults[device] = torch.cuda.default_generators[device.index or 0]
+
+        def turns() -> Iterator[int]:
+            for m in range(len(self.seeds)):
+                for place, default in defaults.items():
+                    default.set_state(self.on(place)[m].get_state())
+                yield m
+                for place, default in defaults.items():
+                    self.on(place)[m].set_state(default.get_state())
+
+        with GENERATOR:
+            before = {place: default.get_state() for place, default in defaults.items()}
+            try:
+                yield turns()
+            finally:
+                for place, default in defaults.items():
+                    default.set_state(before[place])
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a call may have drawn from the streams."""
+        return bool(self._generators)
+
+    def dropout_masks(self, like: Tensor, rates: Sequence[float]) -> Tensor:
+        """Draw `[M, ...]`, a mask a model as torch draws it on a CPU: 0, or 1 / (1 - rate) where a number is kept.
+
+        Args:
+            like: one model's activation, whose memory order decides which number meets which bit.
+            rates: M dropout rates.
+        """
+        if like.is_contiguous():
+            noise = like.new_empty((len(rates), *like.shape))
+        else:
+            strides = (like.numel(), *like.stride())
+            noise = torch.empty_strided((len(rates), *like.shape), strides, dtype=like.dtype, device=like.device)
+        for mask, rate, generator in zip(noise, rates, self.on(like.device), strict=True):
+            if rate == 0:
+                mask.fill_(1)  # torch draws nothing here, and nothing for a rate of 1
+            elif rate == 1:
+                mask.zero_()
+            else:
+                mask.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+        return noise
+
+    def remember(self) -> Callable[..., None]:
+        """Return a function that puts the streams back where they are now: all, or those of the models it gets."""
+        states = {device: [g.get_state() for g in generators] for device, generators in self._generators.items()}
+
+        def restore(models: Sequence[int] | None = None) -> None:
+            for device, generators in self._generators.items():
+                for m in range(len(generators)) if models is None else models:
+                    if device in states:
+                        generators[m].set_state(states[device][m])
+                    else:
+                        generators[m].manual_seed(self.seeds[m])
+
+        return restore
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state of every stream in use: device name to bytes `[M, ...]`; empty before the first draw."""
+        return {str(d): torch.stack([g.get_state() for g in gs]) for d, gs in self._generators.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put the streams where `state()` found them; those it does not name start again from their seeds."""
+        self._generators.clear()
+        for device, states in state.items():
+            for generator, row in zip(self.on(device), states, strict=True):
+                generator.set_state(row.cpu().clone())
+
+    def part(self, start: int, stop: int) -> Streams:
+        """Return the streams of models start to stop - 1: the very same, so that to draw there is to draw here."""
+        return _Part(self, slice(start, stop))
+
+    def __getstate__(self) -> dict:
+        return {"seeds": self.seeds, "state": self.state()}
+
+    def __setstate__(self, saved: dict) -> None:
+        self.__init__(saved["seeds"])
+        self.load_state(saved["state"])
+
+
+class _Part(Streams):
+    def __init__(self, whole: Streams, rows: slice) -> None:
+        self.seeds, self._whole, self._rows = whole.seeds[rows], whole, rows
+
+    @property
+    def _generators(self) -> dict[torch.device, list[torch.Generator]]:  # type: ignore[override]
+        return {device: generators[self._rows] for device, generators in self._whole._generators.items()}
+
+    def on(self, device: torch.device | str) -> list[torch.Generator]:
+        return self._whole.on(device)[self._rows]
+
+
+def _dropout(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
+    """`torch.dropout` with one mask a model.
+
+    On a CPU this draws what torch itself draws there, `bernoulli_(1 - p).div_(1 - p)` over the activation's
+    memory order. Other devices use fused kernels with counters of their own, so they go model by model.
+    """
+    x, p, train = args
+    rates = p.values if isinstance(p, PerModel) else [p] * mode.num_models
+    if not train or not any(rates):
+        return x  # as torch does
+    if mode.device.type != "cpu" or kwargs:
+        return model_by_model(mode, function, args, kwargs)
+
+    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
+        (x,) = stacks
+        check_order(mode, stacks, stacked)
+        return (x * mode.streams.dropout_masks(torch.empty_like(x[0] if stacked[0] else x), rates),)
+
+    return on_stacks(run, mode.index, [x])[0]
+
+
+_METHODS = "bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial normal_ random_ uniform_"
+_FUNCTIONS = """alpha_dropout alpha_dropout_ bernoulli binomial dropout_ feature_alpha_dropout feature_alpha_dropout_
+    feature_dropout feature_dropout_ multinomial native_dropout normal poisson rand rand_like randint randint_like
+    randn randn_like randperm rrelu rrelu_ _sample_dirichlet _standard_gamma"""
+
+RULES = {getattr(torch.Tensor, name): model_by_model for name in _METHODS.split()}
+RULES |= {getattr(torch, name): model_by_model for name in _FUNCTIONS.split() if hasattr(torch, name)}
+RULES |= {torch.rrelu: model_by_model, torch._C._nn.rrelu_with_noise: model_by_model}
+RULES[torch.dropout] = _dropout
+
+
+def _rrelu_in_place(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tensor:
+    """`rrelu_` keeps its result for its backward, so the models cannot edit one stack in turn."""
+    return args[0].copy_(model_by_model(mode, torch.rrelu, (args[0].clone(), *args[1:]), kwargs))
+
+
+RULES[torch.rrelu_] = _rrelu_in_place
+
+
+def _attention(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
+    """`scaled_dot_product_attention`: random only where it drops something; else M models are M times the batch."""
+    rate = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    if isinstance(rate, PerModel) or rate > 0:
+        return model_by_model(mode, function, args, kwargs)
+    if len(args) != 3 or kwargs.get("attn_mask") is not None or any(x.dim() != 4 for x in args):
+        return function(*args, **kwargs)
+    plan: list[bool] = []
+
+    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
+        if not all(stacked):
+            return (mode.index_values,)
+        plan.append(True)
+        return (function(*(x.flatten(0, 1) for x in stacks), **kwargs).unflatten(0, (mode.num_models, -1)),)
+
+    out = on_stacks(run, mode.index, args)[0]
+    return out if plan else function(*args, **kwargs)
+
+
+RULES[torch._C._nn.scaled_dot_product_attention] = _attention

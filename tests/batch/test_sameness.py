@@ -1,0 +1,130 @@
+"""Models that only look different are taken, and what each keeps for itself in plain attributes stays its own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracle import Config, Holds, hooked, local, local_lambda
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mbkit import ModelBatch
+
+X = torch.randn(4, 3)
+
+
+# ------------------------------------------------------------------ models that only look different
+ALIKE: dict[str, Callable[[], nn.Module]] = {
+    "a class made twice": lambda: local(0.1),
+    "lambdas of one kind": lambda: local_lambda(2.0),
+    "partials": lambda: Holds(act=functools.partial(F.leaky_relu, negative_slope=0.1)),
+    "objects of one kind": lambda: Holds(cfg=Config(3)),
+    "arrays": lambda: Holds(a=torch.ones(2).numpy()),
+    "not a number": lambda: Holds(gap=float("nan")),
+    "a list of its own layers": lambda: with_own_layers(),
+    "a bound method": lambda: with_own_method(),
+    "a child that knows its parent": lambda: with_parent(),
+    "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)),
+    "parametrized below": lambda: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(3, 3))),
+    "hooks of one kind": lambda: hooked(2),
+    "a cell not filled yet": lambda: with_empty_cell(),
+}
+
+
+def with_own_layers() -> nn.Module:
+    net = Holds()
+    net.again, net.weights = [net.fc], {"w": net.fc.weight}
+    return net
+
+
+def with_own_method() -> nn.Module:
+    net = Holds()
+    net.call = net.forward
+    return net
+
+
+def with_parent() -> nn.Module:
+    net = Holds()
+    net.fc.owner = [net]
+    return net
+
+
+def with_empty_cell() -> nn.Module:
+    def early() -> int:
+        return later
+
+    net = Holds(early=early)
+    if net is None:
+        later = 1
+    return net
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_what_means_the_same_is_taken(case: str) -> None:
+    models = [ALIKE[case]() for _ in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that vmap leaves to a loop
+        got = ModelBatch(models)(X)
+    for m, model in enumerate(models):
+        torch.testing.assert_close(got[m], model(X))
+
+
+@pytest.mark.parametrize("first", [0, 0.5, 1])
+def test_a_rate_may_be_written_as_a_whole_number(first: float) -> None:
+    models = [nn.Sequential(nn.Linear(3, 8), nn.Dropout(p)) for p in (first, 0.25)]
+    batch = ModelBatch(models, seeds=[1, 2])
+    got = batch(X)
+    for m, model in enumerate(models):
+        torch.manual_seed(m + 1)
+        torch.testing.assert_close(got[m], model(X))
+    assert [batch[m][1].p for m in range(2)] == [first, 0.25]
+
+
+# ------------------------------------------------------------------ plain attributes that are tensors
+class Plain(nn.Module):
+    """Keeps a tensor in a plain attribute, and may change it."""
+
+    def __init__(self, habit: str, value: Tensor) -> None:
+        super().__init__()
+        self.fc, self.habit, self.t, self.none = nn.Linear(3, 2), habit, value, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        if self.habit == "assigns":
+            self.t = self.t * 0.5 + y.detach().mean()
+        if self.habit == "edits":
+            self.t += y.detach().mean()
+        if self.habit == "fills":
+            self.none = y.detach().sum() + (0 if self.none is None else self.none)
+            return y * self.none
+        return y * self.t
+
+
+@pytest.mark.parametrize("habit", ["reads", "assigns", "edits", "fills"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_tensor_in_a_plain_attribute_is_each_models_own(habit: str, alike: bool) -> None:
+    models = [Plain(habit, torch.tensor(2.0 if alike else 2.0 + m)) for m in range(3)]
+    batch = ModelBatch(copy.deepcopy(models))
+    for _ in range(3):
+        x = torch.randn(4, 3)
+        got = batch(x)
+        for m, model in enumerate(models):
+            torch.testing.assert_close(got[m], model(x))
+    for m, model in enumerate(models):
+        torch.testing.assert_close(batch[m].t, model.t)
+        assert (batch[m].none is None) == (model.none is None)
+
+
+def test_a_table_that_all_models_share_stays_one() -> None:
+    table = torch.randn(2)
+    models = [Plain("reads", table) for _ in range(3)]
+    batch = ModelBatch(models)
+    assert batch._template.t.shape == (2,)
+    got = batch(X)
+    for m, model in enumerate(models):
+        torch.testing.assert_close(got[m], model(X))

@@ -1,0 +1,103 @@
+"""The bar draws where somebody watches, writes nothing elsewhere, and leaves nothing behind."""
+
+import io
+import subprocess
+import sys
+import types
+
+import pytest
+
+from mbkit.common import progress
+from mbkit.common.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def _every_step_is_drawn(monkeypatch):
+    monkeypatch.setattr(progress, "_REDRAW_SECONDS", -1.0)
+
+
+def test_silence_where_nobody_watches(capfd):
+    with Progress(3, "training") as bar:
+        for _ in range(3):
+            bar.advance(lambda: pytest.fail("nobody asked for a text"))
+    assert bar.done == 3
+    assert capfd.readouterr() == ("", "")
+
+
+def test_silence_without_standard_error(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with Progress(1) as bar:
+        bar.advance()
+    assert bar.done == 1
+
+
+@pytest.mark.usefixtures("_every_step_is_drawn")
+def test_a_terminal_gets_tqdm(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(2, "training") as bar:
+        bar.advance(lambda: "median loss 0.5")
+        bar.advance()
+    bar.close()
+    drawn = terminal.getvalue()
+    assert "training" in drawn
+    assert "1/2" in drawn
+    assert "median loss 0.5" in drawn
+    assert drawn.split("\r")[-2].strip() == ""  # the line is empty again
+
+
+def test_a_terminal_gets_nothing_where_it_is_not_wanted(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(2, enabled=False) as bar:
+        bar.advance()
+    assert terminal.getvalue() == ""
+
+
+def test_the_text_is_made_only_when_it_is_drawn(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(progress, "_REDRAW_SECONDS", 1e9)
+    asked = []
+    with Progress(50) as bar:
+        bar._drawn = progress.time.perf_counter()
+        for step in range(50):
+            bar.advance(lambda step=step: asked.append(step) or "")
+    assert asked == [49]  # the last one is always drawn
+
+
+@pytest.mark.usefixtures("_every_step_is_drawn")
+@pytest.mark.parametrize("total", [4, None])
+def test_a_kernel_gets_a_widget_that_goes(monkeypatch, total):
+    display = pytest.importorskip("IPython.display")
+    shown = []
+
+    class Handle:
+        def update(self, data, raw):
+            assert raw
+            shown.append(data)
+
+    def show(box, display_id):
+        shown.append(box)
+        return Handle()
+
+    monkeypatch.setattr(display, "display", show)
+    monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: types.SimpleNamespace(kernel=object()))
+    with Progress(total, "training") as bar:
+        bar.advance(lambda: "median loss 0.5")
+        inner, text = shown[0].children
+        assert inner.value == (1 if total else 0)
+        assert text.value == f"1 of {total or '?'} steps  median loss 0.5"
+    assert shown[1] == {"text/html": "", "text/plain": ""}  # a saved notebook keeps an empty output, no frozen bar
+    assert shown[0].comm is None  # closed
+    assert len(shown) == 2
+
+
+def test_importing_loads_no_bar():
+    # torch itself loads tqdm.
+    code = "import sys, mbkit.training; print([m for m in ('ipywidgets', 'IPython') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,347 @@
+"""The published table, and the eight combinations that explain it, against plain PyTorch written out by hand."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import mbkit
+from mbkit.lessons import consistency
+from mbkit.lessons.consistency import PRESETS, PUBLISHED, Demo, Outcome, dissect, preset, run, switches
+from mbkit.lessons.demo_result import DEMO_FAULTS
+from mbkit.verify import faults
+
+COMBINATIONS = list(itertools.product(["stale", "cleared"], ["other", "same"], ["other", "same"]))
+SAME = ("cleared", "same", "same")
+
+
+@pytest.fixture(scope="module")
+def published():
+    return dissect("published")
+
+
+def build(sizes):
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    model = nn.Sequential(*layers[:-1])
+    for layer in model[::2]:
+        nn.init.normal_(layer.weight, std=0.01)
+        nn.init.zeros_(layer.bias)
+    return model
+
+
+def train(model, batches, optimizer_cls, lr, stale=False):
+    """Train one model in plain PyTorch; a stale gradient is simply one that is never cleared."""
+    optimizer = optimizer_cls(model.parameters(), lr=lr)
+    correct, count, path = 0, 0, []
+    for x, y in batches:
+        x = x.to(model[0].weight.dtype)
+        if not stale:
+            optimizer.zero_grad()
+        outputs = model(x)
+        nn.functional.cross_entropy(outputs, y).backward()
+        correct, count = correct + (outputs.argmax(1) == y).sum().item(), count + len(y)
+        optimizer.step()
+        path.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
+    return correct / count, torch.stack(path)
+
+
+def by_hand(demo, gradients, weights, order):
+    """The recipe in its published order, each batch drawn while training; all M models of the "batch" train alone."""
+    state = torch.get_rng_state()
+    torch.manual_seed(demo.seed)
+    X = torch.randn(demo.samples, demo.sizes[0])
+    y = torch.arange(demo.sizes[-1]).repeat_interleave(demo.samples // demo.sizes[-1])
+    for k in range(demo.sizes[-1]):
+        X[y == k, k] = 2.0
+    loader = DataLoader(TensorDataset(X, y), batch_size=demo.batch_size, shuffle=True)
+    cls, rates = getattr(torch.optim, demo.optimizer), demo.learning_rates
+    models = [build(demo.sizes).to(demo.dtype) for _ in rates]
+    starts = [{name: value.clone() for name, value in model.state_dict().items()} for model in models]
+    alone, seen = [], []
+    for model, rate in zip(models, rates, strict=True):
+        seen.append([])
+
+        def batches(log=seen[-1]):
+            for _ in range(demo.epochs):
+                for pair in loader:
+                    log.append(pair)
+                    yield pair
+
+        alone.append(train(model, batches(), cls, rate))
+    models = [build(demo.sizes).to(demo.dtype) for _ in rates]
+    drawn = [pair for _ in range(demo.epochs) for pair in loader]
+    torch.set_rng_state(state)
+    together = []
+    for m, (model, rate) in enumerate(zip(models, rates, strict=True)):
+        if weights == "same":
+            model.load_state_dict(starts[m])
+        together.append(train(model, seen[m] if order == "same" else drawn, cls, rate, stale=gradients == "stale"))
+    gaps = [(a - b).abs().amax(1) for (_, a), (_, b) in zip(alone, together, strict=True)]
+    return [accuracy for accuracy, _ in alone], [accuracy for accuracy, _ in together], torch.stack(gaps, 1)
+
+
+# ------------------------------------------------------------------ the published table
+
+
+def test_the_published_table_to_the_decimal():
+    outcome = run("published")
+    assert outcome.table() == {
+        "Sequential": ["49.3%", "67.3%", "80.7%"],
+        "ModelBatch": ["50.7%", "76.7%", "80.7%"],
+        "Diff": ["1.3%", "9.3%", "0.0%"],
+    }
+    assert outcome.table() == PUBLISHED
+    assert "Max difference: 9.3%\nDIVERGENT" in str(outcome)
+    assert outcome.faults == ["stale-gradients", "other-weights", "other-order"]
+
+
+def test_the_published_table_does_not_hang_on_rounding():
+    assert run(preset("published", dtype=torch.float64)).table() == PUBLISHED
+
+
+def test_the_recorded_table_is_shown_beside_the_published_demo_only():
+    assert "As the library printed it" in str(run("published"))
+    for other in (run("published", *SAME), run(preset("published", seed=1)), run("quick")):
+        assert "As the library printed it" not in str(other)
+
+
+# ------------------------------------------------------------------ the eight combinations
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@pytest.mark.parametrize(
+    "demo",
+    [
+        Demo(),
+        Demo(dtype=torch.float64),
+        Demo(
+            (0.05, 0.3), (6, 5, 5, 3), epochs=2, samples=45, optimizer="SGD", batch_size=8, seed=3, dtype=torch.float64
+        ),
+    ],
+    ids=["published", "float64", "another"],
+)
+def test_each_combination_is_plain_pytorch(demo, combination):
+    alone, together, gap = by_hand(demo, *combination)
+    outcome = run(demo, *combination)
+    assert outcome.accuracy_alone.tolist() == alone
+    assert outcome.accuracy_batched.tolist() == together
+    # float32 rounding grows in 15 steps at lr 0.1 to about 1e-6; in float64 there is nothing but the last bits.
+    tolerance = 1e-5 if demo.dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(outcome.parameter_difference, gap, rtol=0, atol=tolerance)
+
+
+def test_only_no_fault_agrees(published):
+    assert [(outcome.gradients, outcome.weights, outcome.order) for outcome in published] == COMBINATIONS
+    for outcome in published:
+        agrees = (outcome.gradients, outcome.weights, outcome.order) == SAME
+        assert (outcome.max_difference == 0.0) == agrees
+        assert outcome.verdict == ("CONSISTENT" if agrees else "DIVERGENT")
+        assert (len(outcome.faults) == 0) == agrees
+
+
+@pytest.mark.parametrize("name", ["quick", "full"])
+def test_the_other_presets_agree_without_faults_and_differ_with(name):
+    demo = preset(name, epochs=2) if name == "full" else preset(name)
+    assert run(demo, *SAME).max_difference == 0.0
+    assert run(demo, *SAME).verdict == "CONSISTENT"
+    for fault in DEMO_FAULTS:
+        outcome = run(demo, **switches([fault]))
+        assert outcome.faults == [fault]
+        assert outcome.max_difference > 0.005
+        assert outcome.verdict == "DIVERGENT"
+
+
+def test_dissect_is_eight_runs(published):
+    for outcome in published:
+        again = run("published", outcome.gradients, outcome.weights, outcome.order)
+        assert again.table() == outcome.table()
+        assert torch.equal(again.parameter_difference, outcome.parameter_difference)
+
+
+def test_a_stale_run_can_score_better(published):
+    stale = published[3]
+    assert stale.faults == ["stale-gradients"]
+    assert (stale.accuracy_batched - stale.accuracy_alone).max() > 0.1
+    assert "Stale gradients alone make model 0 look better: 64.3%, where it has 49.3% alone." in str(published)
+
+
+# ------------------------------------------------------------------ parameters, step by step
+
+
+def test_stale_gradients_leave_step_1_alone_and_then_grow():
+    gap = run(preset("published", dtype=torch.float64), **switches(["stale-gradients"])).parameter_difference
+    assert gap.shape == (15, 3)
+    assert gap[0].max() < 1e-15
+    rates = torch.tensor(Demo().learning_rates)
+    assert (gap[1] > 0.1 * rates).all()  # from step 2 on, of the size of an update
+    grown = gap[[1, 4, 9, 14]]
+    assert (grown.diff(dim=0) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["published", "full"])
+def test_without_faults_parameters_differ_by_rounding_only(name):
+    assert run(preset(name, dtype=torch.float64, epochs=3), *SAME).parameter_difference.max() < 1e-12
+
+
+def test_other_weights_differ_from_the_first_step():
+    assert run("published", **switches(["other-weights"])).parameter_difference[0].min() > 0.01
+
+
+# ------------------------------------------------------------------ the verdict
+
+
+def test_verdict_sees_what_accuracy_hides():
+    demo = preset("published", learning_rates=[1e-6], epochs=1)
+    outcome = run(demo, **switches(["stale-gradients"]))
+    assert outcome.max_difference == 0.0
+    assert outcome.verdict == "DIVERGENT"
+
+
+def test_verdict_raises_no_false_alarm_and_misses_no_fault():
+    draw = random.Random(0)
+    for seed in range(12):
+        demo = preset(
+            draw.choice(["published", "full"]),
+            learning_rates=[10 ** draw.uniform(-5, 0) for _ in range(2)],
+            optimizer=draw.choice(["Adam", "SGD", "RMSprop", "AdamW"]),
+            dtype=draw.choice([torch.float32, torch.float64]),
+            epochs=1,
+            samples=100,
+            seed=seed,
+        )
+        assert run(demo, *SAME).parameters_agree, demo
+        for fault in DEMO_FAULTS:
+            assert not run(demo, **switches([fault])).parameters_agree, (demo, fault)
+
+
+def test_rounding_that_grew_is_called_by_its_name():
+    alone, batched = torch.tensor([0.5], dtype=torch.float64), torch.tensor([0.6], dtype=torch.float64)
+    late = torch.zeros(9, 1)
+    late[6:] = 1.0
+    outcome = Outcome(Demo([0.5]), *SAME, alone, batched, late)
+    assert outcome.verdict == "DIVERGENT"
+    assert "this is rounding" in str(outcome)
+    early = Outcome(Demo([0.5]), *SAME, alone, batched, late.flip(0))
+    assert "this is rounding" not in str(early)
+
+
+def test_verdict_of_parameters_that_overflow():
+    demo = Demo([1e38], optimizer="SGD")
+    assert run(demo, *SAME).verdict == "CONSISTENT"  # both are NaN in the end
+    assert run(demo, "cleared", "other", "same").verdict == "DIVERGENT"
+
+
+def test_rate_zero_keeps_every_difference_at_zero():
+    outcome = run(preset("published", learning_rates=[0.0, 0.1]), **switches(["stale-gradients"]))
+    assert outcome.parameter_difference[:, 0].max() == 0
+    assert outcome.difference[0] == 0
+
+
+# ------------------------------------------------------------------ settings
+
+
+def test_presets():
+    assert PRESETS["published"] == Demo((0.001, 0.01, 0.1), (8, 4, 2), 3, 100, "Adam", 20, 42)
+    assert PRESETS["quick"] == Demo((0.001, 0.01, 0.1), (8, 4, 2), epochs=5)
+    full = PRESETS["full"]
+    assert full.learning_rates == (0.001, 0.003, 0.01, 0.03)
+    assert (full.sizes, full.samples, full.epochs, full.num_models) == ((20, 16, 16, 4), 500, 10, 4)
+
+
+def test_a_run_depends_on_its_arguments_only():
+    torch.manual_seed(5)
+    first, state = run("published"), torch.get_rng_state()
+    torch.manual_seed(5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    again = run("published")
+    assert torch.equal(first.parameter_difference, again.parameter_difference)
+    assert run(preset("published", seed=43)).table() != first.table()
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", torch.optim.AdamW, "Rprop", "NAdam", "Adafactor"])
+def test_other_optimizers_agree_too(optimizer):
+    demo = preset("published", optimizer=optimizer, dtype=torch.float64)
+    outcome = run(demo, *SAME)
+    assert outcome.parameter_difference.max() < 1e-10
+    assert outcome.verdict == "CONSISTENT"
+    assert demo.optimizer in str(outcome)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"learning_rates": []}, ValueError, "got none"),
+        ({"learning_rates": 0.1}, TypeError, "Expected lists of learning rates"),
+        ({"learning_rates": [0.1, -1]}, ValueError, "learning rates of 0 or more, got -1"),
+        ({"learning_rates": [math.nan]}, ValueError, "got nan"),
+        ({"learning_rates": [math.inf]}, ValueError, "got inf"),
+        ({"sizes": (8,)}, ValueError, "sizes from inputs to classes"),
+        ({"sizes": (8, 4, 1)}, ValueError, "2 classes or more"),
+        ({"sizes": (3, 4, 5)}, ValueError, "an input that marks it"),
+        ({"sizes": (8, 0, 2)}, ValueError, "at least 1 as sizes"),
+        ({"samples": 1}, ValueError, "for 1 samples"),
+        ({"epochs": 0}, ValueError, "at least 1 as epochs, got 0"),
+        ({"epochs": 1.5}, ValueError, "whole numbers of at least 1 as epochs"),
+        ({"batch_size": 0}, ValueError, "as batch_size"),
+        ({"seed": -1}, ValueError, "seeds from 0"),
+        ({"dtype": torch.float16}, ValueError, "float32 or torch.float64"),
+        ({"optimizer": "adam"}, ValueError, "Did you mean 'Adam'"),
+        ({"optimizer": "LBFGS"}, ValueError, "dense gradients"),
+        ({"optimizer": nn.Linear}, ValueError, "a class of torch.optim"),
+        ({"learning_rate": [0.1]}, TypeError, "Did you mean 'learning_rates'"),
+    ],
+)
+def test_bad_settings(settings, error, message):
+    with pytest.raises(error, match=message):
+        preset("published", **settings)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="Did you mean 'published'"):
+        run("publishd")
+    with pytest.raises(ValueError, match="Expected stale or cleared for gradients, got 'fresh'"):
+        run("published", gradients="fresh")
+    with pytest.raises(ValueError, match="Expected other or same for order, got 'stale'"):
+        run("published", order="stale")
+    with pytest.raises(ValueError, match="Did you mean 'stale-gradients'"):
+        switches(["stale-gradient"])
+
+
+def test_switches_name_each_fault_once():
+    assert [name for name in faults.FAULTS if name in DEMO_FAULTS] == DEMO_FAULTS
+    assert tuple(switches(DEMO_FAULTS).values()) == COMBINATIONS[0]
+    assert tuple(switches([]).values()) == SAME
+
+
+# ------------------------------------------------------------------ what it shows
+
+
+def test_tables_read_well(published):
+    lines = str(published).splitlines()
+    assert lines[1].split()[:3] == ["gradients", "weights", "order"]
+    assert lines[-3].split() == "cleared same same 49.3% 67.3% 80.7% 0.0% 0 0 CONSISTENT".split()
+    assert len({len(line) for line in lines[3:11]}) == 1  # the eight rows end together
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_tables_in_a_notebook(published):
+    page = published._repr_html_()
+    assert page.count("<tr>") == 10
+    assert page.count("CONSISTENT") == 1
+    assert page.count("DIVERGENT") == 7
+    page = published[0]._repr_html_()
+    assert "<td>76.7%</td>" in page
+    assert "Max difference: 9.3%<br>DIVERGENT" in page
+
+
+def test_nothing_here_is_reached_by_accident():
+    planted = {getattr(faults, name) for name in faults.__all__ if name != "FAULTS"}
+    assert not planted & {value for value in vars(mbkit).values() if callable(value)}
+    assert not set(faults.__all__) & (set(mbkit.__all__) | set(consistency.__all__))

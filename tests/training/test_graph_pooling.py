@@ -1,0 +1,178 @@
+"""A compiled step looks up the gradient of its max-pooling, and each model is still the one trained alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, max_pool2d
+
+from mbkit import ModelBatch, OptimizerFactory
+from mbkit.training.compiled import CompiledStep
+from mbkit.training.graph_pooling import _pool
+
+M, B, K, STEPS = 3, 6, 4, 3
+RATES = [0.05, 0.1, 0.2]
+aten = torch.ops.aten
+RECTIFIED, SCATTERED = aten.threshold_backward.default, aten.max_pool2d_with_indices_backward.default
+
+
+class Turned(torch.autograd.Function):
+    """Does nothing, but turns its gradient: views that do not undo each other."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view(x.shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.transpose(-1, -2)
+
+
+class OwnGradient(torch.autograd.Function):
+    """A ReLU whose gradient is as that of another, or one with another threshold."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, shift: float, threshold: float) -> Tensor:
+        return x.relu()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, *ctx.settings = inputs
+        ctx.save_for_backward(x, output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (x, out), (shift, threshold) = ctx.saved_tensors, ctx.settings
+        return aten.threshold_backward(gradient, (x + shift).relu() if shift else out, threshold), None, None
+
+
+class Pooled(nn.Module):
+    """A convolution to `[B, 3, 6, 6]`, pooled in a way to be tried."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor], bias: bool = True) -> None:
+        super().__init__()
+        self.conv, self.pool, self.out = nn.Conv2d(2, 3, 3, bias=bias), pool, nn.LazyLinear(K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.pool(self.conv(x)).flatten(1))
+
+
+def indexed(h: Tensor) -> Tensor:
+    pooled, index = max_pool2d(h, 2, return_indices=True)
+    return pooled + 0.01 * index
+
+
+def both(h: Tensor) -> Tensor:
+    h = h.relu()
+    return max_pool2d(h, 2) + h.mean()
+
+
+# What a pooling is -> how many gradients of ReLUs, scattered gradients and biases' gradients a step has left.
+WAYS = {
+    "after a ReLU": (lambda h: max_pool2d(h.relu(), 2), (0, 0, 0)),
+    "after a ReLU, turned": (lambda h: max_pool2d(h.relu().transpose(-1, -2), 2), (0, 0, 1)),
+    "after a ReLU, flipped": (lambda h: max_pool2d(h.relu().flip(-1), 2), (1, 0, 1)),
+    "after a ReLU whose gradient is turned": (lambda h: max_pool2d(Turned.apply(h.relu()), 2), (1, 0, 1)),
+    "after a ReLU with the gradient of another": (lambda h: max_pool2d(OwnGradient.apply(h, 0.1, 0), 2), (1, 0, 1)),
+    "after a ReLU with another threshold": (lambda h: max_pool2d(OwnGradient.apply(h, 0.0, 0.1), 2), (1, 0, 1)),
+    "after a ReLU that is used twice": (both, (1, 0, 1)),
+    "after no ReLU": (lambda h: max_pool2d(h, 2), (0, 0, 0)),
+    "after a tanh": (lambda h: max_pool2d(h.tanh(), 2, 2), (0, 0, 1)),
+    "with numbers left over": (lambda h: max_pool2d(h.relu(), (2, 4)), (0, 0, 0)),
+    "twice": (lambda h: max_pool2d(max_pool2d(h.relu(), (2, 1)).relu(), (1, 3)), (0, 0, 0)),
+    "of windows that overlap": (lambda h: max_pool2d(h.relu(), 3, 2), (1, 1, 1)),
+    "of windows with gaps": (lambda h: max_pool2d(h.relu(), 2, 3), (1, 1, 1)),
+    "padded": (lambda h: max_pool2d(h.relu(), 2, 2, 1), (1, 1, 1)),
+    "dilated": (lambda h: max_pool2d(h.relu(), 2, 2, 0, 2), (1, 1, 1)),
+    "rounded up": (lambda h: max_pool2d(h.relu(), (2, 4), ceil_mode=True), (1, 1, 1)),
+    "of large windows": (lambda h: max_pool2d(h.relu(), 4), (1, 1, 1)),
+    "with its index": (indexed, (0, 1, 1)),
+}
+
+
+def train(pool: Callable, dtype: torch.dtype, bias: bool = True, ties: bool = True) -> tuple[ModelBatch, list]:
+    torch.manual_seed(0)
+    pairs = [(torch.randn(B, 2, 8, 8, dtype=dtype), torch.randint(K, (B,))) for _ in range(STEPS)]
+    for x, _ in pairs:
+        x[:2] = x[:2].sign() if ties else x[:2]  # windows with equal numbers
+        x[2] = 0
+    models = [Pooled(pool, bias).to(dtype) for _ in range(M)]
+    for model in models:
+        model(pairs[0][0])
+    batch = ModelBatch(copy.deepcopy(models))
+    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    for x, y in pairs:
+        assert step.attempt(x, y) is not None, step.reason
+    return batch, [alone(model, rate, pairs) for model, rate in zip(models, RATES, strict=True)]
+
+
+def alone(model: nn.Module, rate: float, pairs: list) -> dict[str, Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    for x, y in pairs:
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+ALONE = pytest.param(torch.float64, id="as it lies alone", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("dtype", [ALONE, pytest.param(torch.float32, id="channels last")])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_looked_up_gradient_is_the_one_alone(monkeypatch, way, dtype):
+    pool, left = WAYS[way]
+    graphs = []
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graphs.append(graph) or graph)
+    batch, states = train(pool, dtype)
+    for m, state in enumerate(states):
+        bound = 1e-12 if dtype is torch.float64 else 2e-6
+        torch.testing.assert_close(batch[m].state_dict(), state, rtol=0, atol=bound)
+    count = tuple(sum(node.target is kind for node in graphs[0].graph.nodes) for kind in (RECTIFIED, SCATTERED))
+    assert count == left[:2]
+    kept = graphs[0].graph.find_nodes(op="output")[0].args[0]
+    assert any(node.meta["val"].dtype is torch.int8 for node in kept) == (left[1] == 0)  # looked up, not found anew
+    convolutions = graphs[0].graph.find_nodes(op="call_function", target=aten.convolution_backward.default)
+    sums = sum(node.args[-1][2] for node in convolutions)
+    assert sums == (left[2] if dtype is torch.float32 else 0)  # vmap's own rule adds and sums biases apart
+
+
+def test_a_convolution_without_a_bias(monkeypatch):
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+    batch, states = train(WAYS["after a ReLU"][0], torch.float64, bias=False)
+    for m, state in enumerate(states):
+        torch.testing.assert_close(batch[m].state_dict(), state, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [ALONE, torch.float32])
+def test_inductor_makes_it_so(dtype):
+    batch, states = train(WAYS["with numbers left over"][0], dtype)
+    for m, state in enumerate(states):
+        bound = 1e-12 if dtype is torch.float64 else 2e-6
+        torch.testing.assert_close(batch[m].state_dict(), state, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("window", [(2, 2), (3, 2), (1, 1)])
+def test_the_place_in_a_window_is_the_one_that_torch_takes(window):
+    """Of equal numbers the first, of several NaNs the last."""
+    x = torch.randint(3, (5, 4, 7, 9), generator=torch.Generator().manual_seed(0)).double()
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.2] = torch.nan
+    x[0, 0] = -torch.inf
+    pooled, place = _pool(x, window, rectified=False)
+    expected, index = max_pool2d(x, window, return_indices=True)
+    assert torch.equal(pooled.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert torch.equal(place, (index // 9 % window[0] * window[1] + index % 9 % window[1]).to(torch.int8))
+    _, rectified = _pool(x.relu(), window, rectified=True)
+    assert torch.equal(rectified == -1, expected.relu() == 0)

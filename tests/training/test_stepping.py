@@ -1,0 +1,542 @@
+"""However a step is made (at once, in chunks, one by one, compiled), each model is the one trained alone."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from mbkit import ModelBatch, OptimizerFactory, fit
+from mbkit.training import train_steps
+from mbkit.training.chunks import Chunks
+from mbkit.training.loop import call
+from mbkit.training.one_by_one import OneByOne
+from mbkit.training.step import Stepper
+
+M, B, K, STEPS = 5, 8, 3, 4
+RATES = [0.001 * (m + 1) for m in range(M)]
+
+
+class Busy(nn.Module):
+    """Convolution, BatchNorm, dropout at a rate of its own, a buffer assigned anew, a count in Python.
+
+    A bias before BatchNorm has no gradient but rounding, which Adagrad would blow up.
+    """
+
+    def __init__(self, rate: float = 0.3) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Dropout(rate)
+        self.out = nn.Linear(3 * 16, K)
+        self.register_buffer("seen", torch.zeros(1))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + x.mean()
+        self.calls += 1
+        return self.out(self.drop(self.norm(self.conv(x)).relu()).flatten(1))
+
+
+class Steady(Busy):
+    """The same, editing its buffer in place: what one compiled graph can hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.mean()
+        return self.out(self.drop(self.norm(self.conv(x)).relu()).flatten(1))
+
+
+def models_of(cls: type[nn.Module], dtype: torch.dtype = torch.float64) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [cls(0.1 + 0.1 * m).to(dtype) for m in range(M)]
+
+
+def data(each: bool = False, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    lead = (M,) if each else ()
+    x = [torch.randn(*lead, B, 2, 6, 6, generator=generator, dtype=dtype) for _ in range(STEPS)]
+    return [(x, torch.randint(K, (*lead, B), generator=generator)) for x in x]
+
+
+def alone(model: nn.Module, m: int, pairs: list, cls: type = torch.optim.Adam, **settings) -> tuple[dict, list[float]]:
+    """Train in plain PyTorch; return the state and the losses."""
+    torch.manual_seed(m)
+    model = copy.deepcopy(model)
+    optimizer, losses = cls(model.parameters(), lr=RATES[m], **settings), []
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    for x, y in pairs:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x if x.dim() == 4 else x[m]), y if y.dim() == 1 else y[m])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.4)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    return model.state_dict(), losses
+
+
+def assert_as_alone(batch: ModelBatch, history, models: list, pairs: list, cls=torch.optim.Adam, **settings) -> None:
+    for m, model in enumerate(models):
+        state, losses = alone(model, m, pairs, cls, **settings)
+        torch.testing.assert_close(history.loss[:, m].tolist(), losses, rtol=0, atol=1e-10)
+        for name, value in batch[m].state_dict().items():
+            torch.testing.assert_close(value, state[name], rtol=0, atol=1e-10)
+
+
+def train(cls: type[nn.Module], each: bool, optimizer_cls: type = torch.optim.Adam, settings=(), **how):
+    models, pairs = models_of(cls), data(each)
+    batch = ModelBatch(models, not each, seeds=range(M))
+    optimizer = OptimizerFactory(optimizer_cls).create_optimizer(batch, lr=RATES, **dict(settings))
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    rest = {"scheduler": schedule, "scheduler_every": "step", "max_norm": 0.4, "progress": False}
+    history = fit(batch, optimizer, pairs, cross_entropy, **rest, **how)
+    assert_as_alone(batch, history, models, pairs, optimizer_cls, **dict(settings))
+    return history, batch
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 4, M, None])
+def test_chunks_change_no_result(size, each):
+    history, _ = train(Busy, each, chunk_size=size)
+    assert history.how == ("all models at once" if size in (M, None) else f"in chunks of {size}")
+
+
+class OnGraph(nn.Module):
+    """Holds a sparse tensor, other edges in each model."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.out = nn.Linear(72, K)
+        self.edges = torch.randn(B, B).double().relu().to_sparse()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.edges, self.out(x.flatten(1)))
+
+
+@pytest.mark.parametrize("size", [2, "auto"])
+def test_chunks_of_models_with_a_sparse_constant(size):
+    train(OnGraph, False, chunk_size=size)
+
+
+def test_targets_for_all_and_one_a_model_in_one_step():
+    torch.manual_seed(0)
+    models = [nn.Linear(4, 2).double() for _ in range(M)]
+    x, shared, own = torch.randn(B, 4).double(), torch.randn(B, 2).double(), torch.randn(M, B, 2).double()
+
+    def loss_fn(outputs, targets):
+        return ((outputs - targets[0]) ** 2 + (outputs - targets[1]) ** 3).mean()
+
+    batch = ModelBatch(models)
+    chunks = Chunks(batch, 2)
+    losses, outputs = chunks.backward(x, (shared, own), loss_fn, None)
+    for m, model in enumerate(models):
+        loss = loss_fn(model(x), (shared, own[m]))
+        torch.testing.assert_close(losses[m], loss.detach())
+        torch.testing.assert_close(outputs[m], model(x).detach())
+        (gradient,) = torch.autograd.grad(loss, [model.weight])
+        torch.testing.assert_close(batch.stacked_params["weight"].grad[m], gradient)
+
+
+def test_a_chunk_keeps_what_its_backward_needs_and_no_more():
+    """A Linear layer keeps its input, 8 x 100 floats; its weight is no activation."""
+    models = [nn.Sequential(nn.Tanh(), nn.Linear(100, 1)) for _ in range(4)]
+    chunks = Chunks(ModelBatch(models, shared_input=False), 2)
+    chunks.backward(torch.randn(4, B, 100), torch.randn(4, B, 1), nn.functional.mse_loss, False)
+    assert 8 * 100 * 4 <= chunks.bytes_each <= 1.5 * 8 * 100 * 4
+
+
+def test_hooks_on_stacked_parameters_keep_the_batch_whole():
+    batch = ModelBatch(models_of(Busy))
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    seen = []
+    next(batch.parameters()).register_hook(lambda gradient: seen.append(gradient.shape))
+    fit(batch, optimizer, data(), cross_entropy, progress=False)
+    assert seen == [(M, 3, 2, 3, 3)] * STEPS
+
+
+class Clock:
+    """Steps that take as long as the test says, by chunk size (0 for one by one)."""
+
+    def __init__(self, monkeypatch, seconds: dict) -> None:
+        self.tried, self.now, self.seconds, self.largest = [], 0.0, seconds, M
+        monkeypatch.setattr("mbkit.training.step._SMALL", 0)
+        monkeypatch.setattr("mbkit.training.step._CACHE", 0)
+        monkeypatch.setattr("mbkit.training.step.batch_step", self.step)
+        monkeypatch.setattr("mbkit.training.step.time.perf_counter", lambda: self.now)
+
+    def step(self, batch, optimizer, x, y, *rest):
+        chunks = rest[-1]
+        way = None if chunks is None else 0 if isinstance(chunks, OneByOne) else chunks.size
+        if isinstance(chunks, Chunks):
+            chunks.bytes_each, chunks.size = 1, chunks.size or self.largest
+        self.tried.append(way)
+        self.now += self.seconds[way]
+        return torch.zeros(batch.num_models), None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "tried", "best"),
+    [
+        ({None: 4.0, 4: 3.0, 0: 9.0}, [None, 4, 0], "in chunks of 4"),
+        ({None: 4.0, 4: 9.0, 0: 1.0}, [None, 4], "all models at once"),
+        ({None: 4.0, 4: 4.1, 0: 1.0}, [None, 4, 0], "one by one"),
+    ],
+)
+@pytest.mark.parametrize(("scale", "steps"), [(0.01, 4), (1, 2)])
+def test_the_fastest_way_is_found_by_the_clock(monkeypatch, seconds, tried, best, scale, steps):
+    """Each way makes a step to warm up, then three, or one where it takes seconds."""
+    batch = ModelBatch(models_of(Busy))
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    clock = Clock(monkeypatch, {way: scale * time for way, time in seconds.items()})
+    stepper = Stepper(batch, optimizer, cross_entropy)
+    for _ in range(20):
+        stepper.step(None, None)
+    assert list(dict.fromkeys(clock.tried[1:])) == tried
+    assert clock.tried[1 : steps + 2] == [None] * steps + [4]
+    assert stepper.how == best
+
+
+@pytest.mark.parametrize(("free", "enough"), [(6.5, 10), (1000, 3.25)])
+def test_a_chunk_fits_into_half_of_the_memory_that_is_free_and_is_no_larger_than_pays(monkeypatch, free, enough):
+    tried, each = [], B * 100 * 4  # bytes that Tanh keeps: what it has made; the batch's inputs are there anyway
+    monkeypatch.setattr("mbkit.training.chunks.free_memory", lambda device: int(free * each))
+    monkeypatch.setattr("mbkit.training.chunks._ENOUGH", int(enough * each))
+    monkeypatch.setattr("mbkit.training.chunks.call", lambda run, x: tried.append(run.func.num_models) or call(run, x))
+    models = [nn.Sequential(nn.Linear(100, 100, bias=False), nn.Tanh(), nn.Linear(100, 1)) for _ in range(10)]
+    batch = ModelBatch(models, shared_input=False)
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    stepper = Stepper(batch, optimizer, nn.functional.mse_loss)
+    ways = []
+    for _ in range(2):
+        stepper.step(torch.randn(10, B, 100), torch.randn(10, B, 1))
+        ways.append(stepper.how)
+    assert ways == ["in chunks", "in chunks of 3"]
+    assert tried == [4, 3, 3, 3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("chunk_size", ["auto", 2, None])
+def test_inputs_for_another_number_of_models_are_refused(chunk_size):
+    batch = ModelBatch(models_of(Busy), shared_input=False)
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    (x, y), *_ = data(each=True)
+    with pytest.raises(ValueError, match=r"per-model input \[5, B, …\].*got \[6, 8, 2, 6, 6\]"):
+        fit(batch, optimizer, [(torch.cat([x, x[:1]]), y)], cross_entropy, chunk_size=chunk_size)
+
+
+def test_models_without_parameters_are_refused():
+    batch = ModelBatch([nn.ReLU() for _ in range(2)])
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    with pytest.raises(ValueError, match="Expected models with parameters"):
+        train_steps(batch, optimizer, data(), cross_entropy)
+
+
+def test_what_fits_into_the_cache_is_not_cut(monkeypatch):
+    batch = ModelBatch(models_of(Busy))
+    clock = Clock(monkeypatch, {4: 1.0, None: 1.0, 0: 1.0})
+    monkeypatch.setattr("mbkit.training.step._CACHE", 1000)
+    stepper = Stepper(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1), cross_entropy)
+    for _ in range(12):
+        stepper.step(None, None)
+    assert set(clock.tried[1:]) == {None, 0}
+
+
+@pytest.mark.parametrize(("num_models", "way"), [(M, None), (4, None), (3, 0), (2, 0)])
+def test_small_models_go_all_at_once_or_if_few_one_by_one_and_nothing_else_is_tried(monkeypatch, num_models, way):
+    batch = ModelBatch(models_of(Busy)[:num_models])
+    clock = Clock(monkeypatch, {4: 1.0, None: 1.0, 0: 1.0})
+    clock.largest = num_models
+    monkeypatch.setattr("mbkit.training.step._SMALL", 2)
+    stepper = Stepper(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1), cross_entropy)
+    for _ in range(12):
+        stepper.step(None, None)
+    assert set(clock.tried[1:]) == {way}
+
+
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_what_is_no_chunk_size_is_refused(value, error):
+    batch = ModelBatch(models_of(Busy))
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    with pytest.raises(error, match="chunk_size"):
+        fit(batch, optimizer, data(), cross_entropy, chunk_size=value)
+
+
+# ------------------------------------------------------------------ compiled
+
+
+@pytest.mark.parametrize(
+    ("optimizer_cls", "settings", "each"),
+    [
+        (torch.optim.Adam, {"weight_decay": 0.01}, False),
+        pytest.param(torch.optim.SGD, {"momentum": 0.9}, True, marks=pytest.mark.slow),
+        pytest.param(torch.optim.AdamW, {"amsgrad": True}, True, marks=pytest.mark.slow),
+        pytest.param(torch.optim.RMSprop, {}, False, marks=pytest.mark.slow),
+        pytest.param(torch.optim.NAdam, {}, False, marks=pytest.mark.slow),
+        pytest.param(torch.optim.Adagrad, {}, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_step_changes_no_result_and_is_compiled_once(monkeypatch, optimizer_cls, settings, each):
+    made = []
+    real = torch._inductor.compile
+    monkeypatch.setattr("torch._inductor.compile", lambda *args, **rest: made.append(1) or real(*args, **rest))
+    history, batch = train(Steady, each, optimizer_cls, settings, compile=True)
+    assert history.how == "compiled"
+    assert len(made) == 1  # though the rate has changed with every step
+    lone = torch.nn.Dropout(0.3)
+    torch.manual_seed(0)
+    for _ in range(STEPS):  # model 0's stream stands where its own stands after as many masks
+        lone(torch.empty((B, 3, 4, 4)).double())
+    assert torch.equal(batch.streams.on("cpu")[0].get_state(), torch.get_rng_state())
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x) if x.sum() > 0 else self.out(-x)
+
+
+def hooked() -> nn.Module:
+    model = nn.Linear(4, K)
+    model.register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "optimizer_cls", "reason"),
+    [
+        (Branch, torch.optim.SGD, "because"),
+        (hooked, torch.optim.SGD, "has hooks"),
+        (lambda: nn.Linear(4, K), torch.optim.ASGD, "ASGD has no stacked rule"),
+        (lambda: nn.Sequential(nn.Linear(4, K), nn.RReLU()), torch.optim.SGD, "runs model by model"),
+    ],
+)
+def test_what_cannot_be_compiled_warns_once_and_trains_as_alone(build, optimizer_cls, reason):
+    torch.manual_seed(0)
+    models = [build().double() for _ in range(3)]
+    batch = ModelBatch([copy.deepcopy(model) for model in models], seeds=range(3))
+    optimizer = OptimizerFactory(optimizer_cls).create_optimizer(batch, lr=0.1)
+    pairs = [(torch.randn(B, 4).double(), torch.randint(K, (B,))) for _ in range(2)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        history = fit(batch, optimizer, pairs, cross_entropy, epochs=2, compile=True, progress=False)
+    told = [str(w.message) for w in caught if "compile=True" in str(w.message)]
+    assert len(told) == 1
+    assert reason in told[0]
+    assert history.how == "one by one"  # the way that "auto" takes for three small models
+    for m, model in enumerate(models):
+        torch.manual_seed(m)
+        lone = optimizer_cls(model.parameters(), lr=0.1)
+        for x, y in pairs * 2:
+            lone.zero_grad()
+            cross_entropy(model(x), y).backward()
+            lone.step()
+        for mine, expected in zip(batch[m].parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=0, atol=1e-10)
+
+
+def test_without_a_compiler_the_steps_run_uncompiled(monkeypatch):
+    def refuse(*args, **rest):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr("torch._inductor.compile", refuse)
+    with pytest.warns(UserWarning, match="compile=True: the steps run uncompiled, because .*no C"):
+        history, _ = train(Steady, False, compile=True)
+    assert history.how == "all models at once"
+
+
+def test_what_would_not_fit_into_memory_as_one_function_runs_in_chunks(monkeypatch):
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+    monkeypatch.setattr("mbkit.training.compilable.free_memory", lambda device: 2 * 110_000)
+    history, _ = train(Steady, False, compile=True)
+    assert history.how == "compiled"
+    monkeypatch.setattr("mbkit.training.compilable.free_memory", lambda device: 2 * 80_000)
+    with pytest.warns(UserWarning, match="run uncompiled, because it might take 0.10 MB at once, with 0.08 left"):
+        history, _ = train(Steady, False, compile=True, chunk_size=2)
+    assert history.how == "in chunks of 2"
+
+
+def test_a_mode_that_changes_is_compiled_anew(monkeypatch):
+    """A graph takes training and eval mode for granted, and must notice when they change."""
+    from mbkit.training.compiled import CompiledStep
+
+    made = []
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: made.append(1) or graph)
+    models, pairs = models_of(Steady), data()
+    batch = ModelBatch(models, seeds=range(M))
+    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    for (x, y), frozen_norm in zip(pairs, [False, True, True, False], strict=True):
+        batch._template.norm.train(not frozen_norm)
+        assert step.attempt(x, y) is not None
+    assert len(made) == 2
+    for m, model in enumerate(models):
+        torch.manual_seed(m)
+        lone = torch.optim.SGD(model.parameters(), lr=RATES[m])
+        for (x, y), frozen_norm in zip(pairs, [False, True, True, False], strict=True):
+            model.norm.train(not frozen_norm)
+            lone.zero_grad()
+            cross_entropy(model(x), y).backward()
+            lone.step()
+        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
+
+
+def assert_as_plain_sgd(batch: ModelBatch, models: list[nn.Module], pairs: list, atol: float = 1e-10) -> None:
+    """Train the models in plain PyTorch, and compare."""
+    for m, model in enumerate(models):
+        lone = torch.optim.SGD(model.parameters(), lr=RATES[m])
+        for x, y in pairs:
+            lone.zero_grad()
+            cross_entropy(model(x), y).backward()
+            lone.step()
+        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=atol)
+
+
+class Edits(nn.Module):
+    """Edits an activation through a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(4, 6), nn.Linear(6, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h.view(-1).mul_(1.5)
+        return self.out(h)
+
+
+class Strided(Edits):
+    """Reads an activation by its strides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.out(h + h.as_strided((len(x), 6), (6, 1)))
+
+
+@pytest.mark.parametrize("cls", [Edits, Strided])
+def test_a_compiled_model_may_mind_how_its_activations_lie_in_memory(monkeypatch, cls):
+    from mbkit.training.compiled import CompiledStep
+
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+    models = [cls().double() for _ in range(M)]
+    x, y = torch.randn(B, 4).double(), torch.randint(K, (B,))
+    batch = ModelBatch(models)
+    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    for _ in range(3):
+        assert step.attempt(x, y) is not None, step.reason
+    assert_as_plain_sgd(batch, models, [(x, y)] * 3)
+
+
+def test_a_folded_convolution_can_be_compiled(monkeypatch):
+    """Its activations are flattened by a copy, whose memory a traced step does not have."""
+    from mbkit.training.compiled import CompiledStep
+
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+    models = [nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, K)) for _ in range(M)]
+    x, y = torch.randn(B, 2, 6, 6), torch.randint(K, (B,))
+    batch = ModelBatch(models)
+    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    assert step.attempt(x, y) is not None, step.reason
+    assert_as_plain_sgd(batch, models, [(x, y)], atol=1e-6)
+
+
+def test_a_compiled_step_leaves_no_gradient_and_gives_way_to_who_watches_one(monkeypatch):
+    from mbkit.training.compiled import CompiledStep
+
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+    models = [nn.Linear(4, K).double() for _ in range(M)]
+    x, y = torch.randn(B, 4).double(), torch.randint(K, (B,))
+    batch = ModelBatch(models)
+    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    for _ in range(2):
+        batch(x).sum().backward()  # gradients of the user's own, which the next step clears, as any does
+        assert step.attempt(x, y) is not None, step.reason
+        assert all(p.grad is None for p in batch.parameters())
+    assert_as_plain_sgd(batch, models, [(x, y)] * 2)
+    before = {name: p.detach().clone() for name, p in batch.named_parameters()}
+    batch.stacked_params["bias"].register_hook(lambda gradient: None)
+    assert step.attempt(x, y) is None
+    assert step.reason == "a parameter has hooks"
+    torch.testing.assert_close(dict(batch.named_parameters()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["load", "clear", "cast"])
+def test_a_compiled_step_takes_the_optimizers_state_as_it_is(monkeypatch, change):
+    from mbkit.training.compiled import CompiledStep
+
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+    models = [nn.Linear(4, K).double() for _ in range(M)]
+    pairs = [(torch.randn(B, 4).double(), torch.randint(K, (B,))) for _ in range(6)]
+    batch, settings, saved = ModelBatch(models), {"momentum": 0.9}, {}
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES, **settings)
+    step = CompiledStep(batch, optimizer, cross_entropy)
+
+    def between(i: int, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
+        if change == "load" and i == 2:
+            saved[optimizer] = copy.deepcopy(optimizer.state_dict())
+        if change == "load" and i == 4:
+            optimizer.load_state_dict(saved[optimizer])
+        if change == "clear" and i == 4:
+            optimizer.state.clear()
+        if change == "cast" and i in (2, 4):
+            model.to(torch.float32 if i == 2 else torch.float64)
+            for state in optimizer.state.values() if model is not batch else []:  # torch leaves them as they are
+                state["momentum_buffer"] = state["momentum_buffer"].to(next(model.parameters()).dtype)
+        return x.to(next(model.parameters()).dtype)
+
+    for i, (x, y) in enumerate(pairs):
+        assert step.attempt(between(i, batch, optimizer, x), y) is not None
+    bound = 1e-6 if change == "cast" else 1e-10
+    for m, model in enumerate(models):
+        lone = torch.optim.SGD(model.parameters(), lr=RATES[m], **settings)
+        for i, (x, y) in enumerate(pairs):
+            x = between(i, model, lone, x)
+            lone.zero_grad()
+            cross_entropy(model(x), y).backward()
+            lone.step()
+        mine = optimizer.state[batch.stacked_params["weight"]]["momentum_buffer"][m]
+        torch.testing.assert_close(mine, lone.state[model.weight]["momentum_buffer"], rtol=0, atol=bound)
+        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=bound)
+
+
+def test_a_compiled_weights_gradient_lies_in_memory_as_the_weight_does(monkeypatch):
+    """Else the update reads it number by number, across the rows. Nor is a bias's summed model by model."""
+    from mbkit.training.compiled import CompiledStep
+
+    graphs, aten = [], torch.ops.aten
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graphs.append(graph) or graph)
+    models, pairs = [nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, K)).double() for _ in range(M)], []
+    for _ in range(3):
+        pairs.append((torch.randn(7, 6).double(), torch.randint(K, (7,))))
+    batch = ModelBatch(models)
+    step = CompiledStep(batch, OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES), cross_entropy)
+    for x, y in pairs:
+        assert step.attempt(x, y) is not None
+    products = graphs[0].graph.find_nodes(op="call_function", target=aten.bmm.default)
+    whole = [product for product in products if all(u.target is not aten.transpose.int for u in product.users)]
+    assert (len(products), len(whole)) == (5, 2)  # forward, backward, and two weights' gradients
+    assert not graphs[0].graph.find_nodes(op="call_function", target=aten.baddbmm.default)
+    sums = graphs[0].graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)
+    assert not [node for node in sums if "val" in node.args[0].meta and node.args[0].meta["val"].dim() == 3]
+    for m, model in enumerate(models):
+        lone = torch.optim.Adam(model.parameters(), lr=RATES[m])
+        for x, y in pairs:
+            lone.zero_grad()
+            cross_entropy(model(x), y).backward()
+            lone.step()
+        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
+
+
+def test_a_compiled_adam_works_out_its_bias_corrections_once_and_not_for_each_weight(monkeypatch):
+    from mbkit.training.compiled import CompiledStep
+
+    graphs = []
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graphs.append(graph) or graph)
+    batch = ModelBatch([nn.Linear(6, K) for _ in range(M)])
+    step = CompiledStep(batch, OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES), cross_entropy)
+    _, outputs = step.attempt(torch.randn(B, 6), torch.randint(K, (B,)))
+    assert outputs.shape == (M, B, K)
+    kept = [tuple(node.meta["val"].shape) for node in graphs[0].graph.find_nodes(op="output")[0].args[0][2:]]
+    assert kept.count((2, M)) == 2  # of two parameters, for both averages
