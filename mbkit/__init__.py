@@ -2,6 +2,10 @@
 
 import importlib
 
+from .common.torch_private import check_torch
+
+check_torch()
+
 from .batch import ModelBatch
 from .common.version import __version__ as __version__
 from .data import Batches, ImageData, load_cifar10, load_digits, load_images

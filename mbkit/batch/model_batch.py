@@ -75,7 +75,7 @@ class ModelBatch(CanFreeze, nn.Module):
         self.seeds = check_seeds(seeds, self.num_models)
         self.streams = Streams(self.seeds)
         self.latest_losses: Tensor | None = None
-        self.folding = any(isinstance(module, nn.Conv2d) for module in models[0].modules())  # see vmap/rules/convolution
+        self.folding = any(isinstance(module, nn.Conv2d) for module in models[0].modules())  # see vmap/rules
         # The template is the user's own module, holding the stacked tensors. The batch takes over its tensors and
         # children instead of becoming their parent, so that every name is the user's own.
         template, attributes = stack_models(models)

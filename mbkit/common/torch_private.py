@@ -1,0 +1,95 @@
+"""Every name of torch's that mbkit uses though torch does not promise it: why, and which public way was tried.
+
+A release of torch can take such a name away. The check at import then says which ones are missing, once, instead of an
+AttributeError somewhere in a training run. A test holds the table against the source.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+__all__ = ["PRIVATE", "check_torch", "missing_names"]
+
+_TESTED = "2.8 to 2.14"
+
+# name: what it is for; the public way that was tried, and what it lacks
+PRIVATE = {
+    "torch.utils._pytree": "tensors in nested arguments; torch.utils.pytree is not in 2.8, and nn.Module's own walk "
+    "does not see arguments",
+    "torch.utils._python_dispatch.TorchDispatchMode": "sizes of what a forward pass makes; saved_tensors_hooks sees "
+    "only what is kept for a backward pass",
+    "torch._C._functorch._add_batch_dim": "enter vmap with flat tensors; torch.vmap takes nested arguments apart, a "
+    "tenth of a small model's step",
+    "torch._C._functorch._remove_batch_dim": "leave vmap likewise",
+    "torch._C._functorch._vmap_increment_nesting": "enter vmap likewise",
+    "torch._C._functorch._vmap_decrement_nesting": "leave vmap likewise",
+    "torch._C._functorch._set_vmap_fallback_warning_enabled": "silence vmap's remark on loops; the warnings filter is "
+    "the user's, and is shared by all threads",
+    "torch._functorch.vmap.lazy_load_decompositions": "what torch.vmap does before its first call",
+    "torch._C._functorch.get_unwrapped": "the stacked tensor that one model's tensor stands for; an "
+    "autograd.Function with a vmap staticmethod gives it too, at six times the cost of a call",
+    "torch._C._functorch.is_batchedtensor": "likewise",
+    "torch._C._functorch.is_gradtrackingtensor": "tell a transform of the model's own; there is no public question",
+    "torch._C._functorch.maybe_current_level": "likewise",
+    "torch._C._functorch.maybe_get_bdim": "where the models' dimension is; likewise",
+    "torch._C._functorch.maybe_get_level": "likewise",
+    "torch._functorch.pyfunctorch.temporarily_pop_interpreter_stack": "run a rule below vmap, where random numbers may "
+    "be drawn; an autograd.Function does so too, at six times the cost",
+    "torch._C._autograd._top_saved_tensors_default_hooks": "notice checkpointing inside vmap; hooks set by "
+    "saved_tensors_hooks cannot be asked for",
+    "torch._C._current_graph_task_id": "tell one backward pass from another; hooks are not told",
+    "torch._C._current_autograd_node": "the node that a hook belongs to; likewise",
+    "torch.autograd.Variable._execution_engine.queue_callback": "act at the end of a backward pass; "
+    "register_multi_grad_hook needs its leaves beforehand",
+    "torch._C.DisableTorchFunction": "run a call with no mode on; torch.overrides has only the mode's own way out",
+    "torch._C._is_any_autocast_enabled": "a quick question before the slow one for each device",
+    "torch._C._dispatch_get_all_op_names": "which operators autocast casts; the list is only in the documentation",
+    "torch._C._dispatch_has_kernel_for_dispatch_key": "likewise",
+    "torch._C._nn": "functions that torch.nn.functional calls, under the names that a mode is given",
+    "torch._foreach_add_": "one addition for many small tensors; torch.optim has it inside",
+    "torch.nn.modules.dropout._DropoutNd": "every dropout layer; the public classes have no public parent",
+    "torch.nn.modules.module._global_backward_hooks": "notice hooks on all modules; there is no public question",
+    "torch.nn.modules.module._global_backward_pre_hooks": "likewise",
+}
+
+# Needed by compile=True alone, and looked for when a step is first compiled.
+PRIVATE_OF_COMPILE = {
+    "torch._inductor.compile": "compile a graph that is traced already; torch.compile traces again, and stops at modes",
+    "torch._ops.OpOverload": "read a traced graph; torch.fx names operators, and does not tell their schemas",
+}
+
+
+def missing_names(names: Any = tuple(PRIVATE)) -> list[str]:
+    """Return those of some dotted names that the installed torch does not have."""
+    return [name for name in names if not _exists(name)]
+
+
+def check_torch() -> None:
+    """Refuse a torch that lacks something that mbkit needs.
+
+    Raises:
+        ImportError: names what is missing, and what it is for.
+    """
+    missing = missing_names()
+    if missing:
+        told = "".join(f"\n  {name} ({PRIVATE[name].split(';')[0]})" for name in missing)
+        raise ImportError(
+            f"mbkit is tested with torch {_TESTED}. It needs names that torch {torch.__version__} does not have:{told}\n"
+            "Install a torch of that range."
+        )
+
+
+def _exists(name: str) -> bool:
+    found: Any = torch
+    parts = name.split(".")
+    for i, part in enumerate(parts[1:], 2):
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(".".join(parts[:i]))
+            except ImportError:
+                return False
+        found = getattr(found, part, None)
+    return found is not None
