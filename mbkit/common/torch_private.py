@@ -77,7 +77,7 @@ def check_torch() -> None:
     if missing:
         told = "".join(f"\n  {name} ({PRIVATE[name].split(';')[0]})" for name in missing)
         raise ImportError(
-            f"mbkit is tested with torch {_TESTED}. It needs names that torch {torch.__version__} does not have:{told}\n"
+            f"mbkit is tested with torch {_TESTED}, and torch {torch.__version__} has not all that it needs:{told}\n"
             "Install a torch of that range."
         )
 
