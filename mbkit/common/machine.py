@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .version import __version__
+
 __all__ = ["PeakMemory", "describe_machine", "free_memory", "keep_pages", "measure_peak_memory", "synchronize"]
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h; a threshold for mmap would not do, glibc takes no more than 32 MiB
@@ -34,8 +36,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         >>> describe_machine(torch.device("cpu"))["torch"] == torch.__version__
         True
     """
-    from .. import __version__
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": f"{device.type} ({name})",

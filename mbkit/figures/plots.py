@@ -15,8 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
-from ..lessons.demo_result import SWITCHES
-from ..lessons.trainability import Trainability
 from .curves import ALONE, BATCHED, GRAY, RAISED, RIGHT, WRONG, LearningRates, Picture, RateMap, label_decades, tidy
 
 __all__ = [
@@ -91,7 +89,7 @@ def learning_rates(loss: Tensor, rates: Sequence[float], title: str = "", accura
     return curves.still()
 
 
-def trainability(outcome: Trainability, chosen: tuple[int, int] | None = None) -> Picture:
+def trainability(outcome: Any, chosen: tuple[int, int] | None = None) -> Picture:
     """Draw which pairs of learning rates train, one pixel a network, and the loss of one of them.
 
     Args:
@@ -251,11 +249,12 @@ def _differences(axes: Axes, named: Mapping[str, Tensor], title: str, quantity: 
 def _combinations(axes: Sequence[Axes], dissection: Any) -> None:
     causes, accuracies, parameters = axes
     places = list(range(len(dissection)))
-    wrong = [[getattr(outcome, name) == bad for name, (bad, _) in SWITCHES.items()] for outcome in dissection]
-    for column in range(len(SWITCHES)):
+    wrong = [[cause in outcome.faults for cause in dissection.causes] for outcome in dissection]
+    for column in range(len(dissection.causes)):
         colors = [WRONG if row[column] else "white" for row in wrong]
         causes.scatter([column] * len(wrong), places, s=70, c=colors, edgecolors=WRONG, linewidths=1.2)
-    causes.set_xticks(range(len(SWITCHES)), ["stale\ngradients", "other\nweights", "other\norder"], fontsize=8)
+    names = [cause.replace("-", "\n") for cause in dissection.causes]
+    causes.set_xticks(range(len(names)), names, fontsize=8)
     causes.set(yticks=[], xlim=(-0.6, 2.6), ylim=(len(wrong) - 0.4, -0.6))
     causes.set_title("what is wrong", fontsize=10, y=1.01)
     causes.tick_params(length=0)

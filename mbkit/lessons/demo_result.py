@@ -137,7 +137,13 @@ class Outcome(Tables):
 
 
 class Dissection(Tables, tuple):
-    """The eight `Outcome`s of one demo, from all three faults to none; prints itself as one table."""
+    """The eight `Outcome`s of one demo, from all three faults to none; prints itself as one table.
+
+    Attributes:
+        causes: the names of the three faults, as in `Outcome.faults`.
+    """
+
+    causes = tuple(DEMO_FAULTS)
 
     def _tables(self) -> list[tuple[str, list[list[str]]]]:
         demo = self[0].demo
