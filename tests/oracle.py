@@ -34,7 +34,7 @@ class Taken(nn.Module):
         super().__init__()
         self.models = nn.Linear(3, 4)
         self.seeds, self.streams, self.settings = nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 4)
-        self.template = self._template = nn.BatchNorm1d(4)
+        self.template = self._context = nn.BatchNorm1d(4)
         self.num_models, self.folding = nn.Linear(4, 2), nn.Identity()
         self.register_buffer("latest_losses", torch.full((2,), 0.25))
         self.shared_input = nn.Parameter(torch.ones(2))

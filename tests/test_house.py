@@ -38,7 +38,6 @@ FLOORS = [
 ]
 KNOWN_ARROWS: set[str] = set()
 KNOWN_CIRCLES: list[set[str]] = [
-    {"batch.call", "batch.freeze", "batch.loss", "batch.model_batch"},
     {"vmap.mode", "vmap.operator_loop"}
     | {
         f"vmap.rules.{name}"
@@ -46,14 +45,7 @@ KNOWN_CIRCLES: list[set[str]] = [
     },
 ]
 KNOWN_PRIVATE: dict[str, set[str]] = {
-    "optim.base": {"batch._frozen"},
-    "optim.grad_scaler": {"batch._frozen"},
-    "training.batched": {"batch._frozen"},
-    "training.chunks": {"batch._attributes", "batch._frozen", "batch._template", "chunk._template"},
-    "training.compilable": {"batch._frozen"},
-    "training.compiled": {"batch._attributes", "batch._template"}
-    | {"optimizer._columns", "optimizer._opt_called", "optimizer._prepare", "optimizer._rule"},
-    "training.one_by_one": {"batch._attributes", "batch._template"},
+    "training.compiled": {"optimizer._columns", "optimizer._opt_called", "optimizer._prepare", "optimizer._rule"},
 }
 
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from types import CellType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,8 @@ from ..vmap import (
     watch,
     write_state,
 )
-
-if TYPE_CHECKING:
-    from .model_batch import ModelBatch
+from .context import CallContext
+from .freeze import held
 
 __all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models", "kept_attributes"]
 
@@ -49,59 +48,61 @@ PLAIN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, Attri
 NO_FAULT_OF_VMAP = (torch.OutOfMemoryError, Warning)
 
 
-def call_models(
-    batch: ModelBatch, template: nn.Module, attributes: list[Tensor], inputs: tuple, kwargs: dict, shared: bool
-) -> tuple[Any, list[Tensor]]:
-    """Call the template once for all models and keep what it assigned anew.
+def call_models(context: CallContext, args: tuple, kwargs: dict, shared: bool) -> Any:
+    """Call the template once for all models, and keep what it assigned anew in the context.
 
-    A layer that vmap cannot run is noted in `batch.model_by_model`, and the call starts again, with that layer run
+    A layer that vmap cannot run is noted in `context.model_by_model`, and the call starts again, with that layer run
     for one model after the other. If that fails too, the layer around it is taken, up to the model itself, which then
     does what plain PyTorch does: an error of the user's own shows as it does there.
 
     Args:
-        batch: supplies M, the streams, the per-model settings and the layers that run model by model.
-        template: the user's module, holding the stacked tensors.
-        attributes: those of its plain attributes that are stacked.
-        inputs, kwargs: what one model takes; tensors in them are `[B, ...]`, or `[M, B, ...]` unless `shared`.
+        context: the models.
+        args, kwargs: what one model takes; tensors in them are `[B, ...]`, or `[M, B, ...]` unless `shared`.
         shared: whether all models see the same input.
 
     Returns:
-        The model's own nested output, each tensor `[M, ...]`, and the plain attributes that are stacked now.
+        The model's own nested output, each tensor `[M, ...]`.
     """
-    slow: set[str] = batch.model_by_model
+    with held(context):
+        return _call(context, args, kwargs, shared)
+
+
+def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool) -> Any:
+    template, slow = context.template, context.model_by_model
     reasons: dict[str, str] = {}  # of the paths that are added in this call
     for path in _hooked(template) - slow:
         slow.add(path)
         reasons[path] = "its hooks are to see each model's own tensors and gradients"
     while True:
         before = read_state(template)
-        memory = Memory(batch, before)
+        memory = Memory(context, before)
         try:
-            output, after, kept = attempt(batch, template, before, attributes, inputs, kwargs, shared)
+            output, after, attributes = attempt(context, before, args, kwargs, shared)
             write_state(template, before, after)
+            context.attributes = attributes
             break
         except LayoutMatters as error:
             memory.undo(error)
-            batch.__dict__["folding"] = False
+            context.folding = False
         except Exception as error:
             undone = memory.undo(error)
             unit = _next_slower(error, slow) if undone and not isinstance(error, NO_FAULT_OF_VMAP) else None
             if unit is None:
                 slow.difference_update(reasons)
-                raise _named(error, batch.num_models) from error
+                raise _named(error, context.num_models) from error
             slow.add(unit)
             reasons[unit] = str(error).strip().split("\n")[0]
     memory.learn()
     if slow:
-        watch(tree_leaves(output), batch.num_models)
+        watch(tree_leaves(output), context.num_models)
     for path, reason in reasons.items():
         where = f"'{path}' ({type(template.get_submodule(path)).__name__})" if path else "The whole model"
         warnings.warn(
             f"{where} runs model by model: exact, but no faster than alone, since torch.vmap cannot run it ({reason}). "
             f"ModelBatch(..., model_by_model=[{path!r}]) says so beforehand, without this warning.",
-            stacklevel=6,
+            stacklevel=7,
         )
-    return output, kept
+    return output
 
 
 def _hooked(template: nn.Module) -> set[str]:
@@ -150,25 +151,30 @@ def _named(error: Exception, num_models: int) -> Exception:
 
 
 def attempt(
-    batch: ModelBatch,
-    template: nn.Module,
-    before: State,
-    attributes: list[Tensor],
-    args: tuple,
-    kwargs: dict,
-    shared: bool,
+    context: CallContext, before: State, args: tuple, kwargs: dict, shared: bool
 ) -> tuple[Any, State, list[Tensor]]:
+    """Call the template once for all models, and change nothing of it but by edits in place.
+
+    Args:
+        context: the models.
+        before: the template's state, as `read_state` returns it.
+        args, kwargs, shared: as for `call_models`.
+
+    Returns:
+        The output, the state after the call, and the stacked tensors among the plain attributes in it.
+    """
+    template, attributes = context.template, context.attributes
     leaves, spec = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     if not shared:
-        check_inputs(leaves, batch.num_models)
+        check_inputs(leaves, context.num_models)
     kept = tensors_in(before)
     stacked = {id(t) for key, t in before.items() if key[1] != "__dict__"} | set(map(id, attributes))
     device = next((t.device for t in (*kept, *(leaves[i] for i in places))), torch.device("cpu"))
 
-    if "" in batch.model_by_model:
+    if "" in context.model_by_model:
         flags = [id(t) in stacked for t in kept] + [not shared] * len(places)
-        with batch.streams.take_turns(device) as turns:
+        with context.streams.take_turns(device) as turns:
             output, after, new = call_in_turn(
                 template, before, args, kwargs, turns, lambda run, tensors: run(tensors, flags), whole=True
             )
@@ -183,7 +189,7 @@ def attempt(
             for place, tensor in zip(places, own[len(kept) :], strict=True):
                 mine[place] = tensor
             twin = replica(template, {id(t): o for t, o in zip(kept, own, strict=False)})
-            slow = [twin.get_submodule(path) for path in batch.model_by_model]
+            slow = [twin.get_submodule(path) for path in context.model_by_model]
             for module in slow:
                 vars(module)["_call_impl"] = loop_inside(mode, module)
             given = flattened(twin)
@@ -199,7 +205,7 @@ def attempt(
 
         tensors = [*kept, *(leaves[i] for i in places)]
         in_dims = [0] * len(kept) + [None if shared else 0] * len(places)
-        results = at_once(batch, one_model, tensors, in_dims)
+        results = at_once(context, one_model, tensors, in_dims)
         output, after, new = fill(seen[0], [t.contiguous() if is_folded(t) else t for t in results])
     return output, after, kept_attributes(after, [*attributes, *new])
 
@@ -211,14 +217,15 @@ def kept_attributes(after: State, stacked: list[Tensor]) -> list[Tensor]:
 
 
 def at_once(
-    batch: ModelBatch, function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor], in_dims: list[int | None]
+    context: CallContext, function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor], in_dims: list[int | None]
 ) -> tuple[Tensor, ...]:
     """Run a function of the interception and one model's tensors for all models at once."""
     device = tensors[0].device if tensors else torch.device("cpu")
-    index = torch.arange(batch.num_models, device=device)
+    index = torch.arange(context.num_models, device=device)
+    facts = (context.num_models, context.streams, device, context.per_model_settings, context.folding)
 
     def with_rules(index: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-        with Interception(index, batch.num_models, batch.streams, device, bool(batch.settings), batch.folding) as mode:
+        with Interception(index, *facts) as mode:
             return function(mode, *own)
 
     lazy_load_decompositions()
@@ -226,11 +233,11 @@ def at_once(
     functorch._set_vmap_fallback_warning_enabled(False)
     # What torch.vmap does, without taking apart nested arguments, which costs small models a tenth of a step.
     # "error": a random operator that no rule covers raises here, where "different" would draw wrong numbers.
-    level = functorch._vmap_increment_nesting(batch.num_models, "error")
+    level = functorch._vmap_increment_nesting(context.num_models, "error")
     try:
         dims = zip((index, *tensors), (0, *in_dims), strict=True)
         outputs = with_rules(*(t if d is None else functorch._add_batch_dim(t, d, level) for t, d in dims))
-        return tuple(functorch._remove_batch_dim(t, level, batch.num_models, 0) for t in outputs)
+        return tuple(functorch._remove_batch_dim(t, level, context.num_models, 0) for t in outputs)
     finally:
         functorch._vmap_decrement_nesting()
         functorch._set_vmap_fallback_warning_enabled(True)
@@ -242,10 +249,10 @@ class Memory:
     Only tensors that calls have been seen to edit are copied, once the first call has shown which those are.
     """
 
-    def __init__(self, batch: ModelBatch, before: State) -> None:
-        flags = tuple(module.training for module in batch._template.modules())
-        self.steady: dict[int, weakref.ref] = batch._steady.setdefault(flags, {})
-        self.streams = batch.streams.remember()
+    def __init__(self, context: CallContext, before: State) -> None:
+        flags = tuple(module.training for module in context.template.modules())
+        self.steady: dict[int, weakref.ref] = context.steady.setdefault(flags, {})
+        self.streams = context.streams.remember()
         self.tensors = [
             (t, _version(t), None if self._is_steady(t) else t.detach().clone()) for t in tensors_in(before)
         ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..vmap import Streams
+from .context import context_of
 
 __all__ = ["load_states", "load_streams", "read_folder", "save_folder", "save_streams", "split_state", "take_streams"]
 
@@ -167,10 +168,9 @@ def load_streams(batch: Any, keys: Any) -> None:
     if errors or (not saved and any(key.startswith(prefix) for key in keys.missing_keys)):
         return
     frozen = saved.pop(_FROZEN, None)
-    batch.__dict__["_frozen"] = None if frozen is None else frozen.clone()
+    context_of(batch).frozen = None if frozen is None else frozen.clone()
     if "seeds" in saved:
-        batch.__dict__["seeds"] = saved.pop("seeds").tolist()
-        batch.streams.seeds = list(batch.seeds)
+        batch.streams.seeds = saved.pop("seeds").tolist()
     # Where there is no GPU its streams cannot be kept; should there be one again, they start from the seeds.
     gone = () if torch.cuda.is_available() else ("cuda",)
     batch.streams.load_state({device: rows for device, rows in saved.items() if not device.startswith(gone)})

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..vmap import BatchingError, Own, mix, read_state, tensors_in, write_state
-
-if TYPE_CHECKING:
-    from .model_batch import ModelBatch
+from .context import CallContext, context_of
 
 __all__ = ["CanFreeze", "check_on_nonfinite", "held", "nonfinite_models", "rows_where", "stop_nonfinite"]
 
@@ -22,12 +20,12 @@ class CanFreeze:
     """The part of a ModelBatch that stops single models."""
 
     num_models: int
-    _frozen: Tensor | None = None  # [M], True for the frozen ones; None before the first
 
     @property
     def frozen(self) -> list[int]:
         """The numbers of the models that are frozen; to read it waits for the device."""
-        return [] if self._frozen is None else self._frozen.nonzero().flatten().tolist()
+        mask = context_of(self).frozen
+        return [] if mask is None else mask.nonzero().flatten().tolist()
 
     def freeze(self, models: int | Iterable[int]) -> None:
         """Stop models: until `unfreeze`, nothing of theirs changes, and the others train on to the same bits.
@@ -56,14 +54,14 @@ class CanFreeze:
             >>> batch.frozen
             []
         """
-        self.__dict__["_frozen"] = _changed(self, models, True)
+        context_of(self).frozen = _changed(context_of(self), models, True)
 
     def unfreeze(self, models: int | Iterable[int]) -> None:
         """Let frozen models train on from where they stopped; arguments and errors as for `freeze`."""
-        self.__dict__["_frozen"] = _changed(self, models, False)
+        context_of(self).frozen = _changed(context_of(self), models, False)
 
 
-def _changed(batch: CanFreeze, models: int | Iterable[int], frozen: bool) -> Tensor | None:
+def _changed(context: CallContext, models: int | Iterable[int], frozen: bool) -> Tensor | None:
     """Return which models are frozen once `models` are (or no longer are): `[M]`, or None for none.
 
     Raises:
@@ -73,10 +71,10 @@ def _changed(batch: CanFreeze, models: int | Iterable[int], frozen: bool) -> Ten
     numbers = list(models) if isinstance(models, Iterable) and not isinstance(models, str) else [models]
     for m in numbers:
         if isinstance(m, bool) or not isinstance(m, int):
-            raise TypeError(f"Expected a model's number, or several, got {m!r}: pass 0 to {batch.num_models - 1}.")
-        if not -batch.num_models <= m < batch.num_models:
-            raise IndexError(f"Expected models from 0 to {batch.num_models - 1}, got {m}.")
-    mask = torch.zeros(batch.num_models, dtype=torch.bool) if batch._frozen is None else batch._frozen.clone()
+            raise TypeError(f"Expected a model's number, or several, got {m!r}: pass 0 to {context.num_models - 1}.")
+        if not -context.num_models <= m < context.num_models:
+            raise IndexError(f"Expected models from 0 to {context.num_models - 1}, got {m}.")
+    mask = torch.zeros(context.num_models, dtype=torch.bool) if context.frozen is None else context.frozen.clone()
     mask[numbers] = frozen
     return mask if mask.any() else None
 
@@ -87,23 +85,23 @@ def rows_where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 
 @contextmanager
-def held(batch: ModelBatch) -> Iterator[None]:
-    """Run a call of the batch, and put back what it changed of frozen models: tensors, attributes, random streams.
+def held(context: CallContext) -> Iterator[None]:
+    """Run a call of the models, and put back what it changed of frozen models: tensors, attributes, random streams.
 
     Raises:
         BatchingError: the call changed something that is one Python value for all models.
     """
-    frozen = batch._frozen
+    frozen = context.frozen
     if frozen is None:
         yield
         return
-    template, streams = batch._template, batch.streams.remember()
+    template, streams = context.template, context.streams.remember()
     before = read_state(template)
     shared = {id(t) for key, value in before.items() if key[1] == "__dict__" for t in tree_leaves(value)}
-    shared -= set(map(id, (*batch._attributes, *template.parameters(), *template.buffers())))
+    shared -= set(map(id, (*context.attributes, *template.parameters(), *template.buffers())))
     copies = {id(t): t.detach().clone() for t in tensors_in(before) if id(t) not in shared}
     yield
-    if batch.streams.in_use:
+    if context.streams.in_use:
         streams(frozen.nonzero().flatten().tolist())
     for tensor in tensors_in(before):
         if id(tensor) in copies and tensor.shape == copies[id(tensor)].shape:
@@ -114,7 +112,7 @@ def held(batch: ModelBatch) -> Iterator[None]:
         if value is not before.get(key):
             now[key] = _put_back(key, before.get(key), value, copies, frozen, replaced)
     write_state(template, after, now)
-    batch.__dict__["_attributes"] = [replaced.get(id(t), t) for t in batch._attributes]
+    context.attributes = [replaced.get(id(t), t) for t in context.attributes]
 
 
 def _put_back(key: tuple, before: Any, after: Any, copies: dict, frozen: Tensor, replaced: dict[int, Tensor]) -> Any:
@@ -156,17 +154,18 @@ def check_on_nonfinite(choice: str | None, optimizer: Any) -> None:
         raise ValueError(f"Expected on_nonfinite None, 'freeze' or 'raise', got {choice!r}: choose one of them.")
 
 
-def stop_nonfinite(batch: ModelBatch, losses: Tensor, choice: str) -> None:
+def stop_nonfinite(batch: nn.Module, losses: Tensor, choice: str) -> None:
     """Freeze the models whose loss or gradient is not finite, before their update; or raise.
 
     Raises:
         FloatingPointError: there are such models among those that train, and `choice` is "raise".
     """
     grads = [p.grad for p in batch.parameters() if p.grad is not None]
-    bad = nonfinite_models([losses.detach(), *grads], batch.num_models)
-    bad = bad if batch._frozen is None else bad | batch._frozen.to(bad.device)
+    context = context_of(batch)
+    bad = nonfinite_models([losses.detach(), *grads], context.num_models)
+    bad = bad if context.frozen is None else bad | context.frozen.to(bad.device)
     if choice == "raise":
-        known = () if batch._frozen is None else batch.frozen
+        known = batch.frozen
         numbers = [m for m, is_bad in enumerate(bad.tolist()) if is_bad and m not in known]
         if numbers:
             raise FloatingPointError(
@@ -174,4 +173,4 @@ def stop_nonfinite(batch: ModelBatch, losses: Tensor, choice: str) -> None:
                 "Go on with smaller learning rates, or with on_nonfinite='freeze'."
             )
     else:
-        batch.__dict__["_frozen"] = bad
+        context.frozen = bad

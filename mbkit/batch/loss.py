@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,30 +12,38 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..vmap import mark_rows, watch
 from .call import NO_FAULT_OF_VMAP, PLAIN_ERRORS, at_once
-
-if TYPE_CHECKING:
-    from .model_batch import ModelBatch
+from .context import CallContext
+from .freeze import held
 
 __all__ = ["call_losses", "loss_code", "one_loss", "targets_of_models"]
 
 
 def call_losses(
-    batch: ModelBatch, outputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Tensor], shared_targets: bool | None
+    context: CallContext, outputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Tensor], shared_targets: bool | None
 ) -> Tensor:
-    """Return the loss of each model, `[M]`.
+    """Return the loss of each model, `[M]`, and keep it, detached, in the context.
 
     Args:
-        batch: supplies M and the streams.
+        context: supplies M and the streams.
         outputs: nested tensors `[M, B, ...]`.
         targets: nested tensors `[B, ...]` or `[M, B, ...]`.
         loss_fn: from one model's outputs and targets to one number.
         shared_targets: which of the two forms the targets have; None to tell by their shapes.
     """
+    with held(context):
+        losses = _losses(context, outputs, targets, loss_fn, shared_targets)
+    context.latest_losses = losses.detach()
+    return losses
+
+
+def _losses(
+    context: CallContext, outputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Tensor], shared_targets: bool | None
+) -> Tensor:
     output_leaves, output_spec = tree_flatten(outputs)
     target_leaves, target_spec = tree_flatten(targets)
     for leaf in output_leaves:
         if isinstance(leaf, Tensor):
-            _check_outputs(leaf, batch.num_models)
+            _check_outputs(leaf, context.num_models)
     tensors = [leaf for leaf in (*output_leaves, *target_leaves) if isinstance(leaf, Tensor)]
     reference = next((leaf for leaf in output_leaves if isinstance(leaf, Tensor)), None)
     if reference is None:
@@ -44,7 +52,7 @@ def call_losses(
         )
     in_dims = [0 for leaf in output_leaves if isinstance(leaf, Tensor)]
     in_dims += [
-        _target_dim(leaf, reference.shape, batch.num_models, shared_targets)
+        _target_dim(leaf, reference.shape, context.num_models, shared_targets)
         for leaf in target_leaves
         if isinstance(leaf, Tensor)
     ]
@@ -56,12 +64,12 @@ def call_losses(
         outputs, targets = tree_unflatten(leaves[:count], output_spec), tree_unflatten(leaves[count:], target_spec)
         return (one_loss(loss_fn, outputs, targets),)
 
-    slow, undo = loss_code(loss_fn), batch.streams.remember()
-    if slow not in batch._slow_losses:
+    slow, undo = loss_code(loss_fn), context.streams.remember()
+    if slow not in context.slow_losses:
         try:
-            losses = at_once(batch, one_model, tensors, in_dims)[0]
-            if batch.model_by_model or batch._slow_losses:  # another may have come to some models only
-                watch([losses], batch.num_models)
+            losses = at_once(context, one_model, tensors, in_dims)[0]
+            if context.model_by_model or context.slow_losses:  # another may have come to some models only
+                watch([losses], context.num_models)
             return losses
         except NO_FAULT_OF_VMAP:
             raise
@@ -72,7 +80,7 @@ def call_losses(
         reason = ""
     losses = []
     try:
-        with batch.streams.take_turns(tensors[0].device) as turns:
+        with context.streams.take_turns(tensors[0].device) as turns:
             for m in turns:
                 own = [t if dim is None else t[m] for t, dim in zip(tensors, in_dims, strict=True)]
                 losses += one_model(None, *own)
@@ -81,10 +89,10 @@ def call_losses(
         known = type(error) in PLAIN_ERRORS
         raise (type(error)(f"the loss function, for one model: {error}") if known else error) from error
     if reason:
-        batch._slow_losses.add(slow)
-        warnings.warn(f"The loss function runs model by model: torch.vmap cannot run it ({reason}).", stacklevel=3)
+        context.slow_losses.add(slow)
+        warnings.warn(f"The loss function runs model by model: torch.vmap cannot run it ({reason}).", stacklevel=4)
     stacked = mark_rows(torch.stack(losses))
-    watch([stacked], batch.num_models)
+    watch([stacked], context.num_models)
     return stacked
 
 

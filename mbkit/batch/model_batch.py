@@ -15,7 +15,8 @@ from ..vmap import PerModel, Streams
 from . import checkpoint
 from .call import call_models
 from .clip import clip_by_norm_, norm_limits
-from .freeze import CanFreeze, held
+from .context import CallContext, context_of
+from .freeze import CanFreeze
 from .loss import call_losses
 from .stack import set_memory_format, stack_models, unstack_model
 from .validate import check_models, check_paths
@@ -24,6 +25,11 @@ __all__ = ["ModelBatch"]
 
 _TAKEN_OVER = """_parameters _buffers _modules _non_persistent_buffers_set _state_dict_hooks _state_dict_pre_hooks
     _load_state_dict_pre_hooks""".split()
+
+
+def _known(name: str, doc: str) -> Any:
+    """Return a property that reads a field of the batch's CallContext, whatever names the user's submodules have."""
+    return property(lambda batch: getattr(context_of(batch), name), doc=doc)
 
 
 class ModelBatch(CanFreeze, nn.Module):
@@ -69,26 +75,34 @@ class ModelBatch(CanFreeze, nn.Module):
         model_by_model: Iterable[str] = (),
     ) -> None:
         super().__init__()
-        models, self.settings = check_models(models)
-        self.num_models = len(models)
-        self.shared_input = shared_input
-        self.seeds = check_seeds(seeds, self.num_models)
-        self.streams = Streams(self.seeds)
-        self.latest_losses: Tensor | None = None
-        self.folding = any(isinstance(module, nn.Conv2d) for module in models[0].modules())  # see vmap/rules
+        models, settings = check_models(models)
+        streams = Streams(check_seeds(seeds, len(models)))
         # The template is the user's own module, holding the stacked tensors. The batch takes over its tensors and
         # children instead of becoming their parent, so that every name is the user's own.
         template, attributes = stack_models(models)
-        for path, settings in self.settings.items():
-            for name, values in settings.items():
+        for path, own in settings.items():
+            for name, values in own.items():
                 setattr(template.get_submodule(path), name, PerModel(values))
+        context = CallContext(template, attributes, len(models), streams, shared_input, bool(settings))
+        context.model_by_model = check_paths(template, model_by_model)
+        context.folding = any(isinstance(m, nn.Conv2d) for m in template.modules())  # see vmap/rules
         self.training = template.training
         # Past nn.Module.__setattr__ here and below: the user's own names, whatever they are, stay the user's.
-        self.__dict__ |= {"_template": template, "_attributes": attributes, "_version": template._version}
+        self.__dict__ |= {"_context": context, "_version": template._version}
         self.__dict__ |= {name: template.__dict__[name] for name in _TAKEN_OVER}
         self._load_state_dict_post_hooks.update(template._load_state_dict_post_hooks)
         self.register_load_state_dict_post_hook(checkpoint.load_streams)
-        self.__dict__ |= {"model_by_model": check_paths(template, model_by_model), "_steady": {}, "_slow_losses": set()}
+
+    num_models: int = _known("num_models", "M.")
+    shared_input: bool = _known("shared_input", "Whether all models see one input, unless a call says otherwise.")
+    streams: Streams = _known("streams", "The models' random generators.")
+    model_by_model: set[str] = _known("model_by_model", "The dotted paths of layers run for one model after the other.")
+    latest_losses: Tensor | None = _known("latest_losses", "The losses `[M]` of the latest `compute_loss`, detached.")
+
+    @property
+    def seeds(self) -> list[int]:
+        """The whole numbers from which the models' random streams started, one per model."""
+        return list(self.streams.seeds)
 
     @property
     def stacked_params(self) -> dict[str, nn.Parameter]:
@@ -118,7 +132,7 @@ class ModelBatch(CanFreeze, nn.Module):
             raise TypeError(f"Expected a model's number from 0 to {self.num_models - 1}, got {m!r}.") from None
         if not -self.num_models <= m < self.num_models:
             raise IndexError(f"Expected a model's number from 0 to {self.num_models - 1}, got {m}.")
-        return unstack_model(self._template, self._attributes, m)
+        return unstack_model(context_of(self).template, context_of(self).attributes, m)
 
     def __iter__(self) -> Iterator[nn.Module]:
         return (self[m] for m in range(self.num_models))
@@ -129,7 +143,7 @@ class ModelBatch(CanFreeze, nn.Module):
         return list(self)
 
     def extra_repr(self) -> str:
-        return f"{self.num_models} x {type(self._template).__name__}, shared_input={self.shared_input}"
+        return f"{self.num_models} x {type(context_of(self).template).__name__}, shared_input={self.shared_input}"
 
     # ------------------------------------------------------------------ calling
 
@@ -150,10 +164,7 @@ class ModelBatch(CanFreeze, nn.Module):
             BatchingError: a layer that cannot do for M models at once what it does for one.
         """
         shared = self.shared_input if shared_input is None else shared_input
-        with held(self):
-            output, attributes = call_models(self, self._template, self._attributes, inputs, kwargs, shared)
-            self.__dict__["_attributes"] = attributes
-        return output
+        return call_models(context_of(self), inputs, kwargs, shared)
 
     def compute_loss(
         self,
@@ -182,9 +193,7 @@ class ModelBatch(CanFreeze, nn.Module):
         """
         if reduction not in ("sum", "mean", "none"):
             raise ValueError(f"Expected reduction 'sum', 'mean' or 'none', got {reduction!r}: choose one of them.")
-        with held(self):
-            losses = call_losses(self, outputs, targets, loss_fn, shared_targets)
-        self.__dict__["latest_losses"] = losses.detach()
+        losses = call_losses(context_of(self), outputs, targets, loss_fn, shared_targets)
         return losses if reduction == "none" else getattr(losses, reduction)()
 
     def metrics(self) -> dict[str, float]:
@@ -193,16 +202,6 @@ class ModelBatch(CanFreeze, nn.Module):
         return {f"loss_model_{m}": loss for m, loss in enumerate(losses)}
 
     # ------------------------------------------------------------------ gradients
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the stacked parameters, the only gradients there are.
-
-        Clearing anything else, such as copies of single models' gradients, would leave the last step's in place.
-
-        Args:
-            set_to_none: drop the gradients (as torch does by default) instead of filling them with zeros.
-        """
-        super().zero_grad(set_to_none)
 
     def clip_grad_norm_(self, max_norm: float | Sequence[float], norm_type: float = 2.0) -> Tensor:
         """Clip each model's gradient to its own norm, as `torch.nn.utils.clip_grad_norm_` does for a lone model.
@@ -231,7 +230,7 @@ class ModelBatch(CanFreeze, nn.Module):
 
     def get_model_states(self) -> list[dict[str, Tensor]]:
         """Return M state dicts, each what the lone model's `state_dict()` would be, as copies."""
-        return checkpoint.split_state(self._template.state_dict(), self.num_models)
+        return checkpoint.split_state(context_of(self).template.state_dict(), self.num_models)
 
     def load_model_states(self, states: Sequence[dict[str, Tensor]]) -> None:
         """Put M state dicts into the batch; all are checked before the first tensor is changed.
@@ -242,7 +241,7 @@ class ModelBatch(CanFreeze, nn.Module):
         Raises:
             ValueError: another number of states than models, other names, or other shapes.
         """
-        checkpoint.load_states(self._template.state_dict(), states, self.num_models)
+        checkpoint.load_states(context_of(self).template.state_dict(), states, self.num_models)
 
     def save_all(self, folder: str | Path) -> None:
         """Save each model's state as `folder/model_{m}.pt`, loadable by the lone model's `load_state_dict`.
@@ -265,34 +264,31 @@ class ModelBatch(CanFreeze, nn.Module):
 
     def train(self, mode: bool = True) -> ModelBatch:
         """Put all models into training mode, through the model's own `train`."""
-        self._template.train(mode)
-        self.training = self._template.training
+        context_of(self).template.train(mode)
+        self.training = context_of(self).template.training
         return self
 
     def eval(self) -> ModelBatch:
         """Put all models into evaluation mode, through the model's own `eval`."""
-        self._template.eval()
-        self.training = self._template.training
+        context_of(self).template.eval()
+        self.training = context_of(self).template.training
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> ModelBatch:
         """Move or cast the stacked tensors, with `nn.Module.to`'s arguments; a memory format is each model's own."""
         device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         if memory_format is not None:
-            set_memory_format(self._template, memory_format)
+            set_memory_format(context_of(self).template, memory_format)
         return super().to(device, dtype, non_blocking)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_steady": {}, "_slow_losses": set()}  # learnt about these very tensors and functions
-
     def _apply(self, fn: Callable, recurse: bool = True) -> ModelBatch:
-        self._template._apply(fn)  # .to(), .double() and the rest, through the model's own
+        context_of(self).template._apply(fn)  # .to(), .double() and the rest, through the model's own
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        self._template._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(checkpoint.save_streams(self.streams, self._frozen, prefix))
+        context_of(self).template._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(checkpoint.save_streams(self.streams, context_of(self).frozen, prefix))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         self.__dict__["_loading"] = checkpoint.take_streams(state_dict, prefix, errors=rest[-1])
-        self._template._load_from_state_dict(state_dict, prefix, *rest)
+        context_of(self).template._load_from_state_dict(state_dict, prefix, *rest)

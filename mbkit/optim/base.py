@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..batch.context import context_of
+from ..batch.model_batch import ModelBatch
 from .hyperparameters import SWITCHES
-
-if TYPE_CHECKING:
-    from ..batch.model_batch import ModelBatch
 
 __all__ = ["BatchOptimizer", "construct", "numbers_of", "parameters_of"]
 
@@ -97,7 +96,7 @@ class BatchOptimizer(torch.optim.Optimizer):
 
     def _stopped(self) -> Tensor | None:
         """Return the models that take no part in this step, `[M]`; None if all do."""
-        frozen, skipped = self.batch._frozen, self._skipped
+        frozen, skipped = context_of(self.batch).frozen, self._skipped
         return skipped if frozen is None else frozen if skipped is None else frozen.to(skipped.device) | skipped
 
     def zero_grad(self, set_to_none: bool = True) -> None:

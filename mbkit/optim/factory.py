@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ..batch.model_batch import ModelBatch
 from .base import BatchOptimizer
 from .configs import check_names, merge_configs
 from .groups import split_groups
@@ -15,9 +16,6 @@ from .rules import RULES
 from .schedulers import ModelSchedulers
 from .stacked import StackedOptimizer
 from .views import ViewsOptimizer
-
-if TYPE_CHECKING:
-    from ..batch.model_batch import ModelBatch
 
 __all__ = ["OptimizerFactory"]
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch.context import context_of
 from ..batch.freeze import nonfinite_models
 from .base import BatchOptimizer
 
@@ -89,7 +90,7 @@ class GradScaler(torch.amp.GradScaler):
                 f"Expected an optimizer of OptimizerFactory's for {len(inv_scale)} models, got "
                 f"{type(optimizer).__name__}: create one by OptimizerFactory(...).create_optimizer(batch, ...)."
             )
-        self._frozen = optimizer.batch._frozen
+        self._frozen = context_of(optimizer.batch).frozen
         devices: dict[torch.device, list[Tensor]] = {}
         for group in optimizer.param_groups:
             for param in group["params"]:

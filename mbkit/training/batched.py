@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..batch.context import context_of
 from ..batch.freeze import check_on_nonfinite
 from .evaluation import batch_accuracy, evaluate
 from .history import History, Step
@@ -167,7 +168,8 @@ def train_steps(
                 seconds = time.perf_counter() - start
                 if schedule and scheduler_every == "step":
                     schedule.step()
-                yield Step(index, epoch, losses, batch_accuracy(outputs, y), seconds, frozen=batch._frozen, how=run.how)
+                frozen = context_of(batch).frozen
+                yield Step(index, epoch, losses, batch_accuracy(outputs, y), seconds, frozen=frozen, how=run.how)
                 index += 1
             if schedule and scheduler_every == "epoch":
                 schedule.step()

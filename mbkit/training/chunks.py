@@ -1,31 +1,32 @@
 """Training a batch in chunks of models: parts that share its memory, one after the other.
 
-A chunk is a ModelBatch whose tensors are rows of the whole batch's tensors and whose streams are the whole batch's own,
-so what it trains is trained. Only one chunk's activations exist at a time: they fit into memory, or into the cache.
+A chunk is a CallContext whose tensors are rows of the whole batch's tensors and whose streams are the batch's own, so
+what it trains is trained. Only one chunk's activations exist at a time: they fit into memory, or into the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
-from ..batch.loss import targets_of_models
+from ..batch.call import call_models
+from ..batch.context import CallContext, context_of
+from ..batch.loss import call_losses, targets_of_models
+from ..batch.model_batch import ModelBatch
 from ..common.checks import check_inputs
 from ..common.machine import free_memory
-from ..vmap import BatchingError, Own, note_reached, reached_models, read_state, replica, write_state
-from .loop import call, detach, first_tensor
+from ..vmap import HOOKS, BatchingError, Own, note_reached, reached_models, read_state, replica, write_state
+from .loop import arguments, call, detach, first_tensor
 
-if TYPE_CHECKING:
-    from ..batch.model_batch import ModelBatch
-
-__all__ = ["Chunks", "backward_at_once", "weighed"]
+__all__ = ["Chunks", "backward_at_once", "calls_are_own", "weighed"]
 
 _SHARE = 0.5  # of the free memory that one chunk's activations may take
 _ENOUGH = 128 << 20  # bytes of them on a CPU: 64 LeNets in chunks of 16 to 43 take the same time, within its noise
@@ -45,13 +46,13 @@ class Chunks:
             and inputs; where there is to be none, all that it makes.
     """
 
-    def __init__(self, batch: ModelBatch, size: int | None = None) -> None:
+    def __init__(self, batch: nn.Module, size: int | None = None) -> None:
         self.batch, self.size = batch, size
         self.bytes_each = 0
         self._rows: dict[int, tuple[Tensor, int, dict]] = {}  # by the id of a tensor of the whole batch
         self._steady: dict[tuple[int, int], dict] = {}  # by chunk; see model_call.Memory
 
-    def __iter__(self) -> Iterator[tuple[int, int, ModelBatch]]:
+    def __iter__(self) -> Iterator[tuple[int, int, CallContext]]:
         """Yield (first model, the one after the last, chunk)."""
         stop, num_models = 0, self.batch.num_models
         while stop < num_models:
@@ -60,49 +61,51 @@ class Chunks:
 
     def call(self, x: Any, shared_input: bool) -> Any:
         """Return what the batch returns for these inputs, without gradients."""
-        if self.size == self.batch.num_models:
+        if self.size == self.batch.num_models or not calls_are_own(self.batch):
             return call(partial(self.batch, shared_input=shared_input), x)
         return _join([out for *_, out in self._calls(x, shared_input)])
 
     def backward(self, x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None) -> tuple[Tensor, Any]:
         """Add up the gradients of all models; return the losses [M] and the outputs, detached."""
         batch, losses, outputs = self.batch, [], []
+        if not calls_are_own(batch):
+            return backward_at_once(batch, x, y, loss_fn, shared_targets)
         gradients: dict[nn.Parameter, list[list[bool]]] = {}
         for start, stop, chunk, out in self._calls(x, batch.shared_input):
             some = first_tensor(out)
             shape = None if some is None else some.shape[1:]
             targets, shared = targets_of_models(y, shape, batch.num_models, start, stop, shared_targets)
-            loss = chunk.compute_loss(out, targets, loss_fn, reduction="none", shared_targets=shared)
+            loss = call_losses(chunk, out, targets, loss_fn, shared)
             loss.sum().backward()
-            _collect(batch, chunk, start, stop, gradients)
+            _collect(batch, chunk.template, start, stop, gradients)
             losses.append(loss.detach())
             outputs.append(detach(out))
         for parameter, flags in gradients.items():
             note_reached(parameter.grad, [flag for row in flags for flag in row])
-        batch.__dict__["latest_losses"] = torch.cat(losses)
+        context_of(batch).latest_losses = torch.cat(losses)
         return batch.latest_losses, _join(outputs)
 
-    def _calls(self, x: Any, shared_input: bool) -> Iterator[tuple[int, int, ModelBatch, Any]]:
+    def _calls(self, x: Any, shared_input: bool) -> Iterator[tuple[int, int, CallContext, Any]]:
         """Call chunk after chunk; yield (first model, the one after the last, chunk, outputs), and keep its state."""
-        batch, after = self.batch, []
-        before = read_state(batch._template)
+        whole, after = context_of(self.batch), []
+        before = read_state(whole.template)
         if not shared_input:
-            check_inputs(tree_leaves(x), batch.num_models)
+            check_inputs(tree_leaves(x), whole.num_models)
         for start, stop, chunk in self:
-            given = read_state(chunk._template)
+            given = read_state(chunk.template)
             mine = x if shared_input else tree_map_only(Tensor, lambda t, a=start, b=stop: t[a:b], x)
-            run = partial(chunk, shared_input=shared_input)
+            args, kwargs = arguments(mine)
             if self.bytes_each:
-                out = call(run, mine)
+                out = call_models(chunk, args, kwargs, shared_input)
             else:
-                with weighed((list(chunk.parameters()), mine)) as sizes:
-                    out = call(run, mine)
+                with weighed((list(chunk.template.parameters()), mine)) as sizes:
+                    out = call_models(chunk, args, kwargs, shared_input)
                 self.bytes_each = max(1, sum(sizes) // chunk.num_models)
                 self.size = self.size or self.largest(first_tensor(out).device)
             yield start, stop, chunk, out
-            now = read_state(chunk._template)
+            now = read_state(chunk.template)
             after.append({key: value for key, value in now.items() if value is not given.get(key)})
-        _keep(batch, before, after)
+        _keep(whole, before, after)
 
     def largest(self, device: torch.device) -> int:
         """Return how many models at once memory allows, `bytes_each` being known."""
@@ -110,26 +113,20 @@ class Chunks:
         room = min(room, _ENOUGH) if device.type == "cpu" else room
         return min(max(1, room // self.bytes_each), self.batch.num_models)
 
-    def _chunk(self, start: int, stop: int) -> ModelBatch:
-        batch = self.batch
-        template = batch._template
-        tensors = [*template.parameters(), *template.buffers(), *batch._attributes]
+    def _chunk(self, start: int, stop: int) -> CallContext:
+        whole = context_of(self.batch)
+        tensors = [*whole.template.parameters(), *whole.template.buffers(), *whole.attributes]
         own = {id(t): self._row(t, start, stop) for t in tensors}
-        twin = replica(template, own, slice(start, stop), alone=True)
-        chunk = object.__new__(type(batch))
-        frozen = None if batch._frozen is None else batch._frozen[start:stop]
-        chunk.__dict__ = {
-            **batch.__dict__,
-            **{name: twin.__dict__[name] for name in ("_parameters", "_buffers", "_modules")},
-            "_template": twin,
-            "_attributes": [own[id(t)] for t in batch._attributes],
-            "num_models": stop - start,
-            "seeds": batch.seeds[start:stop],
-            "streams": batch.streams.part(start, stop),
-            "_frozen": frozen if frozen is not None and frozen.any() else None,
-            "_steady": self._steady.setdefault((start, stop), {}),
-        }
-        return chunk
+        frozen = None if whole.frozen is None else whole.frozen[start:stop]
+        return replace(
+            whole,
+            template=replica(whole.template, own, slice(start, stop), alone=True),
+            attributes=[own[id(t)] for t in whole.attributes],
+            num_models=stop - start,
+            streams=whole.streams.part(start, stop),
+            frozen=frozen if frozen is not None and frozen.any() else None,
+            steady=self._steady.setdefault((start, stop), {}),
+        )
 
     def _row(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         """Return the chunk's rows of a tensor: always the same object, for as long as the tensor is the same."""
@@ -146,8 +143,15 @@ class Chunks:
         return rows[start, stop].requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
 
+def calls_are_own(batch: nn.Module) -> bool:
+    """Say whether a batch's calls are ModelBatch's own and nobody looks on: a part of it may be called instead."""
+    verbs = ("forward", "compute_loss")
+    own = all(getattr(type(batch), verb) is getattr(ModelBatch, verb) and verb not in vars(batch) for verb in verbs)
+    return own and not any(vars(batch)[hooks] for hooks in HOOKS)
+
+
 def backward_at_once(
-    batch: ModelBatch, x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None
+    batch: nn.Module, x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None
 ) -> tuple[Tensor, Any]:
     """Do what `Chunks.backward` does, for all models at once."""
     outputs = call(batch, x)
@@ -197,7 +201,7 @@ def _join(outputs: list[Any]) -> Any:
     return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
 
-def _collect(batch: ModelBatch, chunk: ModelBatch, start: int, stop: int, found: dict) -> None:
+def _collect(batch: nn.Module, chunk: nn.Module, start: int, stop: int, found: dict) -> None:
     """Move a chunk's gradients into the whole batch's."""
     for whole, own in zip(batch.parameters(), chunk.parameters(), strict=True):
         if own.grad is None:
@@ -215,7 +219,7 @@ def _collect(batch: ModelBatch, chunk: ModelBatch, start: int, stop: int, found:
         own.grad = None
 
 
-def _keep(batch: ModelBatch, before: dict, after: list[dict]) -> None:
+def _keep(context: CallContext, before: dict, after: list[dict]) -> None:
     """Put together what the chunks' calls assigned anew, and keep it in the batch."""
     changed = {key for state in after for key in state}
     fresh: dict[int, Tensor] = {}
@@ -240,8 +244,8 @@ def _keep(batch: ModelBatch, before: dict, after: list[dict]) -> None:
         leaves = [join(name, column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
         state[key] = tree_unflatten(leaves, flat[0][1])
     if changed:
-        write_state(batch._template, before, state)
+        write_state(context.template, before, state)
         plain = {id(t) for key in changed if key[1] == "__dict__" for t in tree_flatten(state[key])[0]}
         held = {id(t) for value in state.values() for t in tree_flatten(value)[0]}
-        kept = [t for t in batch._attributes if id(t) in held]
-        batch.__dict__["_attributes"] = kept + [t for i, t in fresh.items() if i in plain]
+        kept = [t for t in context.attributes if id(t) in held]
+        context.attributes = kept + [t for i, t in fresh.items() if i in plain]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 from torch.utils._pytree import tree_leaves
 
+from ..batch.context import context_of
 from ..common.machine import free_memory
 from ..optim.stacked import StackedOptimizer
 from ..vmap import HOOKS, is_watched, named_modules
@@ -26,7 +27,7 @@ def check_step(batch: Any, optimizer: Any) -> None:
     """Raise CannotCompile at what may change from step to step."""
     if type(optimizer) is not StackedOptimizer:
         raise CannotCompile(f"{getattr(optimizer, 'optimizer_cls', type(optimizer)).__name__} has no stacked rule")
-    if batch._frozen is not None:
+    if context_of(batch).frozen is not None:
         raise CannotCompile("a model is frozen")
     if batch.model_by_model:
         raise CannotCompile(f"{sorted(batch.model_by_model)} run model by model")

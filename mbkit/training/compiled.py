@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..batch.call import attempt
 from ..batch.clip import clip_by_norm_, norm_limits
+from ..batch.context import context_of
 from ..batch.loss import call_losses
 from ..optim.hyperparameters import Hyperparameters
 from ..vmap import LayoutMatters, Look, is_leaf, named_modules, read_state, replica, tensors_in
@@ -97,13 +98,13 @@ class CompiledStep:
             except Exception as error:  # from the model, from make_fx, from the compiler: the eager step tells which
                 raise CannotCompile(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
         losses, outputs = self._programs[key](self._kept, leaves)
-        self.batch.__dict__["latest_losses"] = losses
+        context_of(self.batch).latest_losses = losses
         self.optimizer._opt_called = True  # what torch's schedulers look at
         return losses, outputs
 
     def _keep_up(self) -> None:
         """Look at the batch again, unless it and its tensors are as they were at the last step."""
-        template = self.batch._template
+        template = context_of(self.batch).template
         check_step(self.batch, self.optimizer)
         for columns in self.optimizer._columns:
             columns.refresh()
@@ -174,7 +175,7 @@ class _Program:
 
     def __init__(self, step: CompiledStep, leaves: list, spec: Any) -> None:
         self._step, self._leaves, self._spec = step, leaves, spec
-        self._optimizer, self._template = step.optimizer, step.batch._template
+        self._optimizer, self._template = step.optimizer, context_of(step.batch).template
         self._kept = tensors_in(read_state(self._template))
         self._reached: list[int] | None = None  # the kept tensors that the loss depends on and that are trained
         self._masks: list[tuple[tuple, tuple[float, ...]]] = []
@@ -219,7 +220,7 @@ class _Program:
         try:
             graph = make_fx(self._step_of, tracing_mode="fake", _allow_non_fake_inputs=True)(*operands)
         except LayoutMatters:
-            self._step.batch.__dict__["folding"] = False
+            context_of(self._step.batch).folding = False
             return self._trace(operands)
         check_memory(graph.graph)
         improve(graph.graph)
@@ -230,7 +231,7 @@ class _Program:
     def _step_of(self, *tensors: Tensor) -> list[Tensor]:
         """Make the step on stand-ins for its tensors; the operators are recorded."""
         step, remaining = self._step, iter(tensors)
-        batch, optimizer, rule = step.batch, step.optimizer, step.optimizer._rule
+        whole, optimizer, rule = context_of(step.batch), step.optimizer, step.optimizer._rule
         lots = []
         for params, columns in optimizer.alike([self._kept[i] for i in self._reached or ()]):
             states = [_fill(optimizer._prepare(p, columns), remaining) for p in params]
@@ -245,21 +246,20 @@ class _Program:
         own = [o if k.requires_grad else t for o, t, k in zip(own, kept, self._kept, strict=True)]
         twins = {id(k): o for k, o in zip(self._kept, own, strict=True)}
         template = replica(self._template, twins)
-        facts = "num_models settings folding model_by_model".split()
-        crew = SimpleNamespace(**{name: getattr(batch, name) for name in facts}, streams=draws, _slow_losses=set())
         before = read_state(template)
-        attributes = [twins[id(t)] for t in batch._attributes]
+        attributes = [twins[id(t)] for t in whole.attributes]
+        context = replace(whole, template=template, attributes=attributes, streams=draws, slow_losses=set())
         args, kwargs = arguments(x)
         with torch.enable_grad():
-            outputs, after, _ = attempt(crew, template, before, attributes, args, kwargs, batch.shared_input)
+            outputs, after, _ = attempt(context, before, args, kwargs, whole.shared_input)
             for path, _, name in before.keys() ^ after.keys() | {k for k in after if after[k] is not before.get(k)}:
                 raise CannotCompile(f"a call assigns '{path}.{name}' anew".replace("'.", "'"))
-            losses = call_losses(crew, outputs, y, step.loss_fn, step.shared_targets)
+            losses = call_losses(context, outputs, y, step.loss_fn, step.shared_targets)
             trained = [i for i, t in enumerate(self._kept) if t.requires_grad]
             grads = torch.autograd.grad(losses.sum(), [own[i] for i in trained], allow_unused=True)
         reached = {i: grad for i, grad in zip(trained, grads, strict=True) if grad is not None}
         if step.max_norm is not None:
-            clip_by_norm_(list(reached.values()), norm_limits(step.max_norm, batch.num_models), 2.0)
+            clip_by_norm_(list(reached.values()), norm_limits(step.max_norm, whole.num_models), 2.0)
         place = {id(self._kept[i]): i for i in reached}
         for params, states, columns, flags in lots:
             places = [place[id(p)] for p in params]

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..batch.call import kept_attributes
+from ..batch.context import context_of
 from ..batch.freeze import held
 from ..batch.loss import one_loss, targets_of_models
-from ..batch.model_batch import ModelBatch
 from ..common.checks import check_inputs, check_output
 from ..vmap import (
-    HOOKS,
     OUTPUT,
     Look,
     fill,
@@ -37,12 +36,10 @@ from ..vmap import (
     tensors_in,
     write_state,
 )
-from .chunks import backward_at_once, weighed
+from .chunks import backward_at_once, calls_are_own, weighed
 from .loop import call, detach, first_tensor, part
 
 __all__ = ["OneByOne"]
-
-_VERBS = ("forward", "compute_loss")
 
 
 class OneByOne:
@@ -55,18 +52,18 @@ class OneByOne:
         bytes_each: known after the first call: what a model's forward pass keeps for its backward pass.
     """
 
-    def __init__(self, batch: ModelBatch) -> None:
+    def __init__(self, batch: nn.Module) -> None:
         self.batch = batch
         self.bytes_each = 0
         self._look: Look | None = None
         self._stacks: list[Tensor] = []
 
     @staticmethod
-    def fits(batch: ModelBatch) -> bool:
+    def fits(batch: nn.Module) -> bool:
         """Say whether each model has every tensor to itself, and nobody looks at the batch's own calls or gradients."""
-        template = batch._template
-        tensors = tensors_in(read_state(template))
-        stacked = {id(t) for t in (*template.parameters(), *template.buffers(), *batch._attributes)}
+        context = context_of(batch)
+        tensors = tensors_in(read_state(context.template))
+        stacked = {id(t) for t in (*batch.parameters(), *batch.buffers(), *context.attributes)}
         own = all(id(t) in stacked and t.layout is torch.strided for t in tensors)
         return own and _is_plain(batch) and not any(map(is_watched, tensors))
 
@@ -78,13 +75,13 @@ class OneByOne:
         if not batch.shared_input:
             check_inputs(tree_leaves(x), batch.num_models)
         try:
-            with held(batch), batch.streams.take_turns(self._stacks[0].device) as turns:
+            with held(context_of(batch)), batch.streams.take_turns(self._stacks[0].device) as turns:
                 losses, records = self._in_turn(turns, x, y, loss_fn, shared_targets)
                 outputs = self._keep(records)
         except BaseException:
             self._look = None  # a call that was cut short may have left its module in any state
             raise
-        batch.__dict__["latest_losses"] = torch.stack(losses)
+        context_of(batch).latest_losses = torch.stack(losses)
         return batch.latest_losses, outputs
 
     def _in_turn(
@@ -101,7 +98,7 @@ class OneByOne:
             with nullcontext() if self.bytes_each else weighed((list(twin.parameters()), mine)) as sizes:
                 out = call(twin, mine)
             self.bytes_each = self.bytes_each or max(1, sum(sizes))
-            check_output(out, batch._template)
+            check_output(out, context_of(batch).template)
             if targets is None:
                 shape = first_tensor(out).shape
                 targets, shared = targets_of_models(y, shape, batch.num_models, 0, batch.num_models, shared_targets)
@@ -115,21 +112,21 @@ class OneByOne:
 
     def _keep(self, records: list[dict]) -> Any:
         """Keep what the calls have changed, if anything; return the outputs."""
-        batch = self.batch
+        context = context_of(self.batch)
         if all(len(record) == 1 for record in records):
             outputs = [record[OUTPUT] for record in records]
             if all(isinstance(out, Tensor) and out.shape == outputs[0].shape for out in outputs):
                 return stack_alike(outputs)
         merged, fresh = merge([self._before | record for record in records], self._before, self._known, whole=True)
         outputs, after, new = fill(merged, [stack_alike(column) for column in fresh])
-        write_state(batch._template, self._before, after)
-        batch.__dict__["_attributes"] = kept_attributes(after, [*batch._attributes, *new])
+        write_state(context.template, self._before, after)
+        context.attributes = kept_attributes(after, [*context.attributes, *new])
         self._look = None
         return outputs
 
     def _keep_up(self) -> bool:
         """Make the models' own modules, unless those at hand still look like the batch's; say whether they can be."""
-        batch, template = self.batch, self.batch._template
+        batch, template = self.batch, context_of(self.batch).template
         if self._look is not None and self._look.same:
             return _is_plain(batch)
         if not self.fits(batch):
@@ -179,12 +176,10 @@ class _Gradients:
                 note_reached(grad, reached)
 
 
-def _is_plain(batch: ModelBatch) -> bool:
-    """Say whether the batch's calls are ModelBatch's own, and nobody looks on or draws random numbers meanwhile."""
-    if threading.current_thread() is not threading.main_thread():
-        return False  # one by one the models draw from torch's default generator, as whoever is in the main thread does
-    own = all(getattr(type(batch), verb) is getattr(ModelBatch, verb) and verb not in vars(batch) for verb in _VERBS)
-    return own and not any(vars(batch)[hooks] for hooks in HOOKS)
+def _is_plain(batch: nn.Module) -> bool:
+    """Say whether the batch's calls are ModelBatch's own, and nobody draws random numbers meanwhile."""
+    # One by one the models draw from torch's default generator, as whoever is in the main thread does.
+    return threading.current_thread() is threading.main_thread() and calls_are_own(batch)
 
 
 def _rows(stack: Tensor) -> list[Tensor]:

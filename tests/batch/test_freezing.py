@@ -11,6 +11,7 @@ from oracle import SEEDS, B, M, close
 from torch import nn, optim
 
 from mbkit import BatchingError, ModelBatch, OptimizerFactory, fit, train_steps
+from mbkit.batch.context import context_of
 from mbkit.optim.stacked import _BLOCK
 
 STEPS = 8
@@ -229,7 +230,9 @@ def test_it_survives_saving(way, tmp_path):
             state = torch.load(tmp_path / "batch.pt", weights_only=True)
         other.load_state_dict(state)
         copied.load_state_dict(optimizer.state_dict())
-        other._template.latest.copy_(batch._template.latest)  # a plain attribute, which no state_dict holds
+        context_of(other).template.latest.copy_(
+            context_of(batch).template.latest
+        )  # a plain attribute, which no state_dict holds
     assert other.frozen == [0, 3]
     for b, o in ((batch, optimizer), (other, copied)):
         for x, y in data()[2:4]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbkit import ModelBatch
+from mbkit.batch.context import context_of
 
 X = torch.randn(4, 3)
 
@@ -124,7 +125,7 @@ def test_a_table_that_all_models_share_stays_one() -> None:
     table = torch.randn(2)
     models = [Plain("reads", table) for _ in range(3)]
     batch = ModelBatch(models)
-    assert batch._template.t.shape == (2,)
+    assert context_of(batch).template.t.shape == (2,)
     got = batch(X)
     for m, model in enumerate(models):
         torch.testing.assert_close(got[m], model(X))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from mbkit.batch.call import call_models as plain
 from mbkit.batch.model_batch import ModelBatch
 from mbkit.training.evaluation import batch_accuracy, evaluate
-from mbkit.training.loop import call
 
 M, B, T, K = 3, 6, 4, 5
 
@@ -117,7 +117,9 @@ def test_chunks_of_models_where_all_do_not_fit(monkeypatch, shared):
         expected.append(slowly(out.tolist(), torch.cat([y if shared else y[m] for _, y in pairs]).tolist()))
     sizes = []
     monkeypatch.setattr("mbkit.training.chunks.free_memory", lambda device: 2 * 3.5 * weight)
-    monkeypatch.setattr("mbkit.training.chunks.call", lambda run, x: sizes.append(run.func.num_models) or call(run, x))
+    monkeypatch.setattr(
+        "mbkit.training.chunks.call_models", lambda *call: sizes.append(call[0].num_models) or plain(*call)
+    )
     # a call makes the mask, which is 1 byte each before it is scaled, the dropped input, the products and sums
     weight = 2 * B * 4 * 4 + 2 * B * K * 4
     assert evaluate(batch, pairs).tolist() == pytest.approx(expected, abs=0)

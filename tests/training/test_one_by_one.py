@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_flatten
 
 from mbkit import ModelBatch, OptimizerFactory, fit
+from mbkit.batch.context import context_of
 from mbkit.common.random_streams import GENERATOR
 from mbkit.training import train_steps
 from mbkit.training.one_by_one import OneByOne
@@ -154,7 +155,7 @@ def at_step_2(change: Callable[[Any], Any]) -> Callable[[Any, int], None]:
 
 
 def own(model: Any) -> nn.Module:
-    return model._template if isinstance(model, ModelBatch) else model
+    return context_of(model).template if isinstance(model, ModelBatch) else model
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mbkit import ModelBatch, OptimizerFactory, fit
+from mbkit.batch.call import call_models as plain
+from mbkit.batch.context import context_of
 from mbkit.training import train_steps
 from mbkit.training.chunks import Chunks
-from mbkit.training.loop import call
 from mbkit.training.one_by_one import OneByOne
 from mbkit.training.step import Stepper
 
@@ -203,7 +204,9 @@ def test_a_chunk_fits_into_half_of_the_memory_that_is_free_and_is_no_larger_than
     tried, each = [], B * 100 * 4  # bytes that Tanh keeps: what it has made; the batch's inputs are there anyway
     monkeypatch.setattr("mbkit.training.chunks.free_memory", lambda device: int(free * each))
     monkeypatch.setattr("mbkit.training.chunks._ENOUGH", int(enough * each))
-    monkeypatch.setattr("mbkit.training.chunks.call", lambda run, x: tried.append(run.func.num_models) or call(run, x))
+    monkeypatch.setattr(
+        "mbkit.training.chunks.call_models", lambda *call: tried.append(call[0].num_models) or plain(*call)
+    )
     models = [nn.Sequential(nn.Linear(100, 100, bias=False), nn.Tanh(), nn.Linear(100, 1)) for _ in range(10)]
     batch = ModelBatch(models, shared_input=False)
     optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
@@ -369,7 +372,7 @@ def test_a_mode_that_changes_is_compiled_anew(monkeypatch):
     batch = ModelBatch(models, seeds=range(M))
     step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
     for (x, y), frozen_norm in zip(pairs, [False, True, True, False], strict=True):
-        batch._template.norm.train(not frozen_norm)
+        context_of(batch).template.norm.train(not frozen_norm)
         assert step.attempt(x, y) is not None
     assert len(made) == 2
     for m, model in enumerate(models):

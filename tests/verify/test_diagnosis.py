@@ -14,6 +14,7 @@ from diagnosis_cases import KINDS, OPTIMIZERS, RATES, Bare, M, case, schedule
 from torch import nn
 
 from mbkit import LeNet5, TinyMLP, diagnose
+from mbkit.batch.context import context_of
 from mbkit.verify.faults import FAULTS, StaleGradientOptimizer, plant
 from mbkit.verify.subject import BatchRecipe, BatchSubject
 from mbkit.vmap import Streams
@@ -126,7 +127,7 @@ def test_masks_that_repeat_are_other_masks():
         subject = recipe(models, configs, seeds)
 
         def again(*_):
-            subject.batch.streams = Streams(seeds)
+            context_of(subject.batch).streams = Streams(seeds)
 
         subject.optimizer.register_step_post_hook(again)
         return subject
