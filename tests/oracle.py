@@ -1,4 +1,15 @@
-"""The reference of the ModelBatch tests: M models, each trained by itself in plain PyTorch, and networks to try."""
+"""What all tests judge by: models trained by themselves in plain PyTorch, and the comparers.
+
+- `train_alone(models, data, ...)` is the lone loop: no line of mbkit, one model after the other, in place;
+  `trained_alone` does it with copies. Optimizer, configs, clipping, schedule, seeds and per-model data are arguments.
+- `train_batch(batch, data, ...)` trains a ModelBatch as its users do, with torch's own optimizer.
+- `close(got, expected, tolerance)` compares tensors; `assert_same_models(batch, models)` everything that a batch holds
+  with lone models, and `assert_same_parameters(models, others)` modules with modules. Tolerances are relative to the
+  largest number expected: 1e-10 is for float64, where rounding in another order is a hundred times smaller.
+- `snapshot(module)` and `assert_unchanged(module, before)` tell whether a module was left as it was.
+- `NETS`, `build`, `batches`: small networks that are hard to stack, and data for them; `classifiers`, `points`,
+  `loader`, `batched` are those of the tests of fit and fit_alone.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from mbkit.batch.model_batch import ModelBatch
+from mbkit.optim import OptimizerFactory
 
 SEEDS = [11, 7, 2**40, 0]
 M = len(SEEDS)
 B, STEPS, RATE = 6, 5, 0.05
+MOMENTUM = {"lr": RATE, "momentum": 0.9}
 
 
 class Tied(nn.Module):
@@ -132,29 +148,58 @@ def batches(own: bool, count: int = M, steps: int = STEPS) -> list[tuple[Tensor,
 
 def train_alone(
     models: Sequence[nn.Module],
-    data: Sequence[tuple[Tensor, Tensor]],
-    own: bool,
+    data: Sequence[tuple[Any, Any]],
+    own: bool = False,
     loss_fn: Callable = nn.functional.mse_loss,
-    max_norm: Sequence[float] | None = None,
+    max_norm: Any = None,
     seeds: Sequence[int] | None = SEEDS,
+    optimizer_cls: type = torch.optim.SGD,
+    configs: Any = MOMENTUM,
+    schedule: Any = None,
+    every: int = 1,
 ) -> Tensor:
-    """Train each model as if there were no other, in place, and return the losses `[steps, M]`."""
+    """Train each model as if there were no other, in place, by the plainest loop; return the losses `[steps, M]`.
+
+    Args:
+        models: M modules. data: a pair of inputs and targets for each step, tensors.
+        own: whether each model has its slice of inputs and targets, `[M, B, ...]`.
+        max_norm, configs, schedule: one for all models or a list of M; a schedule is made from the optimizer.
+        seeds: model m trains after `torch.manual_seed(seeds[m])`.
+        every: after how many steps the schedule is stepped.
+    """
+
+    def each(value: Any) -> list[Any]:
+        return list(value) if isinstance(value, (list, tuple)) else [value] * len(models)
+
     losses = torch.zeros(len(data), len(models), dtype=torch.float64)
-    for m, model in enumerate(models):
+    settings = zip(models, each(configs), each(max_norm), each(schedule), strict=True)
+    for m, (model, config, norm, make) in enumerate(settings):
         if seeds is not None:
             torch.manual_seed(seeds[m])
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=RATE, momentum=0.9) if trained else None
+        optimizer = optimizer_cls(trained, **config) if trained else None
+        scheduler = make(optimizer) if make else None
+        if not model.training:
+            model.train()
         for step, (x, y) in enumerate(data):
             model.zero_grad()
             loss = loss_fn(model(x[m] if own else x), y[m] if own else y)
             losses[step, m] = loss.detach()
             if optimizer is not None:
                 loss.backward()
-                if max_norm is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), max_norm[m])
+                if norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), norm)
                 optimizer.step()
+            if scheduler is not None and (step + 1) % every == 0:
+                scheduler.step()
     return losses
+
+
+def trained_alone(models: Sequence[nn.Module], *args: Any, **kwargs: Any) -> list[nn.Module]:
+    """Return copies of the models, trained by `train_alone`."""
+    models = copy.deepcopy(list(models))
+    train_alone(models, *args, **kwargs)
+    return models
 
 
 def train_batch(
@@ -164,7 +209,7 @@ def train_batch(
     max_norm: Sequence[float] | None = None,
 ) -> Tensor:
     """Train a batch as its users do, with torch's own optimizer, and return the losses `[steps, M]`."""
-    optimizer = torch.optim.SGD([p for p in batch.parameters() if p.requires_grad], lr=RATE, momentum=0.9)
+    optimizer = torch.optim.SGD([p for p in batch.parameters() if p.requires_grad], **MOMENTUM)
     losses = []
     for x, y in data:
         batch.zero_grad()
@@ -190,9 +235,28 @@ def assert_same_models(batch: Any, models: Sequence[nn.Module], tolerance: float
             close(batch.stacked_buffers[name][m], expected, tolerance, f"{name} of model {m}")
 
 
+def assert_same_parameters(got: Sequence[nn.Module], expected: Sequence[nn.Module], tolerance: float = 1e-10) -> None:
+    """Compare the parameters of M modules with those of M others; a tolerance of 0 asks for the same bits."""
+    for m, (one, other) in enumerate(zip(got, expected, strict=True)):
+        for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+            close(p, q, tolerance, f"{name} of model {m}")
+
+
 def close(got: Tensor, expected: Tensor, tolerance: float = 1e-10, what: str = "tensor") -> None:
+    """Compare two tensors: their difference is at most `tolerance` times the largest number expected.
+
+    Where that number is below 1 it counts as 1: what should be zero is what is left over of numbers of that size.
+    """
+    numbers = expected.detach().abs()
+    numbers = numbers[numbers.isfinite()]
+    scale = max(1.0, numbers.max().item()) if numbers.numel() else 1.0
     torch.testing.assert_close(
-        got.detach(), expected.detach(), rtol=0, atol=tolerance, msg=lambda text: f"{what}: {text}"
+        got.detach(),
+        expected.detach(),
+        rtol=0,
+        atol=tolerance * scale,
+        equal_nan=True,
+        msg=lambda text: f"{what}: {text}",
     )
 
 
@@ -217,3 +281,31 @@ def assert_unchanged(module: nn.Module, before: dict[str, Any]) -> None:
         assert now[kind].keys() == before[kind].keys()
         for name, value in before[kind].items():
             assert now[kind][name] is value or torch.equal(now[kind][name], value), f"{kind}: {name}"
+
+
+# ------------------------------------------------------------------ for the tests of fit and fit_alone
+
+RATES = [0.1, 0.05, 0.2, 0.15]  # fewer than four models go one by one
+CONFIGS = [{"lr": lr} for lr in RATES]
+
+
+def classifiers(dropout: float = 0.5) -> list[nn.Module]:
+    """Return M networks of 4 inputs and 3 classes."""
+    return [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)) for _ in range(M)]
+
+
+def points(steps: int = 4) -> list[tuple[Tensor, Tensor]]:
+    """Return a batch of B inputs and labels for each step."""
+    return [(torch.randn(B, 4), torch.randint(3, (B,))) for _ in range(steps)]
+
+
+def loader(**kwargs: Any) -> DataLoader:
+    """Return a shuffling loader of 22 examples, whose last batch is smaller."""
+    data = TensorDataset(torch.randn(22, 4), torch.randint(3, (22,)))
+    return DataLoader(data, batch_size=B, **({"shuffle": True} | kwargs))
+
+
+def batched(models: Sequence[nn.Module], optimizer_cls: type = torch.optim.SGD, **kwargs: Any) -> tuple[Any, Any]:
+    """Return a batch of the models and its optimizer with `CONFIGS`."""
+    batch = ModelBatch(models, seeds=SEEDS, **kwargs)
+    return batch, OptimizerFactory(optimizer_cls).create_optimizer(batch, CONFIGS)

@@ -127,9 +127,13 @@ def _eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
     modes = {each: each.training for module in modules for each in module.modules()}
     for module in modules:
         module.eval()
+    # Inside one torch.autocast torch keeps casts of weights, which an update has changed since, and casts that are made
+    # here, without gradients, must not be used by a later step.
+    torch.clear_autocast_cache()
     try:
         yield
     finally:
+        torch.clear_autocast_cache()
         for module in modules:
             module.train(modes[module])  # first through its own train(), which may do more than set flags
         for each, mode in modes.items():

@@ -1,23 +1,26 @@
-"""The reference: each model trained by plain PyTorch, one after the other, by the loop that everybody writes."""
+"""The reference: each model trained by plain PyTorch, by the loop that everybody writes."""
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..batch.clip import norm_limits
 from ..common.checks import check_seeds, list_of_models, per_model
-from .data_rng import Replay
+from ..common.random_streams import OwnDraws, random_state, set_random_state
 from .evaluation import batch_accuracy
 from .history import History, Step
-from .loop import Pairs, call, check_run, count_steps, detach, first_tensor, make_schedule, part
+from .loop import Pairs, call, check_run, count_steps, detach, first_tensor, make_schedule, part, walk
 from .recorder import Recording
 
-__all__ = ["fit_alone", "lone_step", "own_targets"]
+__all__ = ["LoneTrainer", "check_configs", "fit_alone", "fresh", "in_turn", "lone_step", "own_targets"]
 
 
 def fit_alone(
@@ -37,31 +40,33 @@ def fit_alone(
     callback: Callable[[Step], bool | None] | None = None,
     progress: bool = True,
 ) -> History:
-    """Train each model in place by plain PyTorch, one after the other: what a batch of them is judged by.
+    """Train each model in place by plain PyTorch, as if it were alone: what a batch of them is judged by.
 
-    Model m trains after `torch.manual_seed(seeds[m])`. What the models draw never changes the data: each sees the
-    batches that `fit`, called from the same state of torch's global generator, would see, also from a
-    `DataLoader(shuffle=True)`; afterwards that generator stands as if the data had been drawn once. (What persistent
-    workers of a DataLoader draw can't be drawn again; where it shows in the first batch, it is refused.)
+    The models take turns: on each batch model 0 makes a step, then model 1, and so on. None notices the others:
+    model m draws from a random state of its own, which begins as after `torch.manual_seed(seeds[m])`; the data, and the
+    callback, draw what they would draw for one model, so that all models see the batches that `fit`, called from the
+    same state of torch's global generator, would see.
 
     Args:
         models: M modules, trained in place.
         optimizer_cls: a class of torch.optim.
         configs: its keyword arguments, one dict for all models or a list of M.
-        batches, loss_fn, epochs, scheduler_every, progress: as for `fit`; batches are walked through M times an epoch.
-        seeds: one a model; drawn from torch's global generator, as ModelBatch draws them, when absent.
+        batches, loss_fn, epochs, scheduler_every, progress: as for `fit`.
+        seeds: one per model; drawn from torch's global generator, as ModelBatch draws them, when absent.
         shared_input: False where inputs are [M, B, ...] and model m gets inputs[m].
         shared_targets: False where targets are [M, B, ...]; told by their shape when absent.
         scheduler: a callable that makes an lr scheduler from an optimizer, or a list of M.
-        max_norm: clip each model's gradient to this norm; one number or one a model.
+        max_norm: clip each model's gradient to this norm; one number or one per model.
         callback: called with each Step, whose `model` says whose it is; returning False ends *that model's* training.
 
     Returns:
         A History like that of `fit`, with step_seconds [steps, M]. Ctrl-C and exceptions are treated as there.
 
     Raises:
-        TypeError: batches of the wrong kind, or an iterator that would be used up; a scheduler that is not callable.
-        ValueError: fewer than 1 epoch, an empty walk, no model, another number of configs or seeds than models.
+        TypeError: batches or configs of the wrong kind, or an iterator that would be used up; a scheduler that is not
+            callable.
+        ValueError: fewer than 1 epoch, an empty walk, no model, another number of configs or seeds than models, a
+            max_norm that is not positive; one module or parameter in two models; parameters on the meta device.
 
     Example:
         >>> models = [nn.Linear(4, 2) for _ in range(3)]
@@ -73,43 +78,90 @@ def fit_alone(
     """
     models = list_of_models(models)
     num_models = len(models)
-    check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs * num_models)
-    seeds = check_seeds(seeds, num_models)
-    configs = per_model(dict(configs) if isinstance(configs, Mapping) else list(configs), num_models, "configs")
+    _check_models(models)
+    check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
+    configs = check_configs(configs, num_models)
     schedulers = per_model(scheduler, num_models, "schedulers")
-    norms = per_model(max_norm, num_models, "norms")
-
-    def train(m: int, model: nn.Module, replay: Replay) -> Iterator[Step]:
-        torch.manual_seed(seeds[m])
-        optimizer = optimizer_cls(model.parameters(), **configs[m])
-        schedule = make_schedule(schedulers[m], optimizer)
-        index = 0
-        for epoch in range(epochs):
-            for x, y in replay.epoch(epoch):
-                x = x if shared_input else part(x, m)
-                y = own_targets(y, x, m, num_models, shared_targets)
-                if not model.training:
-                    model.train()
-                start = time.perf_counter()
-                loss, outputs = lone_step(model, optimizer, x, y, loss_fn, norms[m])
-                seconds = time.perf_counter() - start
-                if schedule and scheduler_every == "step":
-                    schedule.step()
-                accuracy = batch_accuracy(outputs.unsqueeze(0), y) if isinstance(outputs, Tensor) else None
-                yield Step(index, epoch, loss.reshape(1), accuracy, seconds, m)
-                index += 1
-            if schedule and scheduler_every == "epoch":
-                schedule.step()
-
+    norms = [None] * num_models if max_norm is None else norm_limits(max_norm, num_models)
+    seeds = check_seeds(seeds, num_models)
+    each = zip(models, seeds, configs, norms, schedulers, strict=True)
+    lones = [LoneTrainer(model, seed, optimizer_cls, *rest) for model, seed, *rest in each]
+    device = next((p.device for model in models for p in model.parameters()), torch.device("cpu"))
     total = count_steps(batches, epochs * num_models)
-    with Recording(num_models, total, alone=True, progress=progress) as run, Replay(batches, models) as replay:
-        shown = callback and replay.data_draws()(callback)
-        for m, model in enumerate(models):
-            replay.restart()
-            for step in train(m, model, replay):
-                if not run.keep(step, shown):
+    with Recording(num_models, total, alone=True, progress=progress) as run:
+        going, index = list(range(num_models)), 0
+        for epoch in range(epochs):
+            for pair in walk(batches, epoch, device):
+                for m in in_turn(list(going)):
+                    x, y = fresh(pair) if len(going) > 1 else pair
+                    x = x if shared_input else part(x, m)
+                    y = own_targets(y, x, m, num_models, shared_targets)
+                    lone = lones[m]
+                    with lone.draws.current():
+                        start = time.perf_counter()
+                        loss, outputs = lone.update(x, y, loss_fn)
+                        seconds = time.perf_counter() - start
+                    if lone.schedule and scheduler_every == "step":
+                        lone.schedule.step()
+                    accuracy = batch_accuracy(outputs.unsqueeze(0), y) if isinstance(outputs, Tensor) else None
+                    if not run.keep(Step(index, epoch, loss.reshape(1), accuracy, seconds, m), callback):
+                        going.remove(m)
+                if not going:
                     break
+                index += 1
+            for m in going:
+                if lones[m].schedule and scheduler_every == "epoch":
+                    lones[m].schedule.step()
+            if not going:
+                break
     return run.history
+
+
+class LoneTrainer:
+    """One model that trains by plain PyTorch, with a random state of its own while others train in between.
+
+    Args:
+        model: trained in place.
+        seed: its random state begins as after `torch.manual_seed(seed)`.
+        optimizer_cls: a class of torch.optim. config: its keyword arguments.
+        max_norm: clip the gradient to this norm, or None.
+        scheduler: a callable that makes an lr scheduler from the optimizer, or None.
+
+    Attributes:
+        optimizer, schedule: of this model; whoever trains steps the schedule.
+        draws: the random state.
+
+    Example:
+        >>> lone = LoneTrainer(nn.Linear(2, 1), 0, torch.optim.SGD, {"lr": 0.1})
+        >>> loss, outputs = lone.step(torch.ones(4, 2), torch.zeros(4, 1), nn.functional.mse_loss)
+        >>> tuple(loss.shape), tuple(outputs.shape)
+        ((), (4, 1))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        seed: int,
+        optimizer_cls: type[torch.optim.Optimizer],
+        config: Mapping[str, Any],
+        max_norm: float | None = None,
+        scheduler: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.model, self.max_norm, self.draws = model, max_norm, OwnDraws(seed)
+        with self.draws.current():
+            self.optimizer = optimizer_cls(model.parameters(), **config)
+            self.schedule = make_schedule(scheduler, self.optimizer)
+
+    def update(self, x: Any, y: Any, loss_fn: Callable[[Any, Any], Tensor]) -> tuple[Tensor, Any]:
+        """Make one update in train mode, drawing from whatever random state is the present one."""
+        if not self.model.training:
+            self.model.train()
+        return lone_step(self.model, self.optimizer, x, y, loss_fn, self.max_norm)
+
+    def step(self, x: Any, y: Any, loss_fn: Callable[[Any, Any], Tensor]) -> tuple[Tensor, Any]:
+        """Make one update, drawing from its own random state."""
+        with self.draws.current():
+            return self.update(x, y, loss_fn)
 
 
 def lone_step(
@@ -120,7 +172,12 @@ def lone_step(
     loss_fn: Callable[[Any, Any], Tensor],
     max_norm: float | None = None,
 ) -> tuple[Tensor, Any]:
-    """Make one update of one model; return its loss and its outputs from before the update, detached."""
+    """Make one update of one model; return its loss and its outputs from before the update, detached.
+
+    Inside one `torch.autocast` that goes round many steps torch keeps the casts of weights from an earlier step (or
+    from an evaluation without gradients); they are dropped here before and after, as leaving the autocast would do.
+    """
+    torch.clear_autocast_cache()
     optimizer.zero_grad()
     outputs = call(model, x)
     loss = loss_fn(outputs, y)
@@ -128,7 +185,92 @@ def lone_step(
     if max_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     optimizer.step()
+    torch.clear_autocast_cache()
     return loss.detach(), detach(outputs)
+
+
+def in_turn(models: Iterable[int]) -> Iterator[int]:
+    """Yield the models' numbers, each from the same state of the global random generators of torch, Python and NumPy.
+
+    So what is drawn while a model has its turn is what would be drawn if it were the only one, and afterwards the
+    generators stand as if it had been.
+
+    Example:
+        >>> len({random.random() for _ in in_turn(range(3))})
+        1
+    """
+    start = None
+    for m in models:
+        if start is not None and not _same_state(start, _global_state()):
+            set_random_state(start[0])
+            random.setstate(start[1])
+            numpy.random.set_state(start[2])
+        elif start is None:
+            start = _global_state()
+        yield m
+
+
+def _global_state() -> tuple[list[Tensor], Any, Any]:
+    return random_state(), random.getstate(), numpy.random.get_state()
+
+
+def _same_state(a: Any, b: Any) -> bool:
+    return (
+        all(map(torch.equal, a[0], b[0])) and a[1] == b[1] and a[2][2:] == b[2][2:] and bool((a[2][1] == b[2][1]).all())
+    )
+
+
+def fresh(tree: Any) -> Any:
+    """Return `tree` with a copy of every tensor in it, for a model may write into its inputs.
+
+    One tensor in two places stays one: where inputs and targets are the same tensor, they are so for the model.
+    """
+    copies: dict[int, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.clone()
+        return copies[id(tensor)]
+
+    return tree_map_only(Tensor, copy, tree)
+
+
+def check_configs(configs: Any, num_models: int) -> list[dict[str, Any]]:
+    """Return M dicts of an optimizer's keyword arguments, from one for all models or from M.
+
+    Raises:
+        TypeError: something else than a dict or a list of dicts.
+        ValueError: another number of dicts than M.
+
+    Example:
+        >>> check_configs({"lr": 0.1}, 2)
+        [{'lr': 0.1}, {'lr': 0.1}]
+    """
+    each = [configs] * num_models if isinstance(configs, Mapping) else configs
+    each = list(each) if isinstance(each, Iterable) else [each]
+    if not all(isinstance(config, Mapping) for config in each):
+        raise TypeError(
+            "Expected configs as a dict of the optimizer's arguments, or a list of one dict per model, "
+            f"got {configs!r}: pass e.g. {{'lr': 0.1}}."
+        )
+    return [dict(config) for config in per_model(each, num_models, "configs")]
+
+
+def _check_models(models: Sequence[nn.Module]) -> None:
+    """Refuse models that cannot be trained each by itself."""
+    owners: dict[int, int] = {}
+    for m, model in enumerate(models):
+        for name, p in model.named_parameters():
+            if p.is_meta:
+                raise ValueError(
+                    f"Expected parameters with numbers, got '{name}' of model {m} on the meta device: call "
+                    "model.to_empty(device='cpu') and initialise it."
+                )
+            if owners.setdefault(id(p), m) != m:
+                raise ValueError(
+                    f"Expected {len(models)} models that share nothing, got '{name}' of model {m} in model "
+                    f"{owners[id(p)]}, too, so that it would be trained twice: pass copies, e.g. by copy.deepcopy."
+                )
 
 
 def own_targets(targets: Any, inputs: Any, m: int, num_models: int, shared: bool | None) -> Any:
@@ -147,7 +289,7 @@ def own_targets(targets: Any, inputs: Any, m: int, num_models: int, shared: bool
         if shared is None and each and target.shape[0] == size:
             raise ValueError(
                 f"Targets {list(target.shape)} for {num_models} models and batches of {size} could be one for all or "
-                "one a model: say which with shared_targets=True or shared_targets=False."
+                "one per model: say which with shared_targets=True or shared_targets=False."
             )
         return target[m] if (each if shared is None else not shared) else target
 

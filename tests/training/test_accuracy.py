@@ -207,3 +207,16 @@ def test_no_graph_is_built():
     evaluate(model, [(torch.randn(B, 4), torch.zeros(B, dtype=torch.int64))])
     assert seen == [False]
     assert torch.is_grad_enabled()
+
+
+def test_inside_one_autocast_the_weights_are_those_of_now():
+    model, x, y = nn.Linear(4, 2), torch.randn(6, 4), torch.zeros(6, dtype=torch.int64)
+    nn.init.zeros_(model.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        for winner in (0, 1):
+            with torch.no_grad():
+                model.bias.copy_(torch.nn.functional.one_hot(torch.tensor(winner), 2))
+            assert evaluate(model, [(x, y)]).item() == 1.0 - winner
+        model(x).sum().backward()  # casts made without gradients must not be used again
+    assert model.weight.grad is not None
+    assert model.bias.grad is not None

@@ -1,30 +1,36 @@
 """The same data for a batch and for each model alone, whatever draws; and every form of inputs and targets."""
 
 import copy
+import functools
 import random
 
 import numpy
 import pytest
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy, mse_loss
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
-from training_by_hand import (
+from oracle import (
     CONFIGS,
     SEEDS,
-    SGD,
     B,
     M,
     assert_same_parameters,
     batched,
-    build,
-    by_hand,
+    classifiers,
+    close,
     loader,
+    points,
+    train_alone,
+    trained_alone,
 )
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.optim import SGD
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from mbkit.batch.model_batch import ModelBatch
 from mbkit.optim import OptimizerFactory
 from mbkit.training import fit, fit_alone
+
+by_hand = functools.partial(trained_alone, loss_fn=cross_entropy, configs=CONFIGS)
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +73,14 @@ def test_random_draws_of_models_and_data_leave_each_other_alone(make):
     def state():
         return torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist(), torch.rand(3)
 
-    models = build(dropout=0.5)
+    models = classifiers(dropout=0.5)
     torch.manual_seed(9)
     data = make()
     start()
     epochs = [list(data) for _ in range(2)]  # what anybody who walks through the loader twice gets to see
     after = state()
-    expected, losses, _ = by_hand(models, epochs)
+    expected = copy.deepcopy(models)
+    losses = train_alone(expected, epochs[0] + epochs[1], loss_fn=cross_entropy, configs=CONFIGS)
 
     torch.manual_seed(9)
     data = make()
@@ -81,7 +88,7 @@ def test_random_draws_of_models_and_data_leave_each_other_alone(make):
     start()
     history = fit(batch, optimizer, data, cross_entropy, 2)
     assert_same_parameters(batch.models, expected)
-    torch.testing.assert_close(history.loss, losses, rtol=0, atol=1e-10)
+    close(history.loss, losses)
     now = state()
     assert torch.equal(now[0], after[0])
     assert now[1:3] == after[1:3]
@@ -90,7 +97,7 @@ def test_random_draws_of_models_and_data_leave_each_other_alone(make):
     data = make()
     start()
     history = fit_alone(models, SGD, CONFIGS, data, cross_entropy, 2, seeds=SEEDS)
-    assert_same_parameters(models, expected, atol=0)
+    assert_same_parameters(models, expected)
     now = state()
     assert torch.equal(now[0], after[0])
     assert now[1:3] == after[1:3]
@@ -98,7 +105,7 @@ def test_random_draws_of_models_and_data_leave_each_other_alone(make):
 
 
 def test_seeds_are_drawn_as_the_batch_draws_them():
-    models, data = build(), loader()
+    models, data = classifiers(), loader()
     torch.manual_seed(3)
     batch = ModelBatch(models)
     fit(batch, OptimizerFactory(SGD).create_optimizer(batch, CONFIGS), data, cross_entropy)
@@ -108,7 +115,7 @@ def test_seeds_are_drawn_as_the_batch_draws_them():
 
 
 def test_what_a_callback_draws_changes_the_data_alike_and_no_mask():
-    models, data = build(), loader()
+    models, data = classifiers(), loader()
 
     def callback(step):
         torch.rand(7)
@@ -121,33 +128,113 @@ def test_what_a_callback_draws_changes_the_data_alike_and_no_mask():
     assert_same_parameters(batch.models, models)
 
 
-def test_data_that_cannot_be_drawn_again_is_refused():
-    class Unknown:
-        source = numpy.random.default_rng(0)
+class Generated:
+    """Draws from a generator that nobody else knows of, and never the same again."""
 
-        def __iter__(self):
-            yield torch.from_numpy(self.source.random((B, 4))), torch.zeros(B, dtype=torch.int64)
+    def __init__(self):
+        self.source, self.drawn = numpy.random.default_rng(0), []
 
-    with pytest.raises(ValueError, match="another first batch") as caught:
-        fit_alone(build(), SGD, CONFIGS, Unknown(), cross_entropy, seeds=SEEDS)
-    assert caught.value.history.steps_done == [1, 0, 0, 0]
+    def __iter__(self):
+        for _ in range(4):
+            x = torch.from_numpy(self.source.random((B, 4)))
+            self.drawn.append((x, (3 * x[:, 0]).long()))
+            yield self.drawn[-1]
+
+
+def test_data_that_cannot_be_drawn_again_is_the_same_for_all_models():
+    models, data = classifiers(), Generated()
+    untrained = copy.deepcopy(models)
+    fit_alone(models, SGD, CONFIGS, data, cross_entropy, 2, seeds=SEEDS)
+    assert len(data.drawn) == 8
+    assert_same_parameters(models, by_hand(untrained, data.drawn))
+
+
+@pytest.mark.slow  # two processes start
+def test_workers_that_stay_from_epoch_to_epoch():
+    def make():
+        torch.manual_seed(9)
+        data = DataLoader(Augmented(), batch_size=4, shuffle=True, num_workers=2, persistent_workers=True)
+        torch.manual_seed(1)
+        return data
+
+    models, data = classifiers(), make()
+    expected = by_hand(models, [pair for _ in range(2) for pair in data])
+    fit_alone(models, SGD, CONFIGS, make(), cross_entropy, 2, seeds=SEEDS)
+    assert_same_parameters(models, expected)
+
+
+class Noisy(nn.Module):
+    """Draws from Python's and NumPy's global generators, beside torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        noise = random.random() + numpy.random.rand() + torch.rand(())
+        return self.layer(x + noise)
+
+
+def test_what_a_model_draws_from_python_and_numpy_is_what_it_draws_alone():
+    def start():
+        torch.manual_seed(1)
+        random.seed(1)
+        numpy.random.seed(1)
+
+    models = [Noisy() for _ in range(M)]
+    untrained = copy.deepcopy(models)
+    make = LOADERS["augmentation"]
+    start()
+    fit_alone(models, SGD, CONFIGS, make(), cross_entropy, seeds=SEEDS)
+    for m, (model, got) in enumerate(zip(untrained, models, strict=True)):
+        start()
+        optimizer = SGD(model.parameters(), **CONFIGS[m])
+        own = torch.Generator().manual_seed(SEEDS[m]).get_state()
+        for x, y in make():
+            data, _ = torch.get_rng_state(), torch.set_rng_state(own)
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+            own, _ = torch.get_rng_state(), torch.set_rng_state(data)
+        assert_same_parameters([got], [model])
+
+
+class Writes(nn.Module):
+    """Changes its inputs in place, as a normalisation may."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(x.mul_(2.0))
+
+
+def test_a_model_that_writes_into_its_inputs_changes_them_for_no_other():
+    models, pairs = [Writes() for _ in range(M)], points(3)
+    expected = []
+    for m in range(M):
+        untouched = [(x.clone(), y) for x, y in pairs]
+        expected += by_hand(models[m : m + 1], untouched, configs=CONFIGS[m])
+    fit_alone(models, SGD, CONFIGS, pairs, cross_entropy, seeds=SEEDS)
+    assert_same_parameters(models, expected)
 
 
 @pytest.mark.parametrize("each_targets", [False, True])
 @pytest.mark.parametrize("each_input", [False, True])
 def test_batches_for_all_models_or_for_each(each_input, each_targets):
-    models = build(dropout=0.0)
+    models = classifiers(dropout=0.0)
     xs, ys = torch.randn(4, M, B, 4), torch.randint(3, (4, M, B))
     pairs = [(x if each_input else x[0], y if each_targets else y[0]) for x, y in zip(xs, ys, strict=True)]
     expected = []
     for m in range(M):
         own = [(x[m if each_input else 0], y[m if each_targets else 0]) for x, y in zip(xs, ys, strict=True)]
-        expected.append(by_hand(models, [own])[0][m])
+        expected.append(by_hand(models, own)[m])
     batch, optimizer = batched(models, shared_input=not each_input)
     together = fit(batch, optimizer, pairs, cross_entropy)
     alone = fit_alone(models, SGD, CONFIGS, pairs, cross_entropy, seeds=SEEDS, shared_input=not each_input)
     assert_same_parameters(batch.models, expected)
-    assert_same_parameters(models, expected, atol=0)
+    assert_same_parameters(models, expected)
     assert torch.equal(together.accuracy, alone.accuracy)
 
 

@@ -2,8 +2,18 @@
 
 import pytest
 import torch
+from oracle import (
+    CONFIGS,
+    SEEDS,
+    M,
+    assert_same_parameters,
+    batched,
+    classifiers,
+    points,
+    trained_alone,
+)
 from torch.nn.functional import cross_entropy
-from training_by_hand import CONFIGS, SEEDS, SGD, assert_same_parameters, batched, build, by_hand, points
+from torch.optim import SGD
 
 from mbkit.optim import OptimizerFactory
 from mbkit.training import fit, fit_alone
@@ -35,30 +45,55 @@ REFUSED_BY_BOTH = {
     "a plateau": (TypeError, "ReduceLROnPlateau", lambda: {"scheduler": _plateau}),
 }
 REFUSED_BY_FIT = {
-    "no batch of models": (TypeError, "Expected a ModelBatch, got Sequential", lambda: {"batch": build()[0]}),
+    "no batch of models": (TypeError, "Expected a ModelBatch, got Sequential", lambda: {"batch": classifiers()[0]}),
     "a class": (TypeError, "create one by OptimizerFactory", lambda: {"optimizer": SGD}),
-    "a factory": (TypeError, "create one by OptimizerFactory", lambda: {"optimizer": OptimizerFactory(SGD)}),
+    "a factory": (
+        TypeError,
+        "create one by OptimizerFactory",
+        lambda: {"optimizer": OptimizerFactory(SGD)},
+    ),
 }
 REFUSED_BY_FIT_ALONE = {
     "no models": (ValueError, "at least one model", lambda: {"models": []}),
-    "one model": (TypeError, "got one Sequential", lambda: {"models": build()[0]}),
+    "one model": (TypeError, "got one Sequential", lambda: {"models": classifiers()[0]}),
     "no modules": (TypeError, "got int as model 0", lambda: {"models": [1]}),
     "too few configs": (ValueError, r"4 configs \(one per model\), got 2", lambda: {"configs": CONFIGS[:2]}),
     "too few seeds": (ValueError, "4 seeds", lambda: {"seeds": [1, 2]}),
     "too few schedulers": (ValueError, "4 schedulers", lambda: {"scheduler": [None]}),
-    "an iterator for three": (TypeError, "used up", lambda: {"batches": iter(points())}),
+    "no configs": (TypeError, "Expected configs as a dict", lambda: {"configs": None}),
+    "configs that are no dicts": (TypeError, "Expected configs as a dict", lambda: {"configs": [0.1] * M}),
+    "a norm below zero": (ValueError, "positive", lambda: {"max_norm": -1.0}),
+    "a norm of zero": (ValueError, "positive", lambda: {"max_norm": [1.0, 1.0, 0.0, 1.0]}),
+    "a norm that is no number": (ValueError, "positive", lambda: {"max_norm": float("nan")}),
+    "one model given often": (
+        ValueError,
+        "'0.weight' of model 1 in model 0",
+        lambda: {"models": classifiers()[:1] * M},
+    ),
+    "a layer in two models": (ValueError, "'0.weight' of model 3 in model 2", lambda: {"models": _one_layer_in_two()}),
+    "numbers that are not there": (ValueError, "'0.weight' of model 0 on the meta", lambda: {"models": _on_meta()}),
     "a ready scheduler": (TypeError, "callable that makes", lambda: {"scheduler": _ready_scheduler()}),
 }
 
 
 def _ready_scheduler():
-    return torch.optim.lr_scheduler.StepLR(SGD(build()[0].parameters(), 0.1), 1)
+    return torch.optim.lr_scheduler.StepLR(SGD(classifiers()[0].parameters(), 0.1), 1)
+
+
+def _one_layer_in_two():
+    models = classifiers()
+    models[3][0] = models[2][0]
+    return models
+
+
+def _on_meta():
+    return [model.to("meta") for model in classifiers()]
 
 
 @pytest.mark.parametrize("case", [*REFUSED_BY_BOTH, *REFUSED_BY_FIT])
 def test_fit_refuses(case):
     error, text, changes = (REFUSED_BY_BOTH | REFUSED_BY_FIT)[case]
-    batch, optimizer = batched(build())
+    batch, optimizer = batched(classifiers())
     right = {"batch": batch, "optimizer": optimizer, "batches": points(), "loss_fn": cross_entropy}
     with pytest.raises(error, match=text):
         fit(**(right | changes()))
@@ -67,16 +102,22 @@ def test_fit_refuses(case):
 @pytest.mark.parametrize("case", [*REFUSED_BY_BOTH, *REFUSED_BY_FIT_ALONE])
 def test_fit_alone_refuses(case):
     error, text, changes = (REFUSED_BY_BOTH | REFUSED_BY_FIT_ALONE)[case]
-    right = {"models": build(), "optimizer_cls": SGD, "configs": CONFIGS, "batches": points(), "loss_fn": cross_entropy}
+    right = {
+        "models": classifiers(),
+        "optimizer_cls": SGD,
+        "configs": CONFIGS,
+        "batches": points(),
+        "loss_fn": cross_entropy,
+    }
     with pytest.raises(error, match=text):
         fit_alone(**(right | changes()))
 
 
 def test_an_iterator_is_enough_where_it_is_needed_once():
-    models, pairs = build(), points()
+    models, pairs = classifiers(), points()
     batch, optimizer = batched(models)
     assert fit(batch, optimizer, iter(pairs), cross_entropy).steps == 4
-    assert fit_alone(models[:1], SGD, {"lr": 0.1}, iter(pairs), cross_entropy).steps == 4
+    assert fit_alone(models, SGD, {"lr": 0.1}, iter(pairs), cross_entropy).steps == 4
 
 
 def test_a_loader_that_starts_again_by_itself_is_accepted():
@@ -93,7 +134,7 @@ def test_a_loader_that_starts_again_by_itself_is_accepted():
         def __len__(self):
             return len(pairs)
 
-    models, pairs = build(), points()
-    expected = by_hand(models, [pairs] * 2)[0]
+    models, pairs = classifiers(), points()
+    expected = trained_alone(models, pairs * 2, loss_fn=cross_entropy, configs=CONFIGS)
     fit_alone(models, SGD, CONFIGS, Again(), cross_entropy, 2, seeds=SEEDS)
-    assert_same_parameters(models, expected, atol=0)
+    assert_same_parameters(models, expected)
