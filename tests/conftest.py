@@ -15,11 +15,14 @@ import torch
 from nbmake.nb_result import NotebookError
 from nbmake.nb_run import NotebookRun
 
+THREADS = int(os.environ.get("MBKIT_TEST_THREADS", "1"))  # two spin on a busy machine
+
 
 def pytest_configure() -> None:
     """Set what the notebooks' kernels inherit; what the person at the terminal has set goes first."""
     os.environ.setdefault("MBKIT_QUICK", "1")
     os.environ.setdefault("MBKIT_OFFLINE", "1")
+    torch.set_num_threads(THREADS)  # before a module's fixtures, which are made before any test's own
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job
         signal.signal(signal.SIGINT, signal.default_int_handler)
     NotebookRun.execute = _and_complain(NotebookRun.execute)
@@ -49,15 +52,14 @@ def _and_complain(execute: Callable[[NotebookRun], Any]) -> Callable[[NotebookRu
 
 @pytest.fixture(autouse=True)
 def the_same_in_every_run() -> Iterator[None]:
-    """Seed every generator, run on one thread (two spin on a busy machine), and put the defaults back afterwards."""
-    dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+    """Seed every generator, and put back afterwards what a test may have set."""
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
-    torch.set_num_threads(1)
     yield
     torch.set_default_dtype(dtype)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS)
     torch.set_grad_enabled(grad)
 
 

@@ -20,9 +20,8 @@ def test_consistency_prints_the_published_table(capsys):
 
 
 def test_consistency_without_faults_is_consistent_for_each_seed(capsys):
-    assert (
-        main(["consistency", "--preset", "quick", "--lrs", "0.003", "0.3", "--seeds", "1", "2", "--fault", "none"]) == 0
-    )
+    chosen = "--preset quick --lrs 0.003 0.03 --seeds 1 2 --fault none"
+    assert main(["consistency", *chosen.split()]) == 0
     printed = capsys.readouterr().out
     assert printed.count("CONSISTENT") == 2
     assert "DIVERGENT" not in printed

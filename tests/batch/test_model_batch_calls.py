@@ -61,7 +61,7 @@ def test_tensors_may_stand_anywhere(own: bool) -> None:
                 assert leaf is None
             else:
                 assert leaf.dtype == reference.dtype
-                close(leaf, reference, 1e-6)
+                torch.testing.assert_close(leaf, reference)  # relative: a few of float32's last bits, of 3.9 too
 
 
 def test_shared_input_holds_for_one_call() -> None:

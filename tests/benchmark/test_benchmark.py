@@ -59,16 +59,15 @@ def test_both_sides_are_the_loop_written_by_hand(digits, result):
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.item())
-        torch.testing.assert_close(result.alone_loss[:, m], torch.tensor(losses, dtype=torch.float64), rtol=0, atol=0)
-        torch.testing.assert_close(
-            result.batched_loss[:, m], torch.tensor(losses, dtype=torch.float64), rtol=0, atol=1e-10
-        )
+        expected = torch.tensor(losses, dtype=torch.float64)
+        for got in (result.alone_loss[:, m], result.batched_loss[:, m]):  # the last of float64's 16 digits are rounding
+            torch.testing.assert_close(got, expected, rtol=1e-11, atol=0)
         model.eval()
         x, y = next(iter(digits.test_batches(dtype=torch.float64)))
         right = (model(x).argmax(1) == y).double().mean().item()
         assert result.alone_accuracy[m].item() == result.batched_accuracy[m].item() == right
     assert result.parameter_difference.shape == (4,)
-    assert 0 < result.parameter_difference.max() < 1e-10
+    assert result.parameter_difference.max() < 1e-10  # of parameters of about 0.1, after 8 steps of at most 0.01
     assert result.accuracy_difference.tolist() == [0.0] * 4
 
 

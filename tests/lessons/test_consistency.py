@@ -3,6 +3,8 @@
 import itertools
 import math
 import random
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,11 +131,12 @@ def test_the_recorded_table_is_shown_beside_the_published_demo_only():
 def test_each_combination_is_plain_pytorch(demo, combination):
     alone, together, gap = by_hand(demo, *combination)
     outcome = run(demo, *combination)
-    assert outcome.accuracy_alone.tolist() == alone
-    assert outcome.accuracy_batched.tolist() == together
     # float32 rounding grows in 15 steps at lr 0.1 to about 1e-6; in float64 there is nothing but the last bits.
-    tolerance = 1e-5 if demo.dtype == torch.float32 else 1e-12
-    torch.testing.assert_close(outcome.parameter_difference, gap, rtol=0, atol=tolerance)
+    single = demo.dtype == torch.float32
+    torch.testing.assert_close(outcome.parameter_difference, gap, rtol=0, atol=1e-5 if single else 1e-12)
+    # Such rounding may move a point that lies on the border between two classes: one of the 300 that are counted.
+    for got, expected in ((outcome.accuracy_alone, alone), (outcome.accuracy_batched, together)):
+        assert got.tolist() == pytest.approx(expected, abs=1.01 / 300 if single else 1e-12)
 
 
 def test_only_no_fault_agrees(published):
@@ -148,8 +151,10 @@ def test_only_no_fault_agrees(published):
 @pytest.mark.parametrize("name", ["quick", "full"])
 def test_the_other_presets_agree_without_faults_and_differ_with(name):
     demo = preset(name, epochs=2) if name == "full" else preset(name)
-    assert run(demo, *SAME).max_difference == 0.0
-    assert run(demo, *SAME).verdict == "CONSISTENT"
+    assert run(demo, *SAME).parameters_agree
+    exact = run(preset(name, epochs=2, dtype=torch.float64), *SAME)  # in float32 rounding may move a few points
+    assert exact.max_difference == 0.0
+    assert exact.verdict == "CONSISTENT"
     for fault in DEMO_FAULTS:
         outcome = run(demo, **switches([fault]))
         assert outcome.faults == [fault]
@@ -168,7 +173,8 @@ def test_a_stale_run_can_score_better(published):
     stale = published[3]
     assert stale.faults == ["stale-gradients"]
     assert (stale.accuracy_batched - stale.accuracy_alone).max() > 0.1
-    assert "Stale gradients alone make model 0 look better: 64.3%, where it has 49.3% alone." in str(published)
+    said = r"Stale gradients alone make model 0 look better: 6\d\.\d%, where it has 49\.3% alone\."
+    assert re.search(said, str(published))
 
 
 # ------------------------------------------------------------------ parameters, step by step
@@ -197,7 +203,7 @@ def test_other_weights_differ_from_the_first_step():
 
 
 def test_verdict_sees_what_accuracy_hides():
-    demo = preset("published", learning_rates=[1e-6], epochs=1)
+    demo = preset("published", learning_rates=[1e-6], epochs=1, dtype=torch.float64)
     outcome = run(demo, **switches(["stale-gradients"]))
     assert outcome.max_difference == 0.0
     assert outcome.verdict == "DIVERGENT"
@@ -215,7 +221,8 @@ def test_verdict_raises_no_false_alarm_and_misses_no_fault():
             samples=100,
             seed=seed,
         )
-        assert run(demo, *SAME).parameters_agree, demo
+        # In float32 a gradient that is nearly zero is all rounding, and these optimizers divide by its own size.
+        assert run(replace(demo, dtype=torch.float64), *SAME).parameters_agree, demo
         for fault in DEMO_FAULTS:
             assert not run(demo, **switches([fault])).parameters_agree, (demo, fault)
 
@@ -326,8 +333,12 @@ def test_switches_name_each_fault_once():
 def test_tables_read_well(published):
     lines = str(published).splitlines()
     assert lines[1].split()[:3] == ["gradients", "weights", "order"]
-    assert lines[-3].split() == "cleared same same 49.3% 67.3% 80.7% 0.0% 0 0 CONSISTENT".split()
+    *settings, first, last, verdict = lines[10].split()
+    assert [*settings, verdict] == "cleared same same 49.3% 67.3% 80.7% 0.0% CONSISTENT".split()
+    assert float(first) < 1e-6  # rounding of weights and updates of at most 0.1, or nothing at all
+    assert float(last) < 1e-4
     assert len({len(line) for line in lines[3:11]}) == 1  # the eight rows end together
+    assert lines[-2].startswith("On another processor")
     assert all(len(line) <= 120 for line in lines)
 
 
