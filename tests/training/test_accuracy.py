@@ -117,9 +117,9 @@ def test_chunks_of_models_where_all_do_not_fit(monkeypatch, shared):
         expected.append(slowly(out.tolist(), torch.cat([y if shared else y[m] for _, y in pairs]).tolist()))
     sizes = []
     monkeypatch.setattr("mbkit.training.chunks.free_memory", lambda device: 2 * 3.5 * weight)
-    monkeypatch.setattr(
-        "mbkit.training.chunks.call_models", lambda *call: sizes.append(call[0].num_models) or plain(*call)
-    )
+    for place in ("mbkit.training.chunks", "mbkit.batch.model_batch"):
+        counting = lambda *call: sizes.append(call[0].num_models) or plain(*call)  # noqa: E731
+        monkeypatch.setattr(f"{place}.call_models", counting)
     # a call makes the mask, which is 1 byte each before it is scaled, the dropped input, the products and sums
     weight = 2 * B * 4 * 4 + 2 * B * K * 4
     assert evaluate(batch, pairs).tolist() == pytest.approx(expected, abs=0)
