@@ -14,12 +14,13 @@ from ..vmap import mark_rows, watch
 from .call import NO_FAULT_OF_VMAP, PLAIN_ERRORS, at_once
 from .context import CallContext
 from .freeze import held
+from .targets import TargetForms
 
-__all__ = ["call_losses", "loss_code", "one_loss", "targets_of_models"]
+__all__ = ["call_losses", "loss_code", "one_loss"]
 
 
 def call_losses(
-    context: CallContext, outputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Tensor], shared_targets: bool | None
+    context: CallContext, outputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Tensor], forms: TargetForms
 ) -> Tensor:
     """Return the loss of each model, `[M]`, and keep it, detached, in the context.
 
@@ -28,16 +29,16 @@ def call_losses(
         outputs: nested tensors `[M, B, ...]`.
         targets: nested tensors `[B, ...]` or `[M, B, ...]`.
         loss_fn: from one model's outputs and targets to one number.
-        shared_targets: which of the two forms the targets have; None to tell by their shapes.
+        forms: which of the two forms the targets have.
     """
     with held(context):
-        losses = _losses(context, outputs, targets, loss_fn, shared_targets)
+        losses = _losses(context, outputs, targets, loss_fn, forms)
     context.latest_losses = losses.detach()
     return losses
 
 
 def _losses(
-    context: CallContext, outputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Tensor], shared_targets: bool | None
+    context: CallContext, outputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Tensor], forms: TargetForms
 ) -> Tensor:
     output_leaves, output_spec = tree_flatten(outputs)
     target_leaves, target_spec = tree_flatten(targets)
@@ -51,11 +52,7 @@ def _losses(
             f"Expected outputs made of tensors, got {type(outputs).__name__}: pass what the batch returned."
         )
     in_dims = [0 for leaf in output_leaves if isinstance(leaf, Tensor)]
-    in_dims += [
-        _target_dim(leaf, reference.shape, context.num_models, shared_targets)
-        for leaf in target_leaves
-        if isinstance(leaf, Tensor)
-    ]
+    in_dims += [None if shared else 0 for shared in forms.of(targets, reference.shape, context.num_models)]
 
     def one_model(mode: Any, *own: Tensor) -> tuple[Tensor]:
         remaining = iter(own)
@@ -120,62 +117,9 @@ def loss_code(loss_fn: Callable) -> Any:
     return getattr(loss_fn, "__code__", loss_fn)
 
 
-def targets_of_models(
-    targets: Any, outputs: torch.Size | None, num_models: int, start: int, stop: int, shared: bool | None
-) -> tuple[Any, bool]:
-    """Return the targets of models start to stop - 1, and whether these are one for all of them.
-
-    Args:
-        targets: nested tensors `[B, ...]` or `[M, B, ...]`.
-        outputs: the shape `[B, ...]` of one model's output, of the first where there are several; None for none.
-        num_models: M.
-        start, stop: which models.
-        shared: which of the two forms the targets have; None to tell by their shapes.
-    """
-    if outputs is None:
-        return targets, True  # compute_loss says what is wrong
-    leaves, spec = tree_flatten(targets)
-    shape = torch.Size((num_models, *outputs))
-    each = {id(t): _target_dim(t, shape, num_models, shared) == 0 for t in leaves if isinstance(t, Tensor)}
-
-    def own(target: Any) -> Any:
-        if not isinstance(target, Tensor):
-            return target
-        return target[start:stop] if each[id(target)] else target.expand(stop - start, *target.shape)
-
-    return (tree_unflatten(list(map(own, leaves)), spec), False) if any(each.values()) else (targets, True)
-
-
 def _check_outputs(tensor: Tensor, num_models: int) -> None:
     if tensor.dim() == 0 or tensor.shape[0] != num_models:
         raise ValueError(
             f"Expected outputs [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}: "
             "pass what the batch returned, outputs first, then targets."
         )
-
-
-def _target_dim(target: Tensor, outputs: torch.Size, num_models: int, shared: bool | None) -> int | None:
-    """Return vmap's in_dim of a target: None where all models share it, 0 where each has its own."""
-    if shared:
-        return None
-    leads = target.dim() > 0 and target.shape[0] == num_models
-    got = f"got {list(target.shape)} for outputs {list(outputs)}"
-    if shared is not None:
-        if not leads:
-            raise ValueError(f"Expected targets [{num_models}, …], as shared_targets=False says, {got}.")
-        return 0
-    size = outputs[1] if len(outputs) > 1 else None
-    one_for_all = target.dim() == 0 or size in (None, target.shape[0])
-    one_a_model = leads and (size is None or (target.dim() > 1 and target.shape[1] == size))
-    if not one_for_all and not one_a_model:
-        raise ValueError(
-            f"Expected targets [{size}, …] for all models or [{num_models}, {size}, …] for each its own, {got}: "
-            "pass one of the two forms, or say with shared_targets=True or shared_targets=False how to read them."
-        )
-    # A target for all has no dimension M, so one of as many dimensions as the outputs has one slice a model.
-    if one_for_all and one_a_model and target.dim() != len(outputs):
-        raise ValueError(
-            f"Targets {list(target.shape)} for outputs {list(outputs)} could be one batch for all models or one "
-            "a model: say which with shared_targets=True or shared_targets=False."
-        )
-    return 0 if one_a_model else None

@@ -19,6 +19,7 @@ from .context import CallContext, context_of
 from .freeze import CanFreeze
 from .loss import call_losses
 from .stack import set_memory_format, stack_models, unstack_model
+from .targets import TargetForms
 from .validate import check_models, check_paths
 
 __all__ = ["ModelBatch"]
@@ -173,7 +174,7 @@ class ModelBatch(CanFreeze, nn.Module):
         loss_fn: Callable[[Any, Any], Tensor],
         reduction: str = "sum",
         *,
-        shared_targets: bool | None = None,
+        shared_targets: bool | TargetForms | None = None,
     ) -> Tensor:
         """Return the models' losses, added up, averaged or one by one.
 
@@ -183,7 +184,8 @@ class ModelBatch(CanFreeze, nn.Module):
             loss_fn: gets one model's outputs and targets, returns one number.
             reduction: "sum" (each model's gradient is its own), "none" for the losses `[M]`, or "mean", which
                 divides every gradient by M.
-            shared_targets: says which of the two forms the targets have, where their shape fits both.
+            shared_targets: says which of the two forms the targets have, where their shape fits both; a `TargetForms`
+                keeps what it has once told.
 
         Returns:
             One number, or `[M]` for "none". The losses are kept in `latest_losses`, detached.
@@ -193,7 +195,8 @@ class ModelBatch(CanFreeze, nn.Module):
         """
         if reduction not in ("sum", "mean", "none"):
             raise ValueError(f"Expected reduction 'sum', 'mean' or 'none', got {reduction!r}: choose one of them.")
-        losses = call_losses(context_of(self), outputs, targets, loss_fn, shared_targets)
+        forms = TargetForms.made_of(shared_targets)
+        losses = call_losses(context_of(self), outputs, targets, loss_fn, forms)
         return losses if reduction == "none" else getattr(losses, reduction)()
 
     def metrics(self) -> dict[str, float]:

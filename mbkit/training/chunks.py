@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 
 from ..batch.call import call_models
 from ..batch.context import CallContext, context_of
-from ..batch.loss import call_losses, targets_of_models
+from ..batch.loss import call_losses
 from ..batch.model_batch import ModelBatch
+from ..batch.targets import TargetForms, targets_at
 from ..common.checks import check_inputs
 from ..common.machine import free_memory
 from ..vmap import HOOKS, BatchingError, Own, note_reached, reached_models, read_state, replica, write_state
@@ -65,17 +66,19 @@ class Chunks:
             return call(partial(self.batch, shared_input=shared_input), x)
         return _join([out for *_, out in self._calls(x, shared_input)])
 
-    def backward(self, x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None) -> tuple[Tensor, Any]:
+    def backward(self, x: Any, y: Any, loss_fn: Callable, forms: TargetForms) -> tuple[Tensor, Any]:
         """Add up the gradients of all models; return the losses [M] and the outputs, detached."""
         batch, losses, outputs = self.batch, [], []
         if not calls_are_own(batch):
-            return backward_at_once(batch, x, y, loss_fn, shared_targets)
+            return backward_at_once(batch, x, y, loss_fn, forms)
         gradients: dict[nn.Parameter, list[list[bool]]] = {}
         for start, stop, chunk, out in self._calls(x, batch.shared_input):
+            targets = y
             some = first_tensor(out)
-            shape = None if some is None else some.shape[1:]
-            targets, shared = targets_of_models(y, shape, batch.num_models, start, stop, shared_targets)
-            loss = call_losses(chunk, out, targets, loss_fn, shared)
+            if some is not None:  # or else call_losses says what is wrong
+                whole = forms.of(y, (batch.num_models, *some.shape[1:]), batch.num_models)
+                targets = targets_at(y, whole, slice(start, stop))
+            loss = call_losses(chunk, out, targets, loss_fn, forms)
             loss.sum().backward()
             _collect(batch, chunk.template, start, stop, gradients)
             losses.append(loss.detach())
@@ -150,12 +153,10 @@ def calls_are_own(batch: nn.Module) -> bool:
     return own and not any(vars(batch)[hooks] for hooks in HOOKS)
 
 
-def backward_at_once(
-    batch: nn.Module, x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None
-) -> tuple[Tensor, Any]:
+def backward_at_once(batch: nn.Module, x: Any, y: Any, loss_fn: Callable, forms: TargetForms) -> tuple[Tensor, Any]:
     """Do what `Chunks.backward` does, for all models at once."""
     outputs = call(batch, x)
-    losses = batch.compute_loss(outputs, y, loss_fn, reduction="none", shared_targets=shared_targets)
+    losses = batch.compute_loss(outputs, y, loss_fn, reduction="none", shared_targets=forms)
     losses.sum().backward()
     return losses.detach(), detach(outputs)
 

@@ -27,6 +27,7 @@ from ..batch.call import attempt
 from ..batch.clip import clip_by_norm_, norm_limits
 from ..batch.context import context_of
 from ..batch.loss import call_losses
+from ..batch.targets import TargetForms
 from ..optim.hyperparameters import Hyperparameters
 from ..vmap import LayoutMatters, Look, is_leaf, named_modules, read_state, replica, tensors_in
 from .compilable import CannotCompile, check_memory, check_module, check_step
@@ -56,12 +57,12 @@ class CompiledStep:
         optimizer: Any,
         loss_fn: Callable[[Any, Any], Tensor],
         max_norm: float | Sequence[float] | None = None,
-        shared_targets: bool | None = None,
+        shared_targets: bool | TargetForms | None = None,
         on_nonfinite: str | None = None,
     ) -> None:
         self._on_nonfinite = on_nonfinite
         self.batch, self.optimizer, self.loss_fn = batch, optimizer, loss_fn
-        self.max_norm, self.shared_targets = max_norm, shared_targets
+        self.max_norm, self.forms = max_norm, TargetForms.made_of(shared_targets)
         self.reason = ""
         self._programs: dict[Any, _Program] = {}
         self._look: Look | None = None
@@ -254,7 +255,7 @@ class _Program:
             outputs, after, _ = attempt(context, before, args, kwargs, whole.shared_input)
             for path, _, name in before.keys() ^ after.keys() | {k for k in after if after[k] is not before.get(k)}:
                 raise CannotCompile(f"a call assigns '{path}.{name}' anew".replace("'.", "'"))
-            losses = call_losses(context, outputs, y, step.loss_fn, step.shared_targets)
+            losses = call_losses(context, outputs, y, step.loss_fn, step.forms)
             trained = [i for i, t in enumerate(self._kept) if t.requires_grad]
             grads = torch.autograd.grad(losses.sum(), [own[i] for i in trained], allow_unused=True)
         reached = {i: grad for i, grad in zip(trained, grads, strict=True) if grad is not None}

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from ..batch.call import kept_attributes
 from ..batch.context import context_of
 from ..batch.freeze import held
-from ..batch.loss import one_loss, targets_of_models
+from ..batch.loss import one_loss
+from ..batch.targets import TargetForms, targets_at
 from ..common.checks import check_inputs, check_output
 from ..vmap import (
     OUTPUT,
@@ -67,16 +68,16 @@ class OneByOne:
         own = all(id(t) in stacked and t.layout is torch.strided for t in tensors)
         return own and _is_plain(batch) and not any(map(is_watched, tensors))
 
-    def backward(self, x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None) -> tuple[Tensor, Any]:
+    def backward(self, x: Any, y: Any, loss_fn: Callable, forms: TargetForms) -> tuple[Tensor, Any]:
         """Add up the gradients of all models; return the losses [M] and the outputs, detached."""
         batch = self.batch
         if not self._keep_up():
-            return backward_at_once(batch, x, y, loss_fn, shared_targets)
+            return backward_at_once(batch, x, y, loss_fn, forms)
         if not batch.shared_input:
             check_inputs(tree_leaves(x), batch.num_models)
         try:
             with held(context_of(batch)), batch.streams.take_turns(self._stacks[0].device) as turns:
-                losses, records = self._in_turn(turns, x, y, loss_fn, shared_targets)
+                losses, records = self._in_turn(turns, x, y, loss_fn, forms)
                 outputs = self._keep(records)
         except BaseException:
             self._look = None  # a call that was cut short may have left its module in any state
@@ -85,10 +86,10 @@ class OneByOne:
         return batch.latest_losses, outputs
 
     def _in_turn(
-        self, turns: Iterator[int], x: Any, y: Any, loss_fn: Callable, shared_targets: bool | None
+        self, turns: Iterator[int], x: Any, y: Any, loss_fn: Callable, forms: TargetForms
     ) -> tuple[list[Tensor], list[dict]]:
         """Return each model's loss, and what its call returned, with the whole state where it has changed any."""
-        batch, losses, records, targets = self.batch, [], [], None
+        batch, losses, records = self.batch, [], []
         if torch.is_autocast_enabled(self._stacks[0].device.type):
             torch.clear_autocast_cache()  # it keeps casts of weights, which an update has changed since
         gradients = _Gradients(self._twins[0][-1])
@@ -99,10 +100,8 @@ class OneByOne:
                 out = call(twin, mine)
             self.bytes_each = self.bytes_each or max(1, sum(sizes))
             check_output(out, context_of(batch).template)
-            if targets is None:
-                shape = first_tensor(out).shape
-                targets, shared = targets_of_models(y, shape, batch.num_models, 0, batch.num_models, shared_targets)
-            loss = one_loss(loss_fn, out, targets if shared else part(targets, m))
+            shared = forms.of(y, (batch.num_models, *first_tensor(out).shape), batch.num_models)
+            loss = one_loss(loss_fn, out, targets_at(y, shared, m))
             gradients.backward(loss, m, rows)
             losses.append(loss.detach())
             record = {OUTPUT: detach(out)}

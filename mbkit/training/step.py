@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..batch.freeze import stop_nonfinite
+from ..batch.targets import TargetForms
 from ..common.machine import keep_pages
 from ..vmap import is_watched
 from .chunks import Chunks, backward_at_once
@@ -36,14 +37,14 @@ def batch_step(
     y: Any,
     loss_fn: Callable[[Any, Any], Tensor],
     max_norm: float | Sequence[float] | None = None,
-    shared_targets: bool | None = None,
+    shared_targets: bool | TargetForms | None = None,
     on_nonfinite: str | None = None,
     chunks: Chunks | OneByOne | None = None,
 ) -> tuple[Tensor, Any]:
     """Make one update of all models; return the losses [M] and the outputs from before it, detached."""
     optimizer.zero_grad()
     backward = partial(backward_at_once, batch) if chunks is None else chunks.backward
-    losses, outputs = backward(x, y, loss_fn, shared_targets)
+    losses, outputs = backward(x, y, loss_fn, TargetForms.made_of(shared_targets))
     if on_nonfinite is not None:
         stop_nonfinite(batch, losses, on_nonfinite)
     if max_norm is not None:
@@ -98,7 +99,7 @@ class Stepper:
         if weight is None:
             raise ValueError("Expected models with parameters, got a batch without any: there is nothing to train.")
         self.batch, self.optimizer = batch, optimizer
-        self._rest = (loss_fn, max_norm, shared_targets, on_nonfinite)
+        self._rest = (loss_fn, max_norm, TargetForms(shared_targets), on_nonfinite)
         self._compiled = None
         if compile:
             from .compiled import CompiledStep  # its imports take a second, and few runs need them

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from mbkit import ModelBatch, OptimizerFactory, fit
 from mbkit.batch.context import context_of
+from mbkit.batch.targets import TargetForms
 from mbkit.common.random_streams import GENERATOR
 from mbkit.training import train_steps
 from mbkit.training.one_by_one import OneByOne
@@ -259,7 +260,7 @@ def test_a_frozen_model_keeps_everything():
 def test_a_loss_that_is_none_is_refused(loss_fn, error, text):
     batch = ModelBatch(models_of())
     with pytest.raises(error, match=text):
-        OneByOne(batch).backward(*data()[0], loss_fn, None)
+        OneByOne(batch).backward(*data()[0], loss_fn, TargetForms())
 
 
 def test_casts_of_weights_are_not_kept_over_an_update():

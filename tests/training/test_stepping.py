@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from mbkit import ModelBatch, OptimizerFactory, fit
 from mbkit.batch.call import call_models as plain
 from mbkit.batch.context import context_of
+from mbkit.batch.targets import TargetForms
 from mbkit.training import train_steps
 from mbkit.training.chunks import Chunks
 from mbkit.training.one_by_one import OneByOne
@@ -131,7 +132,7 @@ def test_targets_for_all_and_one_a_model_in_one_step():
 
     batch = ModelBatch(models)
     chunks = Chunks(batch, 2)
-    losses, outputs = chunks.backward(x, (shared, own), loss_fn, None)
+    losses, outputs = chunks.backward(x, (shared, own), loss_fn, TargetForms())
     for m, model in enumerate(models):
         loss = loss_fn(model(x), (shared, own[m]))
         torch.testing.assert_close(losses[m], loss.detach())
@@ -144,7 +145,7 @@ def test_a_chunk_keeps_what_its_backward_needs_and_no_more():
     """A Linear layer keeps its input, 8 x 100 floats; its weight is no activation."""
     models = [nn.Sequential(nn.Tanh(), nn.Linear(100, 1)) for _ in range(4)]
     chunks = Chunks(ModelBatch(models, shared_input=False), 2)
-    chunks.backward(torch.randn(4, B, 100), torch.randn(4, B, 1), nn.functional.mse_loss, False)
+    chunks.backward(torch.randn(4, B, 100), torch.randn(4, B, 1), nn.functional.mse_loss, TargetForms(False))
     assert 8 * 100 * 4 <= chunks.bytes_each <= 1.5 * 8 * 100 * 4
 
 
