@@ -6,16 +6,16 @@ outside it, from the models' own streams, and passed in; so are the hyperparamet
 again. What a graph cannot hold (a branch on a tensor's value, a layer that runs model by model, a hook, a tensor that a
 call assigns anew) raises `CannotCompile` before any parameter or count has changed.
 
-What a forward reads from elsewhere than its module, its arguments and constants is read when the step is traced, not at
-every step: a global number that the user changes meanwhile, say.
+Python values that `forward` and `loss_fn` read are constants of the graph; `Guards` looks at them before each step.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
@@ -29,18 +29,25 @@ from ..batch.context import context_of
 from ..batch.loss import call_losses
 from ..batch.targets import TargetForms
 from ..optim.hyperparameters import Hyperparameters
-from ..vmap import LayoutMatters, Look, is_leaf, named_modules, read_state, replica, tensors_in
+from ..vmap import LayoutMatters, read_state, replica, tensors_in
 from .compilable import CannotCompile, check_memory, check_module, check_step
 from .graph_passes import improve
+from .guards import Guards
 from .loop import arguments
 
 __all__ = ["CannotCompile", "CompiledStep"]
 
-_OF_TORCH = set(vars(nn.Module())) - {"training"}
+_MOST_CHANGES = 3  # of one value, that are compiled anew
 
 
 class CompiledStep:
-    """Makes the update that `batch_step` makes, as one compiled function; compiles anew where shapes or modes change.
+    """Makes the update that `batch_step` makes, as one compiled function.
+
+    It is compiled anew where shapes, modes or a Python value that `forward` or `loss_fn` read change; after three such
+    changes of one value, the step cannot be compiled. A call that changes something itself (a count, a list, a random
+    generator of Python's) cannot be compiled either. What `Guards` cannot see must not change: the clock, the
+    environment, files, attributes reached by a name put together while running. What a call prints is printed only
+    when it is compiled.
 
     Args:
         batch: a ModelBatch of M models.
@@ -65,59 +72,72 @@ class CompiledStep:
         self.max_norm, self.forms = max_norm, TargetForms.made_of(shared_targets)
         self.reason = ""
         self._programs: dict[Any, _Program] = {}
-        self._look: Look | None = None
+        self._guards: Guards | None = None
         self._kept: list[Tensor] = []
-        self._form = ""  # of all that a graph takes for granted of the batch
-        self._opaque: list[Any] = []  # settings that may change inside, such as a set
+        self._form: tuple = ()  # of all that a graph takes for granted beside a batch's form
+        self._changed = ""  # the value because of which another graph may be needed
+        self._changes: Counter[str] = Counter()
 
     def attempt(self, x: Any, y: Any) -> tuple[Tensor, Any] | None:
         """Make one update; return the losses [M] and the outputs from before it, detached.
 
         Where that cannot be, return None before anything is changed; `reason` says why.
         """
+        leaves, spec = tree_flatten((x, y))
         try:
-            return self._attempt(x, y)
+            program = self._program(leaves, spec)
         except CannotCompile as error:
             self.reason = str(error)
-        return None
+            return None
+        except Exception as error:  # from the model, from make_fx, from the compiler: the eager step tells which
+            self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            return None
+        losses, outputs = program(self._kept, leaves)
+        context_of(self.batch).latest_losses = losses
+        self.optimizer._opt_called = True  # what torch's schedulers look at
+        return losses, outputs
 
-    def _attempt(self, x: Any, y: Any) -> tuple[Tensor, Any]:
+    def _program(self, leaves: list, spec: Any) -> _Program:
+        """Return the graph for this step, compiled.
+
+        Raises:
+            CannotCompile: there is none, or another one would be needed over and over.
+        """
         if self._on_nonfinite is not None:
             raise CannotCompile("on_nonfinite looks at each gradient before its update")
         self._keep_up()
         if any(p.grad is not None for p in self._kept if isinstance(p, nn.Parameter)):
             self.batch.zero_grad()
-        leaves, spec = tree_flatten((x, y))
         key = self._key(leaves, spec)
         if key not in self._programs:
-            try:
-                with warnings.catch_warnings():  # torch's compiler steps on torch's own deprecations
-                    warnings.simplefilter("ignore", DeprecationWarning)
-                    self._programs[key] = _Program(self, leaves, spec)
-            except (CannotCompile, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # from the model, from make_fx, from the compiler: the eager step tells which
-                raise CannotCompile(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
-        losses, outputs = self._programs[key](self._kept, leaves)
-        context_of(self.batch).latest_losses = losses
-        self.optimizer._opt_called = True  # what torch's schedulers look at
-        return losses, outputs
+            self._changes[self._changed] += 1
+            if self._changed and self._changes[self._changed] > _MOST_CHANGES:
+                raise CannotCompile(
+                    f"{self._changed} keeps changing, and each new value is compiled anew: make it a tensor of the "
+                    "module's, such as a buffer, or pass it with the inputs or targets"
+                )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler steps on torch's own
+                self._programs[key] = _Program(self, leaves, spec)
+        self._changed = ""
+        return self._programs[key]
 
     def _keep_up(self) -> None:
-        """Look at the batch again, unless it and its tensors are as they were at the last step."""
+        """Look at the values again, unless they and the batch's tensors are as they were at the last step."""
         template = context_of(self.batch).template
         check_step(self.batch, self.optimizer)
         for columns in self.optimizer._columns:
             columns.refresh()
-        if self._look is not None and self._look.same:
+        if self._guards is not None and self._guards.same:
             return
-        self._look = None
+        before, self._guards = self._guards, None
         check_module(template)
         self._kept = tensors_in(read_state(template))
-        settings = [_settings(module) for _, module in named_modules(template)]
-        self._form = repr((list(map(_form, self._kept)), settings))
-        self._opaque = [value for own in settings for value in own if not is_leaf(value)]
-        self._look = Look(template)
+        guards = Guards(template, self.loss_fn, self._kept)
+        if before is not None:
+            pairs = zip_longest(before.marks, guards.marks, fillvalue=("", None))
+            self._changed = next((new[0] or old[0] for old, new in pairs if old != new), "")
+        self._guards, self._form = guards, (tuple(guards.marks), tuple(map(_form, self._kept)))
         for program in self._programs.values():
             program.sources = None
 
@@ -127,17 +147,12 @@ class CompiledStep:
         numbers = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         modes = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype())
         flags = tuple(columns.on(name) for columns in self.optimizer._columns for name in columns.names)
-        return forms, modes, flags, self._form, repr((spec, numbers, self._opaque))  # a value may have no hash
+        return forms, modes, flags, self._form, repr((spec, numbers))  # a number may have no hash
 
 
 def _form(tensor: Tensor) -> tuple:
     """Return what a graph takes for granted of a tensor."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
-
-
-def _settings(module: nn.Module) -> list[Any]:
-    """Return what a module's forward may read as Python values."""
-    return [id(v) if isinstance(v, (Tensor, nn.Module)) else v for n, v in vars(module).items() if n not in _OF_TORCH]
 
 
 class _Draws:
@@ -179,6 +194,7 @@ class _Program:
         self._optimizer, self._template = step.optimizer, context_of(step.batch).template
         self._kept = tensors_in(read_state(self._template))
         self._reached: list[int] | None = None  # the kept tensors that the loss depends on and that are trained
+        self._guards = step._guards  # which keeps alive what the key goes by
         self._masks: list[tuple[tuple, tuple[float, ...]]] = []
         self.sources: list[Mapping[str, Tensor]] | None = None  # states and columns, until the batch changes
         blank = _Draws(iter(()))
@@ -219,7 +235,8 @@ class _Program:
 
     def _trace(self, operands: list[Tensor]) -> torch.fx.GraphModule:
         try:
-            graph = make_fx(self._step_of, tracing_mode="fake", _allow_non_fake_inputs=True)(*operands)
+            with self._guards.untouched():
+                graph = make_fx(self._step_of, tracing_mode="fake", _allow_non_fake_inputs=True)(*operands)
         except LayoutMatters:
             context_of(self._step.batch).folding = False
             return self._trace(operands)

@@ -58,7 +58,7 @@ def _minds_memory(graph: Graph) -> bool:
 def _keep_columns(graph: Graph) -> None:
     """Round each of the models' hyperparameters once; a million weights would each work out a bias correction anew."""
     for node in graph.find_nodes(op="call_function", target=aten._to_copy.default):
-        if node.args[0].meta["val"].dtype is torch.float64:
+        if isinstance(node.args[0], Node) and node.args[0].meta["val"].dtype is torch.float64:
             keep(graph, node)
 
 

@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from ..vmap import HOOKS, place
 from .compilable import CannotCompile
 
-__all__ = ["Guards", "form"]
+__all__ = ["Guards"]
 
 _TRUSTED = {*sys.stdlib_module_names, "torch", "numpy", "mbkit"}  # their functions read nothing that a user changes
-_OF_TORCH = {*vars(nn.Module()), "mbkit_path"} - {"training"}
-_NOT_NAMED = """__call__ __getattr__ __getitem__ __enter__ __exit__ __iter__ __len__ __contains__ forward backward
-    setup_context vmap""".split()  # what is called without its name
+_OF_TORCH = set(vars(nn.Module())) - {"training"}
+_NOT_NAMED = """__call__ __getattr__ __getitem__ __enter__ __exit__ __iter__ __len__ __contains__ __bool__
+    forward backward setup_context vmap""".split()  # methods that are called without their name
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
+_CONTAINERS = (tuple, list, dict, set, frozenset, deque)
 _MOST = 20_000  # values; to look at one takes a tenth of a microsecond, at every step
-_MOST_BYTES = 1 << 16  # of a numpy array, which has to be compared
+_MOST_BYTES = 1 << 16  # of an array, which has to be compared
 
 
 class Guards:
@@ -53,19 +54,19 @@ class Guards:
 
     def __init__(self, template: nn.Module, loss_fn: Any, inputs: list[Tensor]) -> None:
         self.marks: list[tuple[str, Any]] = []
-        self._inputs = {id(t): i for i, t in enumerate(inputs)}
+        self._inputs = set(map(id, inputs))
         self._places = [(t, place(t)) for t in inputs]
         self._slots: list[tuple[tuple[Callable, Callable, Callable], Any, bool, str]] = []
         self._values: list[Any] = []  # what the slots hold
         self._contents: list[tuple[Any, list, str]] = []  # what lists, dicts and sets hold
-        self._versions: list[tuple[Callable, Any, Any]] = []  # of tensors and arrays
+        self._versions: list[tuple[Any, Any, str]] = []  # of tensors and arrays
         self._states = [_state(random, "Python's random")]
         if "numpy" in sys.modules:
             self._states.append(_state(sys.modules["numpy"].random, "numpy.random"))
         self._owners: dict[int, tuple[Any, str]] = {}  # objects, of which the named attributes are looked at
         self._names, self._stored = set(_NOT_NAMED), set()
-        self._seen: dict[int, Any] = {}
-        self._known: set[tuple[int, Any]] = set()
+        self._seen: dict[int, tuple[int, Any]] = {}  # which keeps the ids valid
+        self._known: dict[tuple[int, Any], Any] = {}
         self._visit(template, "")
         self._visit(loss_fn, "loss_fn")
         size = -1
@@ -81,7 +82,7 @@ class Guards:
         return (
             all(map(operator.is_, now, self._values))
             and all(_holds(held, contents) for held, contents, _ in self._contents)
-            and all(get(held) == version for get, held, version in self._versions)
+            and all(_version(held) == version for held, version, _ in self._versions)
             and all(place(tensor) == where for tensor, where in self._places)
         )
 
@@ -93,15 +94,16 @@ class Guards:
             CannotCompile: there was something to undo.
         """
         states = [(name, get, put, pickle.dumps(get())) for name, get, put in self._states]
+        copies = [held.clone() if isinstance(held, Tensor) else held.copy() for held, *_ in self._versions]
         changed: list[str] = []
         try:
             yield
         finally:
-            changed += self._undo(states)
+            changed += self._undo(states, copies)
         if changed:
             raise CannotCompile(f"a call changes {changed[0]}, which a compiled step cannot do")
 
-    def _undo(self, states: list) -> Iterator[str]:
+    def _undo(self, states: list, copies: list) -> Iterator[str]:
         for ((get, put, drop), key, there, name), value in zip(self._slots, self._values, strict=True):
             if get(key) is not value:
                 put(key, value) if there else drop(key)
@@ -110,6 +112,11 @@ class Guards:
             if not _holds(held, contents):
                 _refill(held, contents)
                 yield name
+        for (held, version, name), copied in zip(self._versions, copies, strict=True):
+            is_tensor = isinstance(held, Tensor)  # some kernels that edit tensors leave their versions as they were
+            if _version(held) != version or (is_tensor and not torch.equal(held, copied)):
+                (held.data if is_tensor else held)[...] = copied
+                yield name
         for name, get, put, state in states:
             if pickle.dumps(get()) != state:
                 put(pickle.loads(state))
@@ -117,25 +124,24 @@ class Guards:
 
     def _visit(self, value: Any, name: str) -> None:
         """Note a value, and go on with what it holds."""
+        if len(self.marks) > _MOST:
+            raise CannotCompile(f"forward and loss_fn may read more than {_MOST:,} Python values")
         if isinstance(value, _PLAIN):
             self.marks.append((name, (type(value), repr(value))))
             return
-        if id(value) in self._inputs:
-            self.marks.append((name, (self._inputs[id(value)], form(value))))
+        is_new = id(value) not in self._seen
+        number, _ = self._seen.setdefault(id(value), (len(self._seen), value))
+        is_input = id(value) in self._inputs
+        self.marks.append((name, (number, "input" if is_input else _identity(value))))
+        if is_input or not is_new:
             return
-        self.marks.append((name, id(getattr(value, "__code__", value))))
-        if id(value) in self._seen:
-            return
-        self._seen[id(value)] = value
-        if len(self._seen) + len(self._slots) > _MOST:
-            raise CannotCompile(f"forward and loss_fn may read more than {_MOST:,} Python values")
-        if isinstance(value, Tensor):
-            self._note_version(_version, value, name)
-        elif type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
-            if value.nbytes > _MOST_BYTES:
-                raise CannotCompile(f"{name} is a large numpy array: make it a tensor")
-            self._note_version(operator.methodcaller("tobytes"), value, name)
-        elif isinstance(value, (tuple, list, dict, set, frozenset, deque)):
+        if isinstance(value, Tensor) or (hasattr(value, "tobytes") and hasattr(value, "copy")):  # numpy's have both
+            version = _version(value)
+            if not isinstance(value, Tensor) and len(version) > _MOST_BYTES:
+                raise CannotCompile(f"{name} is a large array: make it a tensor")
+            self._versions.append((value, version, name))
+            self.marks.append((name, version))
+        elif isinstance(value, _CONTAINERS):
             self._visit_contents(value, name)
         elif isinstance(value, nn.Module):
             self._visit_module(value, name)
@@ -149,19 +155,11 @@ class Guards:
         elif not (isinstance(value, (type, ModuleType)) and _is_trusted(value)):
             self._visit_object(value, name)
 
-    def _note_version(self, get: Callable, value: Any, name: str) -> None:
-        self._versions.append((get, value, get(value)))
-        self.marks.append((name, get(value)))
-
     def _visit_contents(self, held: Any, name: str) -> None:
         if not isinstance(held, (tuple, frozenset)):
             self._contents.append((held, _contents(held), name))
-        if isinstance(held, dict):
-            pairs = [(f"{name}[{key!r}]", value) for key, value in held.items()]
-        else:
-            pairs = [(f"{name}[{i}]", value) for i, value in enumerate(held)]
-        for path, value in pairs:
-            self._visit(value, path)
+        for key, value in held.items() if isinstance(held, dict) else enumerate(held):
+            self._visit(value, f"{name}[{key!r}]")
 
     def _visit_module(self, module: nn.Module, name: str) -> None:
         mine, path = vars(module), f"{name}." if name else ""
@@ -184,7 +182,7 @@ class Guards:
         if _is_trusted(function):
             return
         read, assigned, names, stored = _names(code)
-        for key in read | assigned:
+        for key in sorted(read | assigned):
             if key in function.__globals__ or key in assigned:
                 self._visit_slot(function.__globals__, key, key)
             elif key in sys.modules:  # imported inside the function
@@ -194,8 +192,8 @@ class Guards:
         self._owners[id(function)] = function, name
 
     def _visit_object(self, value: Any, name: str) -> None:
-        if state := _state(value, name):
-            self._states.append(state)
+        state = _state(value, name) if _is_trusted(type(value)) else None
+        self._states += [state] if state else []
         if hasattr(value, "cache_info"):  # functools.cache keeps what a traced call computes
             self._states.append((name, value.cache_info, lambda _: value.cache_clear()))
             self._visit(value.__wrapped__, name)
@@ -220,8 +218,7 @@ class Guards:
         """Note where a value stands, and the value."""
         if (id(owner), key) in self._known:
             return
-        self._known.add((id(owner), key))
-        self._seen[id(owner)] = owner
+        self._known[id(owner), key] = owner
         if isinstance(owner, dict):
             access, there = (owner.get, owner.__setitem__, owner.pop), key in owner
         else:
@@ -230,15 +227,19 @@ class Guards:
         value = access[0](key)
         self._slots.append((access, key, there, name))
         self._values.append(value)
-        for inside in ("__func__", "fget", "func"):  # of static and class methods, of properties
-            if isinstance(value, (staticmethod, classmethod, property)) or type(value).__name__ == "cached_property":
-                value = getattr(value, inside, value)
+        if isinstance(value, (staticmethod, classmethod, property, cached_property)):
+            value = next(getattr(value, name) for name in ("__func__", "fget", "func") if hasattr(value, name))
         self._visit(value, name)
 
 
-def form(tensor: Tensor) -> tuple:
-    """Return what a graph takes for granted of a tensor that it gets as an argument."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+def _identity(value: Any) -> Any:
+    """Return what a value has to be again: of its own kind, where what it holds is looked at; else the very same."""
+    if isinstance(value, FunctionType):
+        return id(value.__code__)
+    has_attributes = hasattr(value, "__dict__") or hasattr(type(value), "__slots__")
+    if isinstance(value, (Tensor, type, ModuleType)) or not has_attributes or _is_trusted(type(value)):
+        return type(value) if isinstance(value, (*_CONTAINERS, MethodType, partial, nn.Module)) else id(value)
+    return type(value)
 
 
 def _is_trusted(value: Any) -> bool:
@@ -288,11 +289,13 @@ def _holds(held: Any, contents: list) -> bool:
 
 def _refill(held: Any, contents: list) -> None:
     held.clear()
-    if isinstance(held, dict):
-        held.update(zip(contents[: len(contents) // 2], contents[len(contents) // 2 :], strict=True))
-    else:
-        (held.update if isinstance(held, set) else held.extend)(contents)
+    half = len(contents) // 2
+    add = held.extend if hasattr(held, "extend") else held.update
+    add(zip(contents[:half], contents[half:], strict=True) if isinstance(held, dict) else contents)
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _version(value: Any) -> int | bytes:
+    """Return what changes with the numbers in a tensor or an array."""
+    if not isinstance(value, Tensor):
+        return value.tobytes()
+    return 0 if value.is_inference() else value._version

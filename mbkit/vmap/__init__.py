@@ -27,7 +27,7 @@ from .module_copy import (
 from .per_model import PerModel
 from .rules.convolution import LayoutMatters, is_folded
 from .rules.randomness import Streams
-from .snapshot import Look, is_watched
+from .snapshot import Look, is_watched, place
 from .unwrap import stack_alike
 from .used_gradients import mark_rows, note_reached, reached_models, watch
 
@@ -56,6 +56,7 @@ __all__ = [
     "named_modules",
     "note_reached",
     "outcome",
+    "place",
     "reached_models",
     "read_state",
     "replica",

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from .module_copy import HOOKS, held_inside, is_leaf, named_modules, own_attributes
 
-__all__ = ["Look", "is_watched"]
+__all__ = ["Look", "is_watched", "place"]
 
 
 class Look:
@@ -34,7 +34,7 @@ class Look:
             self._trees += [(mine, name) for name in own if not is_leaf(mine[name])]
         self._objects, self._forms = self._see()
         self._tensors = [leaf for leaf in self._objects if settings and isinstance(leaf, Tensor)]
-        self._places = list(map(_place, self._tensors))
+        self._places = list(map(place, self._tensors))
 
     def _see(self) -> tuple[list[Any], list[Any]]:
         """Return the objects, and the structures that hold those of the user's own attributes."""
@@ -49,7 +49,7 @@ class Look:
         """Whether it still is."""
         now, forms = self._see()
         same = len(now) == len(self._objects) and all(map(operator.is_, now, self._objects))
-        return same and forms == self._forms and list(map(_place, self._tensors)) == self._places
+        return same and forms == self._forms and list(map(place, self._tensors)) == self._places
 
 
 def is_watched(tensor: Tensor) -> bool:
@@ -57,7 +57,7 @@ def is_watched(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
-def _place(tensor: Tensor) -> tuple:
+def place(tensor: Tensor) -> tuple:
     """Return where a tensor is, in which form, whether it is trained, and whether somebody watches its gradient."""
     strided = (tensor.data_ptr(), tensor.stride()) if tensor.layout is torch.strided else ()
     return strided, tensor.shape, tensor.dtype, tensor.requires_grad, is_watched(tensor)
