@@ -129,11 +129,10 @@ class Guards:
         if isinstance(value, _PLAIN):
             self.marks.append((name, (type(value), repr(value))))
             return
-        is_new = id(value) not in self._seen
+        is_known, is_input = id(value) in self._seen, id(value) in self._inputs
         number, _ = self._seen.setdefault(id(value), (len(self._seen), value))
-        is_input = id(value) in self._inputs
         self.marks.append((name, (number, "input" if is_input else _identity(value))))
-        if is_input or not is_new:
+        if is_input or is_known:
             return
         if isinstance(value, Tensor) or (hasattr(value, "tobytes") and hasattr(value, "copy")):  # numpy's have both
             version = _version(value)
