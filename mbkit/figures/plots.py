@@ -164,9 +164,9 @@ def heat_map(report: Any) -> Picture:
     picture = Picture(8.6, rows * min(6.0, 0.9 + 0.24 * num_parameters) + 0.3, dpi=100)
     panels = picture.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     low = -8 if report.tolerance > 1e-6 else -16  # where rounding begins, in float32 and in float64
-    values = report.relative.nan_to_num(nan=math.inf).clamp(1e-17, 1e3).log10()
+    values = report.relative.nan_to_num(nan=0.0).clamp(1e-17, 1e3).log10()
     look = {"aspect": "auto", "cmap": "OrRd", "vmin": low, "vmax": 1, "interpolation": "nearest"}
-    rounding = report.relative <= report.allowed
+    rounding = report.within
     for m, axes in enumerate(panels.flat):
         if m >= num_models:
             axes.set_visible(False)

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import check_seeds, list_of_models, per_model
 from ..common.random_streams import seeded
 from ..common.tables import html_table, plain
 from ..data.load import demo_points
 from ..models import MLP
-from ..training.loop import check_run
 from . import isolation_checks as crosstalk
 from . import model_checks as suspects
 from .context import Case, Finding
-from .equivalence import EquivalenceReport, compare, endless
+from .equivalence import check_arguments, compare, endless
 from .faults import FAULTS, plant
+from .report import EquivalenceReport
 from .subject import BatchRecipe, Recipe
 
 __all__ = ["Diagnosis", "diagnose", "diagnose_planted"]
@@ -99,6 +98,7 @@ def diagnose(
     seeds: Sequence[int] | None = None,
     *,
     shared_input: bool = True,
+    shared_targets: bool | None = None,
     max_norm: Any = None,
     scheduler: Callable[[Any], Any] | None = None,
     build: Recipe | None = None,
@@ -132,11 +132,8 @@ def diagnose(
         >>> diagnose(models, torch.optim.Adam, configs, data, nn.functional.cross_entropy, build=build).guilty
         ['stale-gradients']
     """
-    models = list_of_models(models)
-    check_run(batches, loss_fn, steps, "epoch", walks=steps)
-    seeds = check_seeds(seeds, len(models))
-    configs = per_model(dict(configs) if isinstance(configs, Mapping) else list(configs), len(models), "configs")
-    recipe = build or BatchRecipe(optimizer_cls, max_norm, scheduler, shared_input)
+    models, configs, seeds = check_arguments(models, configs, batches, loss_fn, steps, seeds)
+    recipe = BatchRecipe(optimizer_cls, max_norm, scheduler, shared_input, shared_targets, build)
     device = next(models[0].parameters()).device
     data = list(itertools.islice(endless(batches, device), steps))
     case = Case(optimizer_cls, scheduler, recipe, models, configs, seeds, data, loss_fn, shared_input, dtype)
@@ -144,7 +141,7 @@ def diagnose(
         experiment(case)
     report = compare(
         models, optimizer_cls, configs, data, loss_fn, steps, seeds, shared_input=shared_input, max_norm=max_norm,
-        scheduler=scheduler, build=lambda models, seeds: recipe(models, list(configs), seeds),
+        scheduler=scheduler, shared_targets=shared_targets, build=recipe,
     )  # fmt: skip
     findings = case.findings
     findings["rounding"] = _rounding(report, any(f.verdict == "guilty" for f in findings.values()))

@@ -52,6 +52,7 @@ class BatchSubject:
         optimizer: from `OptimizerFactory`, or anything with zero_grad() and step() over the batch's parameters.
         max_norm: clip each model's gradient to this norm.
         schedule: an lr scheduler of the optimizer, stepped after each step.
+        shared_targets: False where targets are [M, B, ...], None to tell by their shapes.
 
     Example:
         >>> subject = BatchRecipe(torch.optim.SGD)([nn.Linear(2, 1) for _ in range(3)], [{"lr": 0.1}] * 3, [0, 1, 2])
@@ -61,13 +62,16 @@ class BatchSubject:
         ((1, 2), 0.1)
     """
 
-    def __init__(self, batch: Any, optimizer: Any, max_norm: Any = None, schedule: Any = None) -> None:
+    def __init__(
+        self, batch: Any, optimizer: Any, max_norm: Any = None, schedule: Any = None, shared_targets: bool | None = None
+    ) -> None:
         self.batch, self.optimizer, self.max_norm, self.schedule = batch, optimizer, max_norm, schedule
+        self.shared_targets = shared_targets
         batch.train()
 
     def step(self, inputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Tensor]) -> Tensor:
         """Make one update, as `fit` does."""
-        losses, _ = batch_step(self.batch, self.optimizer, inputs, targets, loss_fn, self.max_norm)
+        losses, _ = batch_step(self.batch, self.optimizer, inputs, targets, loss_fn, self.max_norm, self.shared_targets)
         if self.schedule is not None:
             self.schedule.step()
         return losses
@@ -83,7 +87,7 @@ class BatchSubject:
     def optimizer_state(self, m: int) -> dict[str, dict[str, Tensor]]:
         """Views of model m's slices, whichever of mbkit's optimizers it is; of another one nothing can be read."""
         optimizer, stacked, size = self.optimizer, self.batch.stacked_params, self.batch.num_models
-        if hasattr(optimizer, "lone"):  # one lone optimizer a model, over views or copies
+        if hasattr(optimizer, "lone"):  # one lone optimizer per model, over views or copies
             own = optimizer.lone[m]
             states = [own.state.get(view, {}) for view in own.param_groups[0]["params"]]
         else:
@@ -108,24 +112,33 @@ class BatchSubject:
 
 @dataclass(frozen=True)
 class BatchRecipe:
-    """How a `ModelBatch` and its optimizer are made: what `diagnose` takes where no other recipe is given.
+    """How a batch and its optimizer are made: by `build`, or as a `ModelBatch` with mbkit's optimizer.
 
     Args:
         optimizer_cls: a class of torch.optim.
-        max_norm: clip each model's gradient to this norm, one number or one a model.
+        max_norm: clip each model's gradient to this norm, one number or one per model.
         scheduler: a callable that makes an lr scheduler from the optimizer; it is stepped after each step.
         shared_input: False where inputs are [M, B, ...].
+        shared_targets: False where targets are [M, B, ...], None to tell by their shapes.
+        build: makes (batch, optimizer) or a `Subject` from M models, M configs and M seeds.
     """
 
     optimizer_cls: type[torch.optim.Optimizer]
     max_norm: Any = None
     scheduler: Callable[[Any], Any] | None = None
     shared_input: bool = True
+    shared_targets: bool | None = None
+    build: Recipe | None = None
 
-    def __call__(
-        self, models: list[nn.Module], configs: Sequence[Mapping[str, Any]], seeds: Sequence[int]
-    ) -> BatchSubject:
-        """Return a fresh batch of these models, with these hyperparameters and seeds."""
+    def __call__(self, models: list[nn.Module], configs: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Subject:
+        """Return a fresh batch of these models, with these hyperparameters and seeds, as a `Subject`."""
+        made = (self.build or self._own)(models, [dict(config) for config in configs], list(seeds))
+        if not isinstance(made, tuple):
+            return made
+        batch, optimizer = made
+        schedule = make_schedule(self.scheduler, optimizer)
+        return BatchSubject(batch, optimizer, self.max_norm, schedule, self.shared_targets)
+
+    def _own(self, models: list[nn.Module], configs: list[dict[str, Any]], seeds: list[int]) -> tuple[Any, Any]:
         batch = ModelBatch(models, self.shared_input, seeds=seeds)
-        optimizer = OptimizerFactory(self.optimizer_cls).create_optimizer(batch, [dict(config) for config in configs])
-        return BatchSubject(batch, optimizer, self.max_norm, make_schedule(self.scheduler, optimizer))
+        return batch, OptimizerFactory(self.optimizer_cls).create_optimizer(batch, configs)

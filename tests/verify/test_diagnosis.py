@@ -56,7 +56,7 @@ def test_every_fault_is_found_by_its_own_name(name):
 def test_without_a_fault_nobody_is_guilty(setting):
     report = found([], setting, seed=1)
     assert report.guilty == []
-    assert report.findings["rounding"].verdict == "all there is"  # in float32 there is always some
+    assert report.findings["rounding"].verdict in ("all there is", "cleared")  # cleared where the bits are the same
     assert all(finding.verdict == "cleared" for name, finding in report.findings.items() if name != "rounding")
     assert report.conclusion.startswith("The batch is its models alone")
 

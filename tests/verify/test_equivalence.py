@@ -1,6 +1,7 @@
 """compare: finds the batch equal to lone models where it is, and every planted fault where it is not."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from mbkit import ModelBatch
 from mbkit.optim import OptimizerFactory
 from mbkit.verify import compare
-from mbkit.verify.faults import StaleGradientOptimizer
+from mbkit.verify.faults import StaleGradientOptimizer, plant
+from mbkit.verify.subject import BatchRecipe
 
 M, STEPS = 3, 8
 CONFIGS = [{"lr": lr} for lr in (0.002, 0.01, 0.05)]
@@ -57,42 +59,42 @@ def test_per_model_input_and_clipping():
     report.assert_equivalent()
 
 
-def honest(models, seeds, configs=CONFIGS):
+def honest(models, configs, seeds):
     batch = ModelBatch(models, seeds=seeds)
     return batch, OptimizerFactory(torch.optim.Adam).create_optimizer(batch, configs)
 
 
-def stale_gradients(models, seeds):
+def stale_gradients(models, configs, seeds):
     batch = ModelBatch(models, seeds=seeds)
     return batch, StaleGradientOptimizer(batch, torch.optim.Adam, CONFIGS)
 
 
-def other_masks(models, seeds):
-    return honest(models, [seed + 1 for seed in seeds])
+def other_masks(models, configs, seeds):
+    return honest(models, configs, [seed + 1 for seed in seeds])
 
 
-def other_weights(models, seeds):
-    return honest([models[1], models[0], models[2]], seeds)
+def other_weights(models, configs, seeds):
+    return honest([models[1], models[0], models[2]], configs, seeds)
 
 
-def one_rate_for_all(models, seeds):
-    return honest(models, seeds, [CONFIGS[0]] * M)
+def one_rate_for_all(models, configs, seeds):
+    return honest(models, [CONFIGS[0]] * M, seeds)
 
 
-def rate_off_by_a_hundredth(models, seeds):
-    return honest(models, seeds, [CONFIGS[0], CONFIGS[1], {"lr": CONFIGS[2]["lr"] * 1.01}])
+def rate_off_by_a_hundredth(models, configs, seeds):
+    return honest(models, [*CONFIGS[:2], {"lr": CONFIGS[2]["lr"] * 1.01}], seeds)
 
 
-def mean_instead_of_sum(models, seeds):
-    batch, _ = honest(models, seeds)
+def mean_instead_of_sum(models, configs, seeds):
+    batch, _ = honest(models, configs, seeds)
     optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, CONFIGS)
     for parameter in batch.parameters():
         parameter.register_hook(lambda gradient: gradient / M)
     return batch, optimizer
 
 
-def clipped_across_models(models, seeds):
-    batch, _ = honest(models, seeds)
+def clipped_across_models(models, configs, seeds):
+    batch, _ = honest(models, configs, seeds)
     optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, CONFIGS)
 
     def clip(*_):
@@ -102,8 +104,8 @@ def clipped_across_models(models, seeds):
     return batch, optimizer
 
 
-def leaking_update(models, seeds):
-    batch, optimizer = honest(models, seeds)
+def leaking_update(models, configs, seeds):
+    batch, optimizer = honest(models, configs, seeds)
 
     def leak(*_):
         with torch.no_grad():
@@ -140,12 +142,184 @@ def test_planted_faults_are_found_at_their_step_and_model(fault, dtype):
         report.assert_equivalent()
 
 
-def test_a_diverged_model_is_no_difference_as_long_as_it_diverges_alike():
-    configs = [{"lr": 0.01}, {"lr": 1e30}, {"lr": 0.02}]
-    models, data = build_models(torch.float64), build_data(torch.float64)
+# ---------------------------------------------------------------- what is no number
+
+
+def with_nan(data, steps):
+    """Put a NaN into one row of the inputs of some batches."""
+    return [(x.index_fill(0, torch.tensor([0]), torch.nan) if k in steps else x, y) for k, (x, y) in enumerate(data)]
+
+
+@pytest.mark.parametrize("fault", [None, "mean-loss", "stale-gradients", "leaking-update"])
+def test_of_models_that_are_no_numbers_from_the_start_nothing_can_be_told(fault):
+    data = with_nan(build_data(torch.float64), range(4))
+    build = fault and plant(BatchRecipe(torch.optim.SGD), fault)
+    report = compare(
+        build_models(torch.float64), torch.optim.SGD, CONFIGS, data, F.cross_entropy, 3, range(M), build=build
+    )
+    assert report.unknown == list(range(M))
+    assert not report.equivalent
+    assert report.verdict.startswith("CANNOT TELL")
+    with pytest.raises(AssertionError, match="CANNOT TELL"):
+        report.assert_equivalent()
+    assert "CANNOT TELL" in repr(report)
+    assert json.loads(json.dumps(report.to_dict()))["equivalent"] is False
+
+
+@pytest.mark.parametrize("fault", [None, "mean-loss", "stale-gradients", "leaking-update"])
+def test_models_that_diverge_alike_are_judged_by_the_steps_before(fault):
+    data = with_nan(build_data(torch.float64), [2])
+    build = fault and plant(BatchRecipe(torch.optim.SGD), fault)
+    report = compare(
+        build_models(torch.float64), torch.optim.SGD, CONFIGS, data, F.cross_entropy, 4, range(M), build=build
+    )
+    assert report.lost.tolist() == [[False] * M] * 2 + [[True] * M] * 2
+    assert report.equivalent == (fault is None)
+    assert report.verdict.startswith("DIFFERENT: from step" if fault else "EQUIVALENT")
+    assert fault or "until it diverges" in report.verdict
+
+
+def test_one_model_of_three_diverges():
+    configs = [{"lr": 0.01}, {"lr": 1e200}, {"lr": 0.02}]
+    models, data = build_models(torch.float64, "convolution"), build_data(torch.float64, "convolution")
     report = compare(models, torch.optim.SGD, configs, data, F.cross_entropy, STEPS, range(M))
-    assert report.relative[:, [0, 2], 4:].max() < 1e-9  # the bias before BatchNorm is noise
-    assert report.relative[-1].isfinite().all() or not report.equivalent
+    report.assert_equivalent()
+    assert report.lost.any(0).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("place", ["everywhere", "one number"])
+def test_a_nan_on_one_side_only_is_a_difference(place):
+    def build(models, configs, seeds):
+        batch, optimizer = honest(models, configs, seeds)
+
+        def spoil(*_):
+            with torch.no_grad():
+                weight = batch.stacked_params["4.weight"][1]
+                (weight if place == "everywhere" else weight[0, :1]).fill_(torch.nan)
+
+        optimizer.register_step_post_hook(spoil)
+        return batch, optimizer
+
+    arguments = build_models(torch.float64), torch.optim.Adam, CONFIGS, build_data(torch.float64), F.cross_entropy
+    report = compare(*arguments, STEPS, range(M), build=build)
+    assert report.verdict.startswith("DIFFERENT: from step 1 on model 1 is not")
+    assert "'4.weight'" in report.verdict
+
+
+# ---------------------------------------------------------------- other numbers than real ones in one precision
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 3, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x.to(self.w.dtype) @ self.w).abs()
+
+
+def only_real_parts(models, configs, seeds):
+    batch = ModelBatch(models, seeds=seeds)
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, configs)
+    batch.stacked_params["w"].register_hook(lambda gradient: torch.complex(gradient.real, 0 * gradient.imag))
+    return batch, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_parameters(dtype):
+    models = [Complex() for _ in range(M)]
+    for model in models:
+        model.w.data = model.w.data.to(dtype)
+    data = [(x, x[:, :3].abs()) for x, _ in build_data(dtype.to_real())]
+    arguments = models, torch.optim.SGD, {"lr": 0.1}, data, F.mse_loss, 4, range(M)
+    report = compare(*arguments)
+    report.assert_equivalent()
+    assert report.allowed.max() < (1e-2 if dtype is torch.complex64 else 1e-6)
+    assert compare(*arguments, build=only_real_parts).verdict.startswith("DIFFERENT: from step 1 on")
+
+
+class CastsItself(nn.Module):
+    """Has an autocast of its own."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.inner = build_models(torch.float32, kind)[0]
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(x)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", ["mlp", "convolution"])
+def test_under_autocast_its_rounding_is_no_difference_and_faults_are_one(kind, inside):
+    models = [CastsItself(kind) for _ in range(M)] if inside else build_models(torch.float32, kind)
+    arguments = models, torch.optim.SGD, CONFIGS, build_data(torch.float32, kind), F.cross_entropy, STEPS, range(M)
+    with nullcontext() if inside else torch.autocast("cpu", torch.bfloat16):
+        report = compare(*arguments)
+        stale = compare(*arguments, build=plant(BatchRecipe(torch.optim.SGD), "stale-gradients"))
+    report.assert_equivalent()
+    assert report.tolerance == 1e-2
+    assert stale.verdict.startswith("DIFFERENT: from step 2 on")
+
+
+# ---------------------------------------------------------------- habits
+
+
+def test_targets_of_another_form_than_the_inputs():
+    def mixup(outputs, targets):
+        return targets[2] * F.cross_entropy(outputs, targets[0]) + (1 - targets[2]) * F.cross_entropy(
+            outputs, targets[1]
+        )
+
+    models = [nn.Linear(5, 2).double() for _ in range(M)]
+    y = torch.randint(2, (4,))
+    x, shares = torch.randn(M, 4, 5).double(), torch.rand(M).double()
+    each = [(x, (y.expand(M, 4), y.flip(0).expand(M, 4), shares))]
+    arguments = models, torch.optim.SGD, {"lr": 0.1}
+    compare(*arguments, each, mixup, 3, range(M), shared_input=False, shared_targets=False).assert_equivalent()
+    models = [nn.Linear(5, M).double() for _ in range(M)]
+    data = [(torch.randn(M, 5).double(), torch.randint(M, (M,))) for _ in range(2)]  # as many examples as models
+    compare(
+        models, torch.optim.SGD, {"lr": 0.1}, data, F.cross_entropy, 3, range(M), shared_targets=True
+    ).assert_equivalent()
+
+
+class Spectral(nn.Module):
+    """Has a weight of four dimensions that must keep its memory format."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.layer = nn.Parameter(torch.randn(4, 4, 3, 2)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.layer(x + torch.view_as_complex(self.w).abs().sum())
+
+
+def test_where_channels_last_cannot_be_it_is_no_source_of_noise():
+    models = [Spectral().double() for _ in range(M)]
+    report = compare(models, torch.optim.SGD, CONFIGS, build_data(torch.float64), F.cross_entropy, 3, range(M))
+    report.assert_equivalent()
+    assert list(report.floors) == ["last bit"]
+
+
+class Writes(nn.Module):
+    """Changes its inputs in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.layer(x.mul_(1.5))
+
+
+def test_models_that_write_into_their_inputs():
+    data = build_data(torch.float64)
+    before = [x.clone() for x, _ in data]
+    models = [Writes().double() for _ in range(M)]
+    compare(models, torch.optim.SGD, CONFIGS, data, F.cross_entropy, STEPS, range(M)).assert_equivalent()
+    assert all(torch.equal(x, old) for (x, _), old in zip(data, before, strict=True))
 
 
 def test_it_changes_neither_the_models_nor_the_global_random_state():
@@ -178,5 +352,11 @@ def test_bad_input():
         compare(models, torch.optim.SGD, CONFIGS[:2], data, F.cross_entropy)
     with pytest.raises(ValueError, match="Expected 3 seeds"):
         compare(models, torch.optim.SGD, CONFIGS, data, F.cross_entropy, seeds=[1])
+    with pytest.raises(TypeError, match="Expected configs as a dict"):
+        compare(models, torch.optim.SGD, None, data, F.cross_entropy)
+    with pytest.raises(ValueError, match="positive"):
+        compare(models, torch.optim.SGD, CONFIGS, data, F.cross_entropy, max_norm=0.0)
+    with pytest.raises(ValueError, match="models with parameters, got ReLU"):
+        compare([nn.ReLU()] * M, torch.optim.SGD, CONFIGS, data, F.cross_entropy)
     with pytest.raises(TypeError, match="Expected a list of models, got one Sequential"):
         compare(models[0], torch.optim.SGD, CONFIGS, data, F.cross_entropy)
