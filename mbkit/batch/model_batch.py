@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import check_seeds
-from ..vmap import PerModel, Streams
+from ..vmap import Streams
 from . import checkpoint
 from .call import call_models
 from .clip import clip_by_norm_, norm_limits
 from .context import CallContext, context_of
+from .each_model import CanApply, ResetEachModel
 from .freeze import CanFreeze
 from .loss import call_losses
 from .stack import set_memory_format, stack_models, unstack_model
@@ -33,7 +34,7 @@ def _known(name: str, doc: str) -> Any:
     return property(lambda batch: getattr(context_of(batch), name), doc=doc)
 
 
-class ModelBatch(CanFreeze, nn.Module):
+class ModelBatch(CanFreeze, CanApply, nn.Module):
     """M models of one architecture as one module, each computing exactly what it computes alone.
 
     The batch is a module like any other: `.to()`, `.double()`, `train()`, `eval()`, `state_dict()` and
@@ -63,6 +64,10 @@ class ModelBatch(CanFreeze, nn.Module):
         >>> tuple(losses.shape), tuple(batch.stacked_params["weight"].grad.shape)
         ((4,), (4, 2, 3))
 
+    One number for all parameters couples the models. So call `batch.clip_grad_norm_(c)`, not torch's function on
+    `batch.parameters()` (Lightning's `gradient_clip_val`); give ReduceLROnPlateau, made by `create_lr_scheduler`, the M
+    losses, not their sum; and take optimizers that use norms (LAMB, Adafactor) from `OptimizerFactory`.
+
     The name is that of the library `modelbatch` 0.1.0. Here model m is exactly the lone model (masks, buffers and
     settings included), the given models are not part of the module, and no gradient is a copy that can go stale.
     """
@@ -80,10 +85,7 @@ class ModelBatch(CanFreeze, nn.Module):
         streams = Streams(check_seeds(seeds, len(models)))
         # The template is the user's own module, holding the stacked tensors. The batch takes over its tensors and
         # children instead of becoming their parent, so that every name is the user's own.
-        template, attributes = stack_models(models)
-        for path, own in settings.items():
-            for name, values in own.items():
-                setattr(template.get_submodule(path), name, PerModel(values))
+        template, attributes = stack_models(models, settings)
         context = CallContext(template, attributes, len(models), streams, shared_input, bool(settings))
         context.model_by_model = check_paths(template, model_by_model)
         context.folding = any(isinstance(m, nn.Conv2d) for m in template.modules())  # see vmap/rules
@@ -93,6 +95,7 @@ class ModelBatch(CanFreeze, nn.Module):
         self.__dict__ |= {name: template.__dict__[name] for name in _TAKEN_OVER}
         self._load_state_dict_post_hooks.update(template._load_state_dict_post_hooks)
         self.register_load_state_dict_post_hook(checkpoint.load_streams)
+        ResetEachModel.set_up(context)
 
     num_models: int = _known("num_models", "M.")
     shared_input: bool = _known("shared_input", "Whether all models see one input, unless a call says otherwise.")

@@ -10,20 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..vmap import replica
+from ..vmap import PerModel, replica
 from ..vmap.unwrap import stack_alike
 
 __all__ = ["set_memory_format", "stack_models", "unstack_model"]
 
 
-def stack_models(models: Sequence[nn.Module]) -> tuple[nn.Module, list[Tensor]]:
+def stack_models(
+    models: Sequence[nn.Module], settings: dict[str, dict[str, list[float]]]
+) -> tuple[nn.Module, list[Tensor]]:
     """Return a copy of model 0 that holds stacked tensors `[M, ...]`, and those among them that are plain attributes.
 
     A stack stands wherever its tensor stood, so that tied weights stay tied. A plain attribute that is one and the
     same tensor in all models stays shared.
 
     Args:
-        models: M modules that `check_models` found alike.
+        models, settings: what `check_models` returned: M modules that are alike but for these floats.
     """
     sources = [dict(model.named_modules()) for model in models]
     buffers = {id(b) for b in models[0].buffers()}
@@ -53,7 +55,11 @@ def stack_models(models: Sequence[nn.Module]) -> tuple[nn.Module, list[Tensor]]:
                 replaced[id(tensor)] = stack
                 if plain:
                     attributes.append(stack.requires_grad_(tensor.requires_grad and tensor.is_leaf))
-    return copy.deepcopy(models[0], replaced), attributes
+    template = copy.deepcopy(models[0], replaced)
+    for path, own in settings.items():
+        for name, values in own.items():
+            setattr(template.get_submodule(path), name, PerModel(values))
+    return template, attributes
 
 
 def _each_through_its_hooks(hooks: Sequence[dict[int, Callable]], gradient: Tensor) -> Tensor:
@@ -71,7 +77,10 @@ def unstack_model(template: nn.Module, attributes: Sequence[Tensor], m: int) -> 
     own: dict[int, Any] = {id(t): t.detach()[m].clone() for t in (*template.buffers(), *attributes)}
     for p in template.parameters():
         own[id(p)] = nn.Parameter(p.detach()[m].clone(), requires_grad=p.requires_grad)
-    return copy.deepcopy(replica(template, own, m, alone=True))
+    lone = replica(template, own, m, alone=True)
+    for module in lone.modules():
+        vars(module).pop("reset_parameters", None)  # the batch's, see ResetEachModel
+    return copy.deepcopy(lone)
 
 
 def set_memory_format(template: nn.Module, memory_format: torch.memory_format) -> None:

@@ -24,10 +24,11 @@ class TargetForms:
         TypeError: another value.
 
     Example:
+        >>> import torch
         >>> forms = TargetForms()
-        >>> forms.of((torch.zeros(8), torch.zeros(4, 8)), torch.Size([4, 8, 10]), 4)
+        >>> forms.of((torch.zeros(8), torch.zeros(4, 8)), (4, 8, 10), 4)
         (True, False)
-        >>> forms.of((torch.zeros(4), torch.zeros(4, 4)), torch.Size([4, 4, 10]), 4)
+        >>> forms.of((torch.zeros(4), torch.zeros(4, 4)), (4, 4, 10), 4)
         (True, False)
     """
 

@@ -21,7 +21,7 @@ class BatchOptimizer(torch.optim.Optimizer):
     `param_groups[m]` holds model m's hyperparameters as plain numbers; read and write them at any time. Group 0's
     "params" lists the stacked parameters and the other groups' lists are empty, because a stacked parameter belongs
     to all models at once: so all groups together hold each parameter once, and whatever walks over them
-    (`state_dict`, `GradScaler`, gradient clipping) meets it once.
+    (`state_dict`, `GradScaler`) meets it once.
 
     Where each model's parameters are in G groups, `param_groups` holds model 0's G groups, then model 1's, and so on;
     `groups_of(m)` are model m's, and model 0's list the stacked parameters.
