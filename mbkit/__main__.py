@@ -19,6 +19,7 @@ from .data.load import load_images
 from .lessons.consistency import PRESETS, PUBLISHED, dissect, preset, run, switches
 from .lessons.demo_result import DEMO_FAULTS
 
+MOST_THREADS = 1024  # what torch cannot start would end the process
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 
@@ -125,8 +126,8 @@ def _consistency(options: argparse.Namespace) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    if options.threads < 1:
-        raise ValueError(f"Expected at least 1 thread, got {options.threads}.")
+    if not 1 <= options.threads <= MOST_THREADS:
+        raise ValueError(f"Expected 1 to {MOST_THREADS} threads, got {options.threads}.")
     torch.set_num_threads(options.threads)
     result = run_suite() if options.suite else _race(options)
     print(result)

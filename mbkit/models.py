@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GPT", "MLP", "LSTMClassifier", "LeNet5", "ResNet", "TinyMLP", "init_small_normal_"]
+from .common.machine import free_memory
+from .common.random_streams import seeded
+
+__all__ = ["GPT", "MLP", "LSTMClassifier", "LeNet5", "ResNet", "TinyMLP", "build_models", "init_small_normal_"]
 
 
 class MLP(nn.Module):
@@ -195,6 +199,40 @@ class LSTMClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.lstm(x)[0][..., -1, :])
+
+
+_COPIES = 4  # that training holds at least: the models, their parameters stacked, the gradients, the updated parameters
+
+
+def build_models(build: Callable[[], nn.Module], seeds: Sequence[int]) -> list[nn.Module]:
+    """Return one model per seed, each as after `torch.manual_seed(seed)`; torch's generator stays where it was.
+
+    Args:
+        build: makes one model, drawing its weights from torch's default generator.
+        seeds: M whole numbers; each model is built anew, which is quicker than a deep copy.
+
+    Raises:
+        ValueError: more models than there is memory for, before they are built.
+
+    Example:
+        >>> first, second, again = build_models(lambda: nn.Linear(3, 2), [0, 1, 0])
+        >>> torch.equal(first.weight, again.weight), torch.equal(first.weight, second.weight)
+        (True, False)
+    """
+    models: list[nn.Module] = []
+    with seeded(0):
+        for seed in seeds:
+            torch.default_generator.manual_seed(seed)
+            models.append(build())
+            if len(models) == 1:
+                each = _COPIES * sum(t.nbytes for t in (*models[0].parameters(), *models[0].buffers()))
+                room = free_memory(torch.device("cpu")) // max(1, each)
+                if len(seeds) > room:
+                    raise ValueError(
+                        f"Expected at most {room:,} models of {each / _COPIES / 1e6:.3g} MB, as many as memory is for, "
+                        f"got {len(seeds):,}: train fewer."
+                    )
+    return models
 
 
 def init_small_normal_(model: nn.Module, std: float = 0.01) -> nn.Module:

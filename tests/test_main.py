@@ -62,7 +62,8 @@ def test_benchmark_measures_saves_and_draws(capsys, tmp_path):
         (["consistency", "--optimizer", "Adamm"], "Did you mean 'Adam'?"),
         (["benchmark", "--models", "0"], "num_models"),
         (["benchmark", "--dataset", "mnist"], "invalid choice: 'mnist'"),
-        (["benchmark", "--threads", "0"], "at least 1 thread"),
+        (["benchmark", "--threads", "0"], "Expected 1 to 1024 threads, got 0"),
+        (["benchmark", "--threads", "100000000000"], "Expected 1 to 1024 threads"),
         (["benchmrk"], "invalid choice"),
     ],
 )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch.model_batch import ModelBatch
-from ..common.random_streams import seeded
+from ..models import build_models
 from ..optim import OptimizerFactory
 from ..training.batched import train_steps
 
@@ -109,14 +109,10 @@ class RateGrid:
         optimizer_cls: type[torch.optim.Optimizer] = torch.optim.SGD,
         **hyperparameters: Any,
     ) -> None:
-        models = []
-        with seeded(seed):
-            for _ in range(size * size):  # anew: that is quicker than a deep copy
-                torch.default_generator.manual_seed(seed)
-                models.append(build())
+        seeds = [seed] * size * size
         self.size, self.loss_fn = size, loss_fn
         self.batches = points() if batches is None else batches
-        self.batch = ModelBatch(models, seeds=[seed] * len(models))
+        self.batch = ModelBatch(build_models(build, seeds), seeds=seeds)
         first, second = ({"params": names, "lr": 0.0} for names in groups)
         factory = OptimizerFactory(optimizer_cls, hyperparameters)
         self.optimizer = factory.create_optimizer(self.batch, groups=[first, second])

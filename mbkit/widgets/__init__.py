@@ -1,8 +1,14 @@
-"""Explorers: sliders over the same pure functions as the static figures. Only this room knows ipywidgets."""
+"""Explorers: sliders over the same pure functions as the static figures. Only this room knows ipywidgets.
 
+An explorer is a widget: the last line of a cell shows it. Its callbacks only post wishes to a `Worker`, whose thread
+trains and draws; so a slider never hangs, and of many values the newest wins. On a page without a kernel the picture
+stays, as a PNG. In notebooks leave a core to the browser: `torch.set_num_threads(max(1, os.cpu_count() - 1))`.
+"""
+
+from .consistency import ConsistencyExplorer, explore_consistency
 from .explorer import live_curves
 from .faults import FaultExplorer, explore_faults
-from .rates import ConsistencyExplorer, LearningRateExplorer, explore_consistency, explore_learning_rates
+from .learning_rates import LearningRateExplorer, explore_learning_rates
 from .trainability import TrainabilityExplorer, explore_trainability
 
 __all__ = [

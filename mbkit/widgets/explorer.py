@@ -6,18 +6,19 @@ import base64
 import html
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as ipw
 import torch
 from IPython.display import Image, display
 
+from ..common.checks import whole_number
 from ..figures.curves import LearningRates, palette_png
 from ..training.batched import Step
 from .worker import Worker
 
-__all__ = """OPTIMIZERS WIDE Explorer choice given keywords live_curves log_range on_change slider
+__all__ = """OPTIMIZERS WIDE Explorer check_range choice keywords live_curves log_range on_change slider
     spread""".split()
 
 _STYLE = "<style>.mbkit-outdated { opacity: 0.35; } .mbkit-status code { user-select: all; }</style>"
@@ -75,9 +76,12 @@ class Explorer(ipw.VBox):
         return self
 
     def close(self) -> None:
-        """End the thread and take the widget off the page."""
+        """End the thread, take the widget off the page, and let go of models and pictures."""
         if self.worker is not None:
             self.worker.close()
+            for part in _parts(self):  # ipywidgets keeps every widget that is not closed, and with it who listens to it
+                part.unobserve_all()
+                part.close()
         super().close()
 
     @property
@@ -118,16 +122,13 @@ class Explorer(ipw.VBox):
         return bundle
 
 
-def given(build: Callable[..., Any] | None, batches: Any) -> str:
-    """Return how a line of code passes on both, or neither; a lambda has no name that could be run.
-
-    Raises:
-        ValueError: only one of them.
-    """
-    if (build is None) != (batches is None):
-        raise ValueError("Expected both build and batches, or neither for the demo's: got one of them.")
-    name = getattr(build, "__name__", "build")
-    return "" if build is None else f"{name if name.isidentifier() else 'build'}, batches, "
+def _parts(widget: ipw.Widget) -> Iterator[ipw.Widget]:
+    """Yield all widgets that belong to one: its children, with theirs, and what describes their look."""
+    for part in (*getattr(widget, "children", ()), widget.layout, getattr(widget, "style", None)):
+        if isinstance(part, ipw.DOMWidget):
+            yield from _parts(part)
+        if isinstance(part, ipw.Widget):
+            yield part
 
 
 def keywords(settings: Mapping[str, Any]) -> str:
@@ -141,8 +142,11 @@ def on_change(controls: Iterable[ipw.Widget], callback: Callable[[], None]) -> N
         control.observe(lambda _: callback(), "value")
 
 
-def slider(name: str, value: int, low: int, high: int) -> ipw.IntSlider:
-    return ipw.IntSlider(value, low, high, description=name, style=WIDE)
+def slider(name: str, value: int, low: int, high: int, shown: str = "") -> ipw.IntSlider:
+    """Return a slider; where it stands outside its ends it would move there without a word, so that is refused."""
+    if not low <= whole_number(value, name, low) <= high:
+        raise ValueError(f"Expected {name} from {low} to {high}, got {value}.")
+    return ipw.IntSlider(value, low, high, description=shown or name, style=WIDE)
 
 
 def choice(name: str, options: Sequence[str], value: str) -> ipw.Dropdown:
@@ -151,11 +155,26 @@ def choice(name: str, options: Sequence[str], value: str) -> ipw.Dropdown:
     return ipw.Dropdown(options=list(options), value=value, description=name, style=WIDE)
 
 
+def check_range(name: str, rates: Sequence[float]) -> tuple[float, float]:
+    """Return the lowest and the highest rate of a log scale.
+
+    Raises:
+        ValueError: not two numbers with 0 < lowest <= highest.
+    """
+    if len(rates) != 2 or not 0 < rates[0] <= rates[1] < float("inf"):
+        raise ValueError(
+            f"Expected {name} as the lowest and the highest rate, both above 0, got {', '.join(map(str, rates))}: "
+            "pass e.g. (0.001, 1.0)."
+        )
+    return float(rates[0]), float(rates[1])
+
+
 def log_range(name: str, low: float, high: float) -> ipw.SelectionRangeSlider:
-    ticks = {float(f"{10 ** (n / 4):.2g}") for n in range(-20, 5)} | {float(low), float(high)}
+    low, high = check_range(name, (low, high))
+    ticks = {float(f"{10 ** (n / 4):.2g}") for n in range(-20, 5)} | {low, high}
     options = [(f"{rate:.3g}", rate) for rate in sorted(ticks)]
-    wide = ipw.Layout(width="24em")
-    return ipw.SelectionRangeSlider(options=options, value=(low, high), description=name, style=WIDE, layout=wide)
+    named = {"description": "learning rates", "style": WIDE, "layout": ipw.Layout(width="24em")}
+    return ipw.SelectionRangeSlider(options=options, value=(low, high), **named)
 
 
 def spread(low: float, high: float, number: int) -> tuple[float, ...]:

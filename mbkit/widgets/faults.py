@@ -1,4 +1,4 @@
-"""See what each fault looks like, or guess which one it is. Like widgets.py, a room that knows ipywidgets."""
+"""The explorer of faults: see what each looks like, or guess which one it is."""
 
 from __future__ import annotations
 

@@ -11,16 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.checks import whole_number
 from ..figures.curves import RateMap
 from ..lessons.trainability import GROUPS, WINDOW, Range, RateGrid, Trainability, TwoLayers, spaced
-from .explorer import OPTIMIZERS, WIDE, Explorer, choice, given, keywords, on_change, slider
+from .explorer import WIDE, check_range, slider
+from .grid import GridExplorer, check_size
 
 __all__ = ["TrainabilityExplorer", "explore_trainability"]
 
 SIZES = (16, 32, 64, 128, 256)
 
 
-class TrainabilityExplorer(Explorer):
+class TrainabilityExplorer(GridExplorer):
     """Show which pairs of learning rates train, one pixel a network, all in one batch; zoom into the boundary.
 
     Args:
@@ -31,14 +33,14 @@ class TrainabilityExplorer(Explorer):
         groups: the names of the parameters that have the first rate, and of those that have the second, as
             `create_optimizer(groups=…)` takes them.
         first_rates: the lowest and the highest first rate. second_rates: likewise the second.
-        size: networks a side; M is its square.
+        size: networks a side, at most 256; M is its square.
         seed: of the weights.
         optimizer: the name of a class of `torch.optim`.
         steps: how many updates are made.
         **hyperparameters: of the optimizer, such as momentum=0.9.
 
     Raises:
-        ValueError: only one of build and batches; rates that are not 0 < lowest <= highest.
+        ValueError: only one of build and batches; rates that are not 0 < lowest <= highest; a number out of its range.
 
     Example:
         >>> explorer = explore_trainability(size=16, steps=20).wait()
@@ -68,36 +70,28 @@ class TrainabilityExplorer(Explorer):
         steps: int = 60,
         **hyperparameters: Any,
     ) -> None:
-        spaced(*first_rates, 2), spaced(*second_rates, 2)  # refused at once
-        self._called, self.steps = given(build, batches), steps
+        named = {"groups": groups, **hyperparameters}
+        self._describe("explore_trainability", build, batches, optimizer, steps, named)
         self._trained = {"build": build or TwoLayers, "batches": batches, "loss_fn": loss_fn}
-        self._named = {"groups": groups, **hyperparameters}
         self._grids: dict[tuple[Any, ...], RateGrid] = {}
-        self.window = self._whole = (tuple(map(float, first_rates)), tuple(map(float, second_rates)))
+        self.window = self._whole = check_range("first_rates", first_rates), check_range("second_rates", second_rates)
+        check_size(whole_number(size, "size") ** 2, steps)
         sizes = {"options": sorted({*SIZES, size}), "value": size, "description": "networks a side"}
         self.size = ipw.SelectionSlider(**sizes, style=WIDE)
         self.seed = slider("seed", seed, 0, 100)
-        self.optimizer = choice("optimizer", OPTIMIZERS, optimizer)
         self.zoom = slider("zoom", 0, 0, 10)
         place = {"value": 0.5, "min": 0.0, "max": 1.0, "step": 0.01, "readout": False}  # the picture says the rates
-        self.first = ipw.FloatSlider(**place, description="show first", style=WIDE)
-        self.second = ipw.FloatSlider(**place, description="show second", style=WIDE)
-        super().__init__([(self.size, self.seed, self.optimizer), (self.zoom, self.first, self.second)], height=400)
-        on_change((self.size, self.seed, self.optimizer), self._changed)
-        on_change((self.first, self.second), self.worker.redraw)
+        marks = [ipw.FloatSlider(**place, description=f"show {name}", style=WIDE) for name in ("first", "second")]
+        self.first, self.second = marks
+        rows = [(self.size, self.seed, self.optimizer), (self.zoom, *marks)]
+        super().__init__(rows, (self.zoom, *marks), height=400)
         self.zoom.observe(self._zoomed, "value")
-        self._changed()
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the controls say, as arguments of `explore_trainability`."""
         named = {"size": self.size.value, "seed": self.seed.value, "optimizer": self.optimizer.value}
         return {"first_rates": self.window[0], "second_rates": self.window[1], **named}
-
-    @property
-    def call(self) -> str:
-        """The code that reproduces the picture."""
-        return f"explore_trainability({self._called}{keywords({**self.settings, 'steps': self.steps, **self._named})})"
 
     @property
     def chosen(self) -> tuple[int, int]:
@@ -126,6 +120,7 @@ class TrainabilityExplorer(Explorer):
 
     def _start(self, first_rates: Range, second_rates: Range, size: int, **named: Any) -> Iterator[None]:
         """Train a coarse map first, which is there at once, and then the one that was asked for."""
+        check_size(size * size, self.steps)
         for part in (4, 1) if size >= 64 else (1,):
             grid = self._grid(size // part, **named)
             chart = RateMap(spaced(*first_rates, grid.size), spaced(*second_rates, grid.size), self.steps)

@@ -54,7 +54,7 @@ def test_the_quiz_tells_nothing_before_the_guess_is_right(show, monkeypatch, fac
 
 def test_the_quiz_plants_all_faults(show):
     explorer, seen = show("none", quiz=True).wait(), set()
-    explorer.close()  # what is planted does not depend on the thread
+    explorer.worker.close()  # what is planted does not depend on the thread
     for _ in range(80):
         explorer.quiz.value = False
         explorer.quiz.value = True
