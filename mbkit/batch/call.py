@@ -24,18 +24,18 @@ from ..vmap import (
     LayoutMatters,
     State,
     call_in_turn,
-    fill,
+    copy_module,
     flattened,
     is_folded,
     loop_inside,
+    materialize,
     merge,
     module_path,
     outcome,
     read_state,
-    replica,
     running_modules,
     tensors_in,
-    watch,
+    watch_backward,
     write_state,
 )
 from .context import CallContext
@@ -94,7 +94,7 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool) -> Any:
             reasons[unit] = str(error).strip().split("\n")[0]
     memory.learn()
     if slow:
-        watch(tree_leaves(output), context.num_models)
+        watch_backward(tree_leaves(output), context.num_models)
     for path, reason in reasons.items():
         where = f"'{path}' ({type(template.get_submodule(path)).__name__})" if path else "The whole model"
         warnings.warn(
@@ -188,7 +188,7 @@ def attempt(
             mine = list(leaves)
             for place, tensor in zip(places, own[len(kept) :], strict=True):
                 mine[place] = tensor
-            twin = replica(template, {id(t): o for t, o in zip(kept, own, strict=False)})
+            twin = copy_module(template, {id(t): o for t, o in zip(kept, own, strict=False)})
             slow = [twin.get_submodule(path) for path in context.model_by_model]
             for module in slow:
                 vars(module)["_call_impl"] = loop_inside(mode, module)
@@ -206,7 +206,7 @@ def attempt(
         tensors = [*kept, *(leaves[i] for i in places)]
         in_dims = [0] * len(kept) + [None if shared else 0] * len(places)
         results = at_once(context, one_model, tensors, in_dims)
-        output, after, new = fill(seen[0], [t.contiguous() if is_folded(t) else t for t in results])
+        output, after, new = materialize(seen[0], [t.contiguous() if is_folded(t) else t for t in results])
     return output, after, kept_attributes(after, [*attributes, *new])
 
 

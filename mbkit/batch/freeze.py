@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..vmap import BatchingError, Own, mix, read_state, tensors_in, write_state
+from ..vmap import BatchingError, PerModelValue, mix, read_state, tensors_in, write_state
 from .context import CallContext, context_of
 
 __all__ = ["CanFreeze", "check_on_nonfinite", "held", "nonfinite_models", "rows_where", "stop_nonfinite"]
@@ -120,9 +120,9 @@ def _put_back(key: tuple, before: Any, after: Any, copies: dict, frozen: Tensor,
     (old, old_spec), (new, spec) = tree_flatten(before), tree_flatten(after)
     if spec == old_spec:
         for i, (was, now) in enumerate(zip(old, new, strict=True)):
-            if was is now or (not isinstance(now, Tensor | Own) and was == now):
+            if was is now or (not isinstance(now, Tensor | PerModelValue) and was == now):
                 continue
-            if isinstance(now, Own) or isinstance(was, Own):
+            if isinstance(now, PerModelValue) or isinstance(was, PerModelValue):
                 new[i] = mix(frozen.tolist(), was, now)
             elif isinstance(now, Tensor) and id(was) in copies and was.shape == now.shape and was.dtype == now.dtype:
                 new[i] = replaced[id(now)] = rows_where(frozen, copies[id(was)], now)

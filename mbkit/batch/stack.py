@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..vmap import PerModel, replica
+from ..vmap import PerModel, copy_module
 from ..vmap.unwrap import stack_alike
 
 __all__ = ["set_memory_format", "stack_models", "unstack_model"]
@@ -77,7 +77,7 @@ def unstack_model(template: nn.Module, attributes: Sequence[Tensor], m: int) -> 
     own: dict[int, Any] = {id(t): t.detach()[m].clone() for t in (*template.buffers(), *attributes)}
     for p in template.parameters():
         own[id(p)] = nn.Parameter(p.detach()[m].clone(), requires_grad=p.requires_grad)
-    lone = replica(template, own, m, alone=True)
+    lone = copy_module(template, own, m, alone=True)
     for module in lone.modules():
         vars(module).pop("reset_parameters", None)  # the batch's, see ResetEachModel
     return copy.deepcopy(lone)

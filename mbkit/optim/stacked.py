@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.freeze import rows_where
-from ..vmap import reached_models
+from ..vmap import models_with_gradient
 from .base import BatchOptimizer, construct
 from .fused import FusedAdam, can_fuse
 from .hyperparameters import ALL, SWITCHES, Columns, cut
@@ -120,7 +120,7 @@ class StackedOptimizer(BatchOptimizer):
         """
         found = []
         for param, state in zip(params, states, strict=True):
-            reached = reached_models(param.grad, self.num_models)
+            reached = models_with_gradient(param.grad, self.num_models)
             if reached is None and stopped is None:
                 continue
             active = None if stopped is None else ~stopped.to(param.device)

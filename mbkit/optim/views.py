@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..vmap import reached_models
+from ..vmap import models_with_gradient
 from .base import BatchOptimizer, construct, numbers_of, parameters_of
 
 __all__ = ["ViewsOptimizer"]
@@ -47,7 +47,7 @@ class ViewsOptimizer(BatchOptimizer):
         self._follow(params)
         stopped = self._stopped()
         stopped = [False] * self.num_models if stopped is None else stopped.tolist()
-        reached = [None if p.grad is None else reached_models(p.grad, self.num_models) for p in params]
+        reached = [None if p.grad is None else models_with_gradient(p.grad, self.num_models) for p in params]
         reached = [None if models is None else models.tolist() for models in reached]
         for m, lone in enumerate(self.lone):
             if stopped[m]:

@@ -24,7 +24,16 @@ from ..batch.model_batch import ModelBatch
 from ..batch.targets import TargetForms, targets_at
 from ..common.checks import check_inputs
 from ..common.machine import free_memory
-from ..vmap import HOOKS, BatchingError, Own, note_reached, reached_models, read_state, replica, write_state
+from ..vmap import (
+    HOOKS,
+    BatchingError,
+    PerModelValue,
+    copy_module,
+    models_with_gradient,
+    note_models_with_gradient,
+    read_state,
+    write_state,
+)
 from .loop import arguments, call, detach, first_tensor
 
 __all__ = ["Chunks", "backward_at_once", "calls_are_own", "weighed"]
@@ -84,7 +93,7 @@ class Chunks:
             losses.append(loss.detach())
             outputs.append(detach(out))
         for parameter, flags in gradients.items():
-            note_reached(parameter.grad, [flag for row in flags for flag in row])
+            note_models_with_gradient(parameter.grad, [flag for row in flags for flag in row])
         context_of(batch).latest_losses = torch.cat(losses)
         return batch.latest_losses, _join(outputs)
 
@@ -123,7 +132,7 @@ class Chunks:
         frozen = None if whole.frozen is None else whole.frozen[start:stop]
         return replace(
             whole,
-            template=replica(whole.template, own, slice(start, stop), alone=True),
+            template=copy_module(whole.template, own, slice(start, stop), alone=True),
             attributes=[own[id(t)] for t in whole.attributes],
             num_models=stop - start,
             streams=whole.streams.part(start, stop),
@@ -215,7 +224,7 @@ def _collect(batch: nn.Module, chunk: nn.Module, start: int, stop: int, found: d
             whole.grad[:start] = 0
             found[whole] = [[False] * start]
         whole.grad[start:stop] = own.grad
-        reached = reached_models(own.grad, stop - start)
+        reached = models_with_gradient(own.grad, stop - start)
         found[whole].append([True] * (stop - start) if reached is None else reached.tolist())
         own.grad = None
 
@@ -230,8 +239,8 @@ def _keep(context: CallContext, before: dict, after: list[dict]) -> None:
             whole = torch.cat(column)
             fresh[id(whole)] = whole
             return whole
-        if all(isinstance(leaf, Own) for leaf in column):
-            return Own([value for leaf in column for value in leaf.values])
+        if all(isinstance(leaf, PerModelValue) for leaf in column):
+            return PerModelValue([value for leaf in column for value in leaf.values])
         if any(leaf is not column[0] and leaf != column[0] for leaf in column):
             raise BatchingError(f"'{name}' is {column[0]!r} in one chunk of models and another value in the next")
         return column[0]

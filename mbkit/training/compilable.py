@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ..batch.context import context_of
 from ..common.machine import free_memory
 from ..optim.stacked import StackedOptimizer
-from ..vmap import HOOKS, is_watched, named_modules
+from ..vmap import HOOKS, has_grad_hooks, named_modules
 
 __all__ = ["CannotCompile", "check_memory", "check_module", "check_step"]
 
@@ -39,7 +39,7 @@ def check_module(template: nn.Module) -> None:
     """Raise CannotCompile at what a look at the module shows."""
     if any(p.is_complex() for p in template.parameters()):
         raise CannotCompile("a parameter is complex")
-    if any(map(is_watched, template.parameters())):
+    if any(map(has_grad_hooks, template.parameters())):
         raise CannotCompile("a parameter has hooks")
     for path, module in named_modules(template):
         if any(vars(module)[hooks] for hooks in HOOKS):

@@ -29,7 +29,7 @@ from ..batch.context import context_of
 from ..batch.loss import call_losses
 from ..batch.targets import TargetForms
 from ..optim.hyperparameters import Hyperparameters
-from ..vmap import LayoutMatters, read_state, replica, tensors_in
+from ..vmap import LayoutMatters, copy_module, read_state, tensors_in
 from .compilable import CannotCompile, check_memory, check_module, check_step
 from .graph_passes import improve
 from .guards import Guards
@@ -263,7 +263,7 @@ class _Program:
         own = [t.detach().requires_grad_(k.requires_grad) for t, k in zip(kept, self._kept, strict=True)]
         own = [o if k.requires_grad else t for o, t, k in zip(own, kept, self._kept, strict=True)]
         twins = {id(k): o for k, o in zip(self._kept, own, strict=True)}
-        template = replica(self._template, twins)
+        template = copy_module(self._template, twins)
         before = read_state(template)
         attributes = [twins[id(t)] for t in whole.attributes]
         context = replace(whole, template=template, attributes=attributes, streams=draws, slow_losses=set())

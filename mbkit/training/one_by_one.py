@@ -24,15 +24,15 @@ from ..batch.targets import TargetForms, targets_at
 from ..common.checks import check_inputs, check_output
 from ..vmap import (
     OUTPUT,
-    Look,
-    fill,
+    Snapshot,
+    copy_module,
     flattened,
-    is_watched,
+    has_grad_hooks,
+    materialize,
     merge,
-    note_reached,
+    note_models_with_gradient,
     outcome,
     read_state,
-    replica,
     stack_alike,
     tensors_in,
     write_state,
@@ -56,7 +56,7 @@ class OneByOne:
     def __init__(self, batch: nn.Module) -> None:
         self.batch = batch
         self.bytes_each = 0
-        self._look: Look | None = None
+        self._look: Snapshot | None = None
         self._stacks: list[Tensor] = []
 
     @staticmethod
@@ -66,7 +66,7 @@ class OneByOne:
         tensors = tensors_in(read_state(context.template))
         stacked = {id(t) for t in (*batch.parameters(), *batch.buffers(), *context.attributes)}
         own = all(id(t) in stacked and t.layout is torch.strided for t in tensors)
-        return own and _is_plain(batch) and not any(map(is_watched, tensors))
+        return own and _is_plain(batch) and not any(map(has_grad_hooks, tensors))
 
     def backward(self, x: Any, y: Any, loss_fn: Callable, forms: TargetForms) -> tuple[Tensor, Any]:
         """Add up the gradients of all models; return the losses [M] and the outputs, detached."""
@@ -105,7 +105,7 @@ class OneByOne:
             gradients.backward(loss, m, rows)
             losses.append(loss.detach())
             record = {OUTPUT: detach(out)}
-            records.append(record if look.same else outcome(twin, given, self._before, set(), record[OUTPUT], m))
+            records.append(record if look.unchanged else outcome(twin, given, self._before, set(), record[OUTPUT], m))
         gradients.hand_over()
         return losses, records
 
@@ -117,7 +117,7 @@ class OneByOne:
             if all(isinstance(out, Tensor) and out.shape == outputs[0].shape for out in outputs):
                 return stack_alike(outputs)
         merged, fresh = merge([self._before | record for record in records], self._before, self._known, whole=True)
-        outputs, after, new = fill(merged, [stack_alike(column) for column in fresh])
+        outputs, after, new = materialize(merged, [stack_alike(column) for column in fresh])
         write_state(context.template, self._before, after)
         context.attributes = kept_attributes(after, [*context.attributes, *new])
         self._look = None
@@ -126,7 +126,7 @@ class OneByOne:
     def _keep_up(self) -> bool:
         """Make the models' own modules, unless those at hand still look like the batch's; say whether they can be."""
         batch, template = self.batch, context_of(self.batch).template
-        if self._look is not None and self._look.same:
+        if self._look is not None and self._look.unchanged:
             return _is_plain(batch)
         if not self.fits(batch):
             return False
@@ -136,11 +136,11 @@ class OneByOne:
         self._twins, self._known = [], []
         for m in range(batch.num_models):
             own = [(stack, column[m]) for stack, column in zip(stacks, columns, strict=True)]
-            twin = replica(template, {id(stack): row for stack, row in own}, m, alone=True)
+            twin = copy_module(template, {id(stack): row for stack, row in own}, m, alone=True)
             rows = [(stack, row) for stack, row in own if isinstance(stack, nn.Parameter) and stack.requires_grad]
-            self._twins.append((twin, Look(twin, settings=False), flattened(twin), rows))
+            self._twins.append((twin, Snapshot(twin, settings=False), flattened(twin), rows))
             self._known.append({id(stack): stack for stack in stacks} | {id(row): stack for stack, row in own})
-        self._look = Look(template)
+        self._look = Snapshot(template)
         return True
 
 
@@ -172,7 +172,7 @@ class _Gradients:
         for whole, grad, reached in zip(self._stacks, self._grads, zip(*self._reached, strict=True), strict=True):
             if any(reached):
                 whole.grad = grad
-                note_reached(grad, reached)
+                note_models_with_gradient(grad, reached)
 
 
 def _is_plain(batch: nn.Module) -> bool:

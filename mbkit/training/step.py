@@ -17,7 +17,7 @@ from torch import Tensor
 from ..batch.freeze import stop_nonfinite
 from ..batch.targets import TargetForms
 from ..common.machine import keep_pages
-from ..vmap import is_watched
+from ..vmap import has_grad_hooks
 from .chunks import Chunks, backward_at_once
 from .one_by_one import OneByOne
 
@@ -164,7 +164,7 @@ class _Choice:
         self.best: Chunks | OneByOne | None = None
         if batch.num_models <= _FEW and OneByOne.fits(batch):
             self.best = OneByOne(batch)
-        elif batch.num_models > 1 and not any(map(is_watched, batch.parameters())):
+        elif batch.num_models > 1 and not any(map(has_grad_hooks, batch.parameters())):
             self.best = Chunks(batch)
         self._batch = batch
         self._ways: list[Chunks | OneByOne | None] = []  # those still to be tried

@@ -11,25 +11,25 @@ from .mode import Interception
 from .module_copy import (
     HOOKS,
     OUTPUT,
-    Own,
+    PerModelValue,
     State,
-    fill,
+    copy_module,
     flattened,
     is_leaf,
+    materialize,
     merge,
     mix,
     named_modules,
     outcome,
     read_state,
-    replica,
     write_state,
 )
 from .per_model import PerModel
 from .rules.convolution import LayoutMatters, is_folded
 from .rules.randomness import Streams
-from .snapshot import Look, is_watched, place
+from .snapshot import Snapshot, has_grad_hooks, place
 from .unwrap import stack_alike
-from .used_gradients import mark_rows, note_reached, reached_models, watch
+from .used_gradients import mark_rows, models_with_gradient, note_models_with_gradient, watch_backward
 
 __all__ = [
     "HOOKS",
@@ -37,32 +37,32 @@ __all__ = [
     "BatchingError",
     "Interception",
     "LayoutMatters",
-    "Look",
-    "Own",
     "PerModel",
+    "PerModelValue",
+    "Snapshot",
     "State",
     "Streams",
     "call_in_turn",
-    "fill",
+    "copy_module",
     "flattened",
+    "has_grad_hooks",
     "is_folded",
     "is_leaf",
-    "is_watched",
     "loop_inside",
     "mark_rows",
+    "materialize",
     "merge",
     "mix",
+    "models_with_gradient",
     "module_path",
     "named_modules",
-    "note_reached",
+    "note_models_with_gradient",
     "outcome",
     "place",
-    "reached_models",
     "read_state",
-    "replica",
     "running_modules",
     "stack_alike",
     "tensors_in",
-    "watch",
+    "watch_backward",
     "write_state",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .errors import BatchingError
-from .module_copy import fill, flattened, merge, outcome, read_state, replica, write_state
+from .module_copy import copy_module, flattened, materialize, merge, outcome, read_state, write_state
 from .rules.convolution import check_order
 from .unwrap import on_stacks, stack_alike
 
@@ -84,7 +84,7 @@ def call_in_turn(
             mine = list(leaves)
             for place, tensor in zip(inputs, own[len(kept) :], strict=True):
                 mine[place] = tensor
-            twin = replica(module, {id(t): o for t, o in zip(kept, own, strict=False)}, m)
+            twin = copy_module(module, {id(t): o for t, o in zip(kept, own, strict=False)}, m)
             alive.append(twin)  # for as long as other copies are made, so that none gets its id
             given = flattened(twin)
             my_args, my_kwargs = tree_unflatten(mine, spec)
@@ -113,7 +113,7 @@ def call_in_turn(
         return tuple(stack_alike(column) for column in fresh)
 
     new = on(run, [*kept, *(leaves[i] for i in inputs)])
-    return fill(merged[0], new)
+    return materialize(merged[0], new)
 
 
 def _rows(stack: Tensor, stacked: bool, copied: bool) -> Callable[[int], Tensor]:

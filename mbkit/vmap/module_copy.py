@@ -18,8 +18,22 @@ from .errors import PATH, BatchingError
 from .per_model import PerModel
 
 __all__ = [
-    "HOOKS", "OUTPUT", "Own", "State", "fill", "flattened", "held_inside", "is_leaf", "merge", "mix", "named_modules",
-    "outcome", "own_attributes", "read_state", "replica", "write_state",
+    "HOOKS",
+    "OUTPUT",
+    "PerModelValue",
+    "State",
+    "copy_module",
+    "flattened",
+    "held_inside",
+    "is_leaf",
+    "materialize",
+    "merge",
+    "mix",
+    "named_modules",
+    "outcome",
+    "own_attributes",
+    "read_state",
+    "write_state",
 ]  # fmt: skip
 
 State = dict[tuple[str, str, str], Any]  # (module path, "_parameters", "_buffers" or "__dict__", name) -> value
@@ -34,20 +48,20 @@ OUTPUT = ("", "output", "output")
 _NEW = object()
 
 
-class Own:
+class PerModelValue:
     """M values of a plain attribute that cannot be stacked, such as numbers that the models computed themselves."""
 
     def __init__(self, values: Sequence[Any]) -> None:
         self.values = list(values)
 
 
-def mix(flags: Sequence[bool], yes: Any, no: Any) -> Own:
+def mix(flags: Sequence[bool], yes: Any, no: Any) -> PerModelValue:
     """Return M values: from `yes` where the flag is set, else from `no`; either may be one value for all."""
-    columns = [v.values if isinstance(v, Own) else [v] * len(flags) for v in (yes, no)]
-    return Own([a if flag else b for flag, a, b in zip(flags, *columns, strict=True)])
+    columns = [v.values if isinstance(v, PerModelValue) else [v] * len(flags) for v in (yes, no)]
+    return PerModelValue([a if flag else b for flag, a, b in zip(flags, *columns, strict=True)])
 
 
-class Fresh(int):
+class Placeholder(int):
     """Stands for the i-th new tensor of a call until the M of it are stacked."""
 
 
@@ -110,7 +124,9 @@ def write_state(model: nn.Module, before: State, after: State) -> None:
             del target[name]
 
 
-def replica(root: nn.Module, own: dict[int, Tensor], m: int | slice = slice(None), *, alone: bool = False) -> nn.Module:
+def copy_module(
+    root: nn.Module, own: dict[int, Tensor], m: int | slice = slice(None), *, alone: bool = False
+) -> nn.Module:
     """Return a copy of a module that holds one model's tensors, and `m`'s own values where the models differ.
 
     Args:
@@ -123,8 +139,8 @@ def replica(root: nn.Module, own: dict[int, Tensor], m: int | slice = slice(None
     twins = {id(module): object.__new__(type(module)) for module in modules.values()}
 
     def follow(leaf: Any) -> Any:
-        if isinstance(leaf, Own):
-            return leaf.values[m] if isinstance(m, int) else Own(leaf.values[m])
+        if isinstance(leaf, PerModelValue):
+            return leaf.values[m] if isinstance(m, int) else PerModelValue(leaf.values[m])
         if _is_method(leaf) and id(leaf.__self__) in twins:
             return types.MethodType(leaf.__func__, twins[id(leaf.__self__)])
         return twins.get(id(leaf), own.get(id(leaf), leaf))
@@ -178,7 +194,7 @@ def outcome(twin: nn.Module, given: dict, before: State, edited: set[int], outpu
     """Return the state after a replica's call with its output; what the call left alone is the template's own.
 
     Args:
-        twin: the replica, after its call.
+        twin: the copy, after its call.
         given: its state before, `flattened`.
         before: the state of the module that it copies.
         edited: the ids of copies of constants that were edited in place, and so are constants no more.
@@ -225,7 +241,7 @@ def merge(
             keep a value of its own there.
 
     Returns:
-        The state, with `Fresh(i)` where the i-th new tensor belongs, and the list of new tensors.
+        The state, with `Placeholder(i)` where the i-th new tensor belongs, and the list of new tensors.
 
     Raises:
         BatchingError: values that differ where only one can stand.
@@ -241,11 +257,11 @@ def merge(
                 return origins[0]
             if len({(t.shape, t.dtype) for t in column}) == 1:
                 fresh.append(column)
-                return Fresh(len(fresh) - 1)
+                return Placeholder(len(fresh) - 1)
         elif all(leaf is first or (isinstance(leaf, _PLAIN) and leaf == first) for leaf in column):
             return first
         if whole and key[1] == "__dict__":
-            return Own(column)
+            return PerModelValue(column)
         told = [f"a tensor {list(v.shape)}" if isinstance(v, Tensor) else repr(v) for v in column]
         other = next((m for m, text in enumerate(told) if text != told[0]), len(told) - 1)
         name = ".".join(part for part in (key[0], key[2]) if part)
@@ -265,7 +281,7 @@ def merge(
     return merged, fresh
 
 
-def fill(merged: State, tensors: Sequence[Tensor]) -> tuple[Any, State, list[Tensor]]:
+def materialize(merged: State, tensors: Sequence[Tensor]) -> tuple[Any, State, list[Tensor]]:
     """Put the stacked new tensors where they belong.
 
     Returns:
@@ -276,9 +292,9 @@ def fill(merged: State, tensors: Sequence[Tensor]) -> tuple[Any, State, list[Ten
         if isinstance(value, Tensor):
             filled[key] = value
             continue
-        places = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Fresh)]
+        places = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Placeholder)]
         if places:
-            value = tree_map(lambda leaf: tensors[leaf] if isinstance(leaf, Fresh) else leaf, value)
+            value = tree_map(lambda leaf: tensors[leaf] if isinstance(leaf, Placeholder) else leaf, value)
         if key[1] == "__dict__":
             plain += [tensors[place] for place in places]
         filled[key] = value

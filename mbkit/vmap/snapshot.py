@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_flatten
 
 from .module_copy import HOOKS, held_inside, is_leaf, named_modules, own_attributes
 
-__all__ = ["Look", "is_watched", "place"]
+__all__ = ["Snapshot", "has_grad_hooks", "place"]
 
 
-class Look:
+class Snapshot:
     """Tells whether a module is as it was: the very same objects in it, and in its lists and dicts.
 
     Args:
@@ -45,14 +45,14 @@ class Look:
         return found, [form for _, form in trees]
 
     @property
-    def same(self) -> bool:
+    def unchanged(self) -> bool:
         """Whether it still is."""
         now, forms = self._see()
         same = len(now) == len(self._objects) and all(map(operator.is_, now, self._objects))
         return same and forms == self._forms and list(map(place, self._tensors)) == self._places
 
 
-def is_watched(tensor: Tensor) -> bool:
+def has_grad_hooks(tensor: Tensor) -> bool:
     """Say whether a stacked tensor has hooks on its gradient, which only the whole batch's backward pass runs."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
@@ -60,4 +60,4 @@ def is_watched(tensor: Tensor) -> bool:
 def place(tensor: Tensor) -> tuple:
     """Return where a tensor is, in which form, whether it is trained, and whether somebody watches its gradient."""
     strided = (tensor.data_ptr(), tensor.stride()) if tensor.layout is torch.strided else ()
-    return strided, tensor.shape, tensor.dtype, tensor.requires_grad, is_watched(tensor)
+    return strided, tensor.shape, tensor.dtype, tensor.requires_grad, has_grad_hooks(tensor)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["mark_rows", "note_reached", "reached_models", "watch"]
+__all__ = ["mark_rows", "models_with_gradient", "note_models_with_gradient", "watch_backward"]
 
 _ROWS = "mbkit_rows"  # in a node's metadata: its i-th input belongs to model i
 _REACHED = "mbkit_reached"  # on a gradient: the models as bits of an int; without it, all
@@ -29,7 +29,7 @@ def mark_rows(stack: Tensor) -> Tensor:
     return stack
 
 
-def reached_models(gradient: Tensor, num_models: int) -> Tensor | None:
+def models_with_gradient(gradient: Tensor, num_models: int) -> Tensor | None:
     """Return which models have a gradient here, `[M]`, or None where all have one.
 
     A row with a number in it has come from somewhere, if only by a way outside the batch's calls: a penalty on the
@@ -42,13 +42,13 @@ def reached_models(gradient: Tensor, num_models: int) -> Tensor | None:
     return known | (gradient != 0).reshape(num_models, -1).any(1)
 
 
-def note_reached(gradient: Tensor, reached: Sequence[bool]) -> None:
+def note_models_with_gradient(gradient: Tensor, reached: Sequence[bool]) -> None:
     """Note on a gradient `[M, ...]` which models have one."""
     if not all(reached):
         setattr(gradient, _REACHED, sum(1 << m for m, is_reached in enumerate(reached) if is_reached))
 
 
-def watch(outputs: Iterable[Any], num_models: int) -> None:
+def watch_backward(outputs: Iterable[Any], num_models: int) -> None:
     """Have every backward pass that comes through one of the outputs note which models it reaches a parameter for.
 
     Args:

@@ -10,7 +10,7 @@ from oracle import close
 from torch import nn, optim
 
 from mbkit import ModelBatch, OptimizerFactory, fit
-from mbkit.vmap import reached_models
+from mbkit.vmap import models_with_gradient
 
 M, STEPS = 3, 8
 OPTIMIZERS = [
@@ -130,7 +130,7 @@ def test_it_is_known_of_the_gradient_for_as_long_as_there_is_one():
     x = torch.tensor([[[1.0, 1, 1]], [[-1.0, -1, -1]]])
 
     def reached():
-        found = [reached_models(p.grad, 2) for p in (batch.left.weight, batch.right.weight)]
+        found = [models_with_gradient(p.grad, 2) for p in (batch.left.weight, batch.right.weight)]
         return [None if models is None else models.tolist() for models in found]
 
     batch(x).sum().backward()
