@@ -15,14 +15,25 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
-from .curves import ALONE, BATCHED, GRAY, RAISED, RIGHT, WRONG, LearningRates, Picture, RateMap, label_decades, tidy
+from .curves import (
+    ALONE,
+    BATCHED,
+    GRAY,
+    LINES,
+    RAISED,
+    RIGHT,
+    WRONG,
+    LearningRates,
+    Picture,
+    RateMap,
+    label_decades,
+    tidy,
+)
 
 __all__ = [
     "LearningRates", "Picture", "accuracy", "benchmark", "combinations", "consistency", "differences", "heat_map",
     "learning_rates", "scaling", "story_figure", "trainability",
 ]  # fmt: skip
-
-LINES = (BATCHED, ALONE, RIGHT, "#CC79A7", "#56B4E9", "#000000")
 
 
 def accuracy(outcome: Any) -> Picture:
@@ -66,7 +77,8 @@ def consistency(outcome: Any) -> Picture:
     picture = Picture(dpi=100)
     left, right = picture.panels(left=0.08, top=0.91, bottom=0.15, wspace=0.32)
     _accuracy(left, outcome)
-    _differences(right, _by_model(outcome), "Parameters: how far from training alone")
+    update = max(outcome.demo.learning_rates)  # rounding is seen for what it is beside the size of an update
+    _differences(right, _by_model(outcome), "Parameters: how far from training alone", least_top=update)
     return picture
 
 
@@ -224,10 +236,12 @@ def _by_model(outcome: Any) -> dict[str, Tensor]:
     return {f"learning rate {rate:g}": gap for rate, gap in zip(outcome.demo.learning_rates, gaps, strict=True)}
 
 
-def _differences(axes: Axes, named: Mapping[str, Tensor], title: str, quantity: str = "parameter") -> None:
+def _differences(
+    axes: Axes, named: Mapping[str, Tensor], title: str, quantity: str = "parameter", least_top: float = 0.0
+) -> None:
     values = {label: gap.double().cpu() for label, gap in named.items()}
     positive = torch.cat([gap[gap.isfinite() & (gap > 0)] for gap in values.values()])
-    bounds = (positive.min().item(), positive.max().item()) if len(positive) else (0.1, 1.0)
+    bounds = (positive.min().item(), max(positive.max().item(), least_top)) if len(positive) else (0.1, 1.0)
     low, high = math.floor(math.log10(bounds[0])), math.ceil(math.log10(bounds[1]))
     every = max(1, math.ceil((high - low) / 6))
     zero = 10.0 ** (low - every)  # where exactly zero is drawn, a tick below the smallest number

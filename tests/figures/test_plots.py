@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +68,12 @@ def test_differences_give_exactly_zero_a_place_of_its_own_and_leave_infinity_out
     assert next(label.get_text() for label in axes.get_yticklabels()) == "exactly 0"
     assert drawn[1:3].tolist() == pytest.approx([1e-7, 1e-3])
     assert drawn[3:].isnan().all()
+
+
+def test_rounding_is_drawn_beside_the_size_of_an_update():
+    outcome = consistency.run("published", gradients="cleared", weights="same", order="same")
+    rounding = replace(outcome, parameter_difference=torch.full((15, 3), 1e-8))
+    assert plots.consistency(rounding).axes[1].get_ylim()[1] >= 0.1
 
 
 def test_differences_that_are_all_zero_are_drawn_too():
