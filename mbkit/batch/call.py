@@ -93,8 +93,8 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool) -> Any:
             slow.add(unit)
             reasons[unit] = str(error).strip().split("\n")[0]
     memory.learn()
-    if slow:
-        watch_backward(tree_leaves(output), context.num_models)
+    made = [*tree_leaves(output), *context.attributes]
+    watch_backward(made, (*before.values(), *tree_leaves((args, kwargs))), context.num_models, bool(slow))
     for path, reason in reasons.items():
         where = f"'{path}' ({type(template.get_submodule(path)).__name__})" if path else "The whole model"
         warnings.warn(

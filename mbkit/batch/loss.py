@@ -66,7 +66,7 @@ def _losses(
         try:
             losses = at_once(context, one_model, tensors, in_dims)[0]
             if context.model_by_model or context.slow_losses:  # another may have come to some models only
-                watch_backward([losses], context.num_models)
+                watch_backward([losses], (), context.num_models)
             return losses
         except NO_FAULT_OF_VMAP:
             raise
@@ -89,7 +89,7 @@ def _losses(
         context.slow_losses.add(slow)
         warnings.warn(f"The loss function runs model by model: torch.vmap cannot run it ({reason}).", stacklevel=4)
     stacked = mark_rows(torch.stack(losses))
-    watch_backward([stacked], context.num_models)
+    watch_backward([stacked], (), context.num_models)
     return stacked
 
 

@@ -6,6 +6,7 @@ of last resort: exact for any operator, at the speed of a loop.
 """
 
 from .errors import BatchingError, module_path, running_modules
+from .gradients import mark_rows, models_with_gradient, note_models_with_gradient, separate_gradients, watch_backward
 from .layer_loop import call_in_turn, loop_inside, tensors_in
 from .mode import Interception
 from .module_copy import (
@@ -29,7 +30,6 @@ from .rules.convolution import LayoutMatters, is_folded
 from .rules.randomness import Streams
 from .snapshot import Snapshot, has_grad_hooks, place
 from .unwrap import stack_alike
-from .used_gradients import mark_rows, models_with_gradient, note_models_with_gradient, watch_backward
 
 __all__ = [
     "HOOKS",
@@ -61,6 +61,7 @@ __all__ = [
     "place",
     "read_state",
     "running_modules",
+    "separate_gradients",
     "stack_alike",
     "tensors_in",
     "watch_backward",

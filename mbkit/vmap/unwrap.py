@@ -10,7 +10,7 @@ from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from .errors import BatchingError
-from .used_gradients import mark_rows
+from .gradients import mark_rows
 
 __all__ = ["on_stacks", "stack_alike"]
 

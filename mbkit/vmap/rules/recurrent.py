@@ -71,10 +71,11 @@ def _direction(
 ) -> Any:
     """Run one direction of one layer: `[M, T, B, I]` to `[M, T, B, H]`, and the last state."""
     w_ih, w_hh, *rest = weights
-    b_ih, b_hh = [b.unsqueeze(1) for b in rest[:2]] if biases else (None, None)
+    b_ih, b_hh = rest[:2] if biases else (None, None)
     w_hr = rest[-1] if len(rest) in (1, 3) else None
-    if b_hh is not None and cell is not _gru_cell:
+    if biases and cell is not _gru_cell:  # added before they are viewed, or their gradients would share memory
         b_ih, b_hh = b_ih + b_hh, None
+    b_ih, b_hh = (None if b is None else b.unsqueeze(1) for b in (b_ih, b_hh))
     flat = x.flatten(1, 2)  # [M, T * B, I]
     gates = torch.bmm(flat, w_ih.mT) if b_ih is None else torch.baddbmm(b_ih, flat, w_ih.mT)
     steps = list(gates.unflatten(1, x.shape[1:3]).unbind(1))

@@ -1,0 +1,166 @@
+"""What a backward pass leaves on stacked tensors: gradients in memory of their own, and which models have one.
+
+Memory. autograd gives a leaf the very gradient that arrives, without a copy. Where two leaves are added up, that can
+be one and the same memory (in `x + a + b` under vmap, if x has one row), and then an edit in place of one gradient (a
+second backward pass, clipping, a scaler) edits the other. So at the end of a pass shared memory is taken apart. torch
+itself shares it as well in rarer cases, `a.view(6) + b.view(6)`, and then adds up wrong sums; a batch does not.
+
+Models. Where models run one after the other they can take different ways, so a step may use a parameter for some
+models only. Alone, the others' gradient is None and their optimizer leaves the parameter be; in a stacked gradient
+theirs is a row of zeros, which momentum and weight decay would still act upon. The autograd graph knows: it splits into
+the models' own graphs at each stack of M tensors, so one walk over it tells which models arrive where. What it finds
+is kept on the gradient itself and goes when the gradient goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "mark_rows", "models_with_gradient", "note_models_with_gradient", "separate_gradients", "watch_backward",
+]  # fmt: skip
+
+_ROWS = "mbkit_rows"  # in a node's metadata: its i-th input belongs to model i
+_PRESENT = "mbkit_present"  # on a gradient: the models as bits of an int; without it, all
+
+
+def mark_rows(stack: Tensor) -> Tensor:
+    """Note on the result of `torch.stack` that its M inputs are the models' own, and return it."""
+    if stack.grad_fn is not None:
+        stack.grad_fn.metadata[_ROWS] = True
+    return stack
+
+
+def models_with_gradient(gradient: Tensor, num_models: int) -> Tensor | None:
+    """Return which models have a gradient here, `[M]`, or None where all have one.
+
+    A row with a number in it has come from somewhere, if only by a way outside the batch's calls: a penalty on the
+    parameters, say, or another pass.
+    """
+    bits = getattr(gradient, _PRESENT, None)
+    if bits is None:
+        return None
+    known = torch.tensor([bool(bits >> m & 1) for m in range(num_models)], device=gradient.device)
+    return known | (gradient != 0).reshape(num_models, -1).any(1)
+
+
+def note_models_with_gradient(gradient: Tensor, present: Sequence[bool]) -> None:
+    """Note on a gradient `[M, ...]` which models have one."""
+    if not all(present):
+        setattr(gradient, _PRESENT, sum(1 << m for m, is_present in enumerate(present) if is_present))
+
+
+def watch_backward(outputs: Iterable[Any], leaves: Iterable[Any], num_models: int, some_models: bool = True) -> None:
+    """Have every backward pass that comes through one of the outputs look after the gradients that it leaves behind.
+
+    Args:
+        outputs: what a call returned; anything that is not a tensor with a graph is passed over.
+        leaves: tensors whose gradients must not share memory; anything that is not a leaf of a graph is passed over.
+        num_models: M; the outputs are `[M, ...]`.
+        some_models: whether the call may have used a parameter for some models only.
+    """
+    nodes = {t.grad_fn for t in outputs if isinstance(t, Tensor) and t.grad_fn is not None}
+    if nodes:
+        leaves = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad and t.is_leaf]
+    for node in nodes:
+        node.register_prehook(partial(_arrive, leaves, num_models if some_models else 0))
+
+
+class _Pass:
+    """One backward pass: the leaves to look after, the nodes walked over, and the leaves found by walking."""
+
+    def __init__(self) -> None:
+        self.leaves: dict[int, Tensor] = {}
+        self.seen: set[Any] = set()
+        self.found: dict[int, _Leaf] = {}
+
+
+class _Leaf:
+    """A parameter that a pass reaches: for which models, and its gradient from before."""
+
+    def __init__(self, tensor: Tensor, num_models: int) -> None:
+        self.tensor, self.everyone, self.bits = tensor, (1 << num_models) - 1, 0
+        self.before = tensor.grad
+        self.version = None if self.before is None else self.before._version
+
+
+_passes: dict[int, _Pass] = {}  # by the number that autograd gives the pass
+
+
+def _arrive(leaves: list[Tensor], num_models: int, gradients: Any) -> None:
+    """Note the leaves; walk over the graph below the node that is about to run, unless the pass has come by already."""
+    number = torch._C._current_graph_task_id()
+    if number not in _passes:
+        for stale in list(_passes)[:-8]:  # a pass that raised never comes to its end
+            del _passes[stale]
+        _passes[number] = _Pass()
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_finish, number))
+    current = _passes[number]
+    current.leaves.update((id(t), t) for t in leaves)
+    node = torch._C._current_autograd_node()
+    if not num_models or node in current.seen:  # on the way from a loss, which may have come for some models only
+        return
+    for tensor, bits in _walk(node, num_models, current.seen):
+        current.found.setdefault(id(tensor), _Leaf(tensor, num_models)).bits |= bits
+
+
+def _finish(number: int) -> None:
+    """Take shared memory apart, and note on the new gradients which models have one."""
+    current = _passes.pop(number)
+    separate_gradients(current.leaves.values())
+    for leaf in current.found.values():
+        gradient, bits = leaf.tensor.grad, leaf.bits
+        if gradient is None or (gradient is leaf.before and gradient._version == leaf.version):
+            continue  # autograd.grad, which leaves .grad alone
+        if leaf.before is not None:
+            bits |= getattr(leaf.before, _PRESENT, leaf.everyone)
+        if bits != leaf.everyone:
+            setattr(gradient, _PRESENT, bits)
+        elif hasattr(gradient, _PRESENT):
+            delattr(gradient, _PRESENT)
+
+
+def separate_gradients(tensors: Iterable[Tensor]) -> None:
+    """Give gradients memory of their own where two of them share some."""
+    held = [(t.grad.data_ptr(), i, t) for i, t in enumerate(tensors) if t.grad is not None]
+    end = 0
+    for start, _, tensor in sorted(held, key=itemgetter(0, 1)):
+        if tensor.grad.layout is not torch.strided:
+            continue
+        if start < end:
+            tensor.grad = tensor.grad.clone()
+        else:
+            end = start + tensor.grad.numel() * tensor.grad.element_size()  # autograd's gradients are dense
+
+
+def _walk(root: Any, num_models: int, seen: set[Any]) -> list[tuple[Tensor, int]]:
+    """Return the leaves below a node, each with the models that reach it."""
+    order, stack = [], [(root, iter(root.next_functions))]
+    local = {root}
+    while stack:  # depth first; a node is put down after all that it leads to
+        node, following = stack[-1]
+        step = next(following, None)
+        if step is None:
+            order.append(node)
+            stack.pop()
+        elif step[0] is not None and step[0] not in local:
+            local.add(step[0])
+            stack.append((step[0], iter(step[0].next_functions)))
+    arriving = dict.fromkeys(order, 0)
+    arriving[root] = (1 << num_models) - 1
+    leaves = []
+    for node in reversed(order):
+        bits, apart = arriving[node], _ROWS in node.metadata
+        if hasattr(node, "variable"):
+            leaves.append((node.variable, bits))
+        for i, (after, _) in enumerate(node.next_functions):
+            if after is not None:
+                arriving[after] |= bits & (1 << i) if apart else bits
+    seen |= local
+    return leaves
