@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..batch.clip import norm_limits
+from ..batch.targets import TargetForms, targets_at
 from ..common.checks import check_seeds, list_of_models, per_model
 from ..common.random_streams import OwnDraws, random_state, set_random_state
 from .evaluation import batch_accuracy
@@ -20,7 +21,7 @@ from .history import History, Step
 from .loop import Pairs, call, check_run, count_steps, detach, first_tensor, make_schedule, part, walk
 from .recorder import Recording
 
-__all__ = ["LoneTrainer", "check_configs", "fit_alone", "fresh", "in_turn", "lone_step", "own_targets"]
+__all__ = ["LoneTrainer", "check_configs", "fit_alone", "fresh", "in_turn", "lone_step", "loss_of_model"]
 
 
 def fit_alone(
@@ -87,6 +88,8 @@ def fit_alone(
     each = zip(models, seeds, configs, norms, schedulers, strict=True)
     lones = [LoneTrainer(model, seed, optimizer_cls, *rest) for model, seed, *rest in each]
     device = next((p.device for model in models for p in model.parameters()), torch.device("cpu"))
+    forms = TargetForms(shared_targets)
+    losses = [loss_of_model(loss_fn, m, num_models, forms) for m in range(num_models)]
     total = count_steps(batches, epochs * num_models)
     with Recording(num_models, total, alone=True, progress=progress) as run:
         going, index = list(range(num_models)), 0
@@ -94,15 +97,14 @@ def fit_alone(
             for pair in walk(batches, epoch, device):
                 for m in in_turn(list(going)):
                     x, y = fresh(pair) if len(going) > 1 else pair
-                    x = x if shared_input else part(x, m)
-                    y = own_targets(y, x, m, num_models, shared_targets)
                     lone = lones[m]
                     with lone.draws.current():
                         start = time.perf_counter()
-                        loss, outputs = lone.update(x, y, loss_fn)
+                        loss, outputs = lone.update(x if shared_input else part(x, m), y, losses[m])
                         seconds = time.perf_counter() - start
                     if lone.schedule and scheduler_every == "step":
                         lone.schedule.step()
+                    y = own_targets(y, outputs, m, num_models, forms)
                     accuracy = batch_accuracy(outputs.unsqueeze(0), y) if isinstance(outputs, Tensor) else None
                     if not run.keep(Step(index, epoch, loss.reshape(1), accuracy, seconds, m), callback):
                         going.remove(m)
@@ -273,24 +275,23 @@ def _check_models(models: Sequence[nn.Module]) -> None:
                 )
 
 
-def own_targets(targets: Any, inputs: Any, m: int, num_models: int, shared: bool | None) -> Any:
-    """Return model m's targets: those for all, [B, ...], or its own out of [M, B, ...]; `inputs` are the model's own.
+def own_targets(targets: Any, outputs: Any, m: int, num_models: int, forms: TargetForms) -> Any:
+    """Return model m's targets, by the rule of a batch of M models: those for all, or its own out of [M, B, ...].
 
-    `shared` says which of the two forms it is, None that the shape shall tell.
+    Args:
+        targets: nested tensors. outputs: what model m has returned for them.
+        forms: which of the two forms the targets of this run have.
 
     Raises:
-        ValueError: the shape fits both forms.
+        ValueError: the shapes fit neither form, or both.
     """
-    first = first_tensor(inputs)
-    size = None if first is None or first.ndim == 0 else first.shape[0]
+    first = first_tensor(outputs)
+    shape = (num_models, *(() if first is None else first.shape))
+    return targets_at(targets, forms.of(targets, shape, num_models), m)
 
-    def own(target: Tensor) -> Tensor:
-        each = target.ndim > 1 and tuple(target.shape[:2]) == (num_models, size)
-        if shared is None and each and target.shape[0] == size:
-            raise ValueError(
-                f"Targets {list(target.shape)} for {num_models} models and batches of {size} could be one for all or "
-                "one per model: say which with shared_targets=True or shared_targets=False."
-            )
-        return target[m] if (each if shared is None else not shared) else target
 
-    return tree_map_only(Tensor, own, targets)
+def loss_of_model(
+    loss_fn: Callable[[Any, Any], Tensor], m: int, num_models: int, forms: TargetForms
+) -> Callable[[Any, Any], Tensor]:
+    """Return `loss_fn` for the outputs of model m and the targets of all models; arguments as for `own_targets`."""
+    return lambda outputs, targets: loss_fn(outputs, own_targets(targets, outputs, m, num_models, forms))

@@ -1,4 +1,4 @@
-"""diagnose: when a batch and its models disagree, find out who did it, by one experiment a suspect."""
+"""diagnose: when a batch and its models disagree, find out who did it, by one experiment for each suspect."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..common.random_streams import seeded
 from ..common.tables import html_table, plain
 from ..data.load import demo_points
 from ..models import MLP
-from . import isolation_checks as crosstalk
-from . import model_checks as suspects
-from .context import Case, Finding
+from . import isolation_checks as isolation
+from . import model_checks as each
 from .equivalence import check_arguments, compare, endless
+from .experiment import Case
 from .faults import FAULTS, plant
-from .report import EquivalenceReport
+from .report import EquivalenceReport, Finding, finding
 from .subject import BatchRecipe, Recipe
 
 __all__ = ["Diagnosis", "diagnose", "diagnose_planted"]
@@ -29,9 +29,10 @@ __all__ = ["Diagnosis", "diagnose", "diagnose_planted"]
 # In this order, for what one has found is made good in the next: the lone models follow the batch's real initial
 # weights, model 0's settings and its mode, and parameters in shared memory are left out.
 EXPERIMENTS = (
-    suspects.memory, suspects.weights, suspects.order, crosstalk.settings, suspects.stale, suspects.gradient,
-    suspects.masks, suspects.clipping, crosstalk.states, crosstalk.leak, crosstalk.schedule,
+    each.memory, each.weights, each.order, isolation.settings, each.stale, each.gradient, each.masks, each.clipping,
+    isolation.states, isolation.leak, isolation.schedule,
 )  # fmt: skip
+READINGS = (each.memory, each.weights, each.order, isolation.schedule)  # those that need no gradient
 MARKS = {"guilty": "✗", "cleared": "✓", "not measured": "?", "all there is": "≈"}
 
 
@@ -57,6 +58,8 @@ class Diagnosis:
         """The finding in one sentence."""
         if self.guilty:
             return f"The batch is not its models alone: {'; and '.join(FAULTS[name] for name in self.guilty)}."
+        if self.equivalence.verdict.startswith("CANNOT TELL"):
+            return "Whether the batch is its models alone cannot be told. " + self.equivalence.verdict
         if not self.equivalence.equivalent:
             return "The batch is not its models alone, and it is none of the suspects: " + self.equivalence.verdict
         return f"The batch is its models alone: {self.findings['rounding'].evidence}."
@@ -104,17 +107,18 @@ def diagnose(
     build: Recipe | None = None,
     dtype: torch.dtype | None = torch.float64,
 ) -> Diagnosis:
-    """Find out why training in a batch differs from training alone: one controlled experiment a suspect.
+    """Find out why training in a batch differs from training alone: one controlled experiment for each suspect.
 
     The arguments say how the models are trained alone; `build` says how they are trained at once. Each experiment
     makes a batch anew, changes one thing (a loss of zero, one model's learning rate, ...), trains a step or two, and
     reads parameters, gradients and optimizer states. Then both are trained side by side, as by `compare`.
 
     Args:
-        models, optimizer_cls, configs, batches, loss_fn, seeds, shared_input, max_norm, scheduler: as for `compare`.
+        models, optimizer_cls, configs, batches, loss_fn, seeds, shared_input, shared_targets, max_norm, scheduler: as
+            for `compare`.
         steps: how many updates are compared side by side.
-        build: makes a `Subject` from M models, M configs and M seeds: your own batch, seen from outside. A
-            `ModelBatch` and mbkit's optimizer where absent.
+        build: makes (batch, optimizer), or a `verify.subject.Subject`, from M models, M configs and M seeds: your own
+            batch, seen from outside. A `ModelBatch` and mbkit's optimizer where absent.
         dtype: of the experiments, so that rounding cannot look like a fault; None for the models' own.
 
     Returns:
@@ -135,15 +139,19 @@ def diagnose(
     models, configs, seeds = check_arguments(models, configs, batches, loss_fn, steps, seeds)
     recipe = BatchRecipe(optimizer_cls, max_norm, scheduler, shared_input, shared_targets, build)
     device = next(models[0].parameters()).device
-    data = list(itertools.islice(endless(batches, device), steps))
-    case = Case(optimizer_cls, scheduler, recipe, models, configs, seeds, data, loss_fn, shared_input, dtype)
-    for experiment in EXPERIMENTS:
-        experiment(case)
+    data = list(itertools.islice(endless(batches, device), max(steps, 2)))  # experiments make two steps
+    case = Case(
+        recipe, optimizer_cls, scheduler, models, configs, seeds, data, loss_fn, shared_input, shared_targets, dtype
+    )
+    for experiment in EXPERIMENTS if case.finite else READINGS:
+        found = experiment(case)
+        case.findings |= {one.suspect: one for one in (found if isinstance(found, list) else [found])}
+    findings = {name: finding(name, None, "the models' gradients are no numbers alone either") for name in FAULTS}
+    findings |= case.findings
     report = compare(
         models, optimizer_cls, configs, data, loss_fn, steps, seeds, shared_input=shared_input, max_norm=max_norm,
         scheduler=scheduler, shared_targets=shared_targets, build=recipe,
     )  # fmt: skip
-    findings = case.findings
     findings["rounding"] = _rounding(report, any(f.verdict == "guilty" for f in findings.values()))
     return Diagnosis({name: findings[name] for name in (*FAULTS, "rounding")}, report)
 
@@ -186,7 +194,9 @@ is divided by M.
 
 def _rounding(report: EquivalenceReport, others: bool) -> Finding:
     """Say whether what the batch and its models differ by, after all steps, is what rounding explains."""
-    gap, floor = (values[-1].amax().item() for values in (report.relative, report.floor))
+    if report.unknown:
+        return finding("rounding", None, "there are no numbers to compare")
+    gap, floor = (values[-1].nan_to_num(nan=0.0).amax().item() for values in (report.relative, report.floor))
     text = f"after {len(report.relative)} steps they are at most {gap:.1e} of their way apart, "
     text += f"and a lone model up to {floor:.1e} from itself"
     if report.equivalent and not others:

@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..batch.clip import norm_limits
+from ..batch.targets import TargetForms
 from ..common.checks import check_seeds, list_of_models
 from ..training.loop import check_run, part, walk
-from ..training.sequential import LoneTrainer, check_configs, fresh, in_turn, own_targets
+from ..training.sequential import LoneTrainer, check_configs, fresh, in_turn, loss_of_model
 from .report import EquivalenceReport
 from .subject import BatchRecipe, Recipe
 
@@ -92,7 +93,8 @@ def compare(
         pairs = zip(endless(batches, device), endless(subject.walk(batches), device), strict=False)
     settings = zip(models, seeds, configs, norms, strict=True)
     crowd = [_Crowd(model, seed, optimizer_cls, config, norm, scheduler) for model, seed, config, norm in settings]
-    rows: list[_Row] = []
+    forms, rows = TargetForms(shared_targets), []
+    loss_fns = [loss_of_model(loss_fn, m, num_models, forms) for m in range(num_models)]
     for pair, fed in itertools.islice(pairs, steps):
         for m in in_turn(range(-1, num_models)):
             if m < 0:
@@ -101,8 +103,8 @@ def compare(
                 continue
             x, y = pair
             x = x if shared_input else part(x, m)
-            y = own_targets(y, x, m, num_models, shared_targets)
-            rows.append(crowd[m].step(x, y, loss_fn, subject.parameters(m), None if losses is None else losses[m]))
+            loss = None if losses is None else losses[m]
+            rows.append(crowd[m].step(x, y, loss_fns[m], subject.parameters(m), loss))
 
     def table(values: list[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).unflatten(0, (-1, num_models))
@@ -208,9 +210,8 @@ class _Lone(LoneTrainer):
     def step(self, x: Any, y: Any, loss_fn: Callable) -> tuple[Tensor, Any]:
         """Make one update and step the schedule; return the loss and the outputs before it."""
         if self.kind == "channels_last":
-            x = tree_map_only(
-                Tensor, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t, x
-            )
+            last = torch.channels_last
+            x = tree_map_only(Tensor, lambda t: t.contiguous(memory_format=last) if t.dim() == 4 else t, x)
         with _one_thread(self.kind == "one thread"):
             made = super().step(x, y, loss_fn)
         if self.schedule is not None:

@@ -1,28 +1,32 @@
-"""Where diagnose runs its experiments: batches made anew, trained a step or two under control, and read."""
+"""Where diagnose's experiments run: batches made anew, trained a step or two under control, and read."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..common.checks import memory_of
-from ..common.random_streams import OwnDraws
-from ..training.loop import call, part
-from ..training.sequential import own_targets
+from ..batch.targets import TargetForms
+from ..training.loop import make_schedule, part
+from ..training.sequential import LoneTrainer, fresh, loss_of_model
+from .equivalence import Precision
+from .measure import Lone, apart, as_precision, few_examples, quiet, shared_memory
+from .report import Finding
 from .subject import Recipe
 
-__all__ = ["Laboratory", "Lone", "Run", "Values", "apart", "quiet"]
+__all__ = ["LARGE", "SMALL", "Case", "Run", "Values"]
 
-FEW = 16  # examples in an experiment's batch: a fault does not hide from them, and they are quick
+# So small a loss is clipped by nobody, and so large a one by everybody who clips.
+SMALL, LARGE = 2.0**-20, 2.0**20
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; what is planted or made by mistake is far above
+COARSE = 5e-2  # of all that is less precise
 Values = list[dict[str, Tensor]]  # model -> name -> numbers
 
 
@@ -39,35 +43,74 @@ class Run:
     shared: list[tuple[str, str, int, int]] = field(default_factory=list)  # kind, name, and two models
 
 
-class Laboratory:
-    """Makes batches by somebody's recipe, from models, hyperparameters and losses that the experiment chooses.
+class Case:
+    """One recipe under investigation: what its batches do, what the lone models do, and what has been found so far.
 
     Args:
-        build: the recipe. models: M lone models. configs: M dicts. seeds: M numbers.
-        data: the batches, in the order in which the lone models see them; experiments use their first few examples.
+        recipe: makes a batch. optimizer_cls, scheduler: of the lone models.
+        models: M lone models. configs: M dicts. seeds: M numbers.
+        data: the batches, in the order in which the lone models see them; experiments use a few examples of each.
         loss_fn: one model's outputs and targets to one number.
-        shared_input: False where inputs are [M, B, ...].
+        shared_input: False where inputs are [M, B, ...]. shared_targets: likewise; None to tell by their shapes.
         dtype: of the experiments, or None for the models' own.
+
+    Attributes:
+        quiet: the lone models without random layers. calm: the configs without weight decay.
+        base: a run of both on a small loss and then on none. plain: the same on the full loss, with the real configs.
+        finite: whether the lone models' gradients are numbers; else little can be measured.
+        blurred: kind to the parameters that share memory, which later experiments leave out.
+        training, factor, wrong: what the batch's gradient is known to be: its mode, its common factor to autograd's,
+            and the (model, parameter) for which it is wrong.
+        trials: runs with other parameters: which models were changed, the run, and which models did not feel it.
+        findings: suspect to `Finding`.
     """
 
     def __init__(
         self,
-        build: Recipe,
+        recipe: Recipe,
+        optimizer_cls: type[torch.optim.Optimizer],
+        scheduler: Any,
         models: Sequence[nn.Module],
         configs: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
         data: Sequence[tuple[Any, Any]],
         loss_fn: Callable[[Any, Any], Tensor],
         shared_input: bool = True,
+        shared_targets: bool | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.build, self.seeds, self.given = build, list(seeds), list(data)
-        self.models = [copy.deepcopy(model) if dtype is None else copy.deepcopy(model).to(dtype) for model in models]
-        self.data = [_few(pair, 0 if shared_input else 1, dtype) for pair in data]
+        self.recipe, self.optimizer_cls, self.scheduler = recipe, optimizer_cls, scheduler
+        self.seeds, self.given, self.loss_fn, self.shared_input = list(seeds), list(data), loss_fn, shared_input
+        self.models = [as_precision(model, dtype) for model in models]
         self.configs = [dict(config) for config in configs]
-        self.loss_fn, self.shared_input = loss_fn, shared_input
-        self.names = [name for name, _ in self.models[0].named_parameters()]
-        self.num_models = len(self.models)
+        self.data = [few_examples(pair, 0 if shared_input else 1, dtype) for pair in data]
+        self.names, self.num_models = [name for name, _ in self.models[0].named_parameters()], len(self.models)
+        forms = TargetForms(shared_targets)
+        self.loss_fns = [loss_of_model(loss_fn, m, self.num_models, forms) for m in range(self.num_models)]
+        self.quiet = [quiet(model) for model in self.models]
+        self.settings = [self._lone_optimizer(config).param_groups[0] for config in self.configs]
+        # Weight decay makes gradients and states depend on parameters: it would carry one fault into another's test.
+        self.calm = [
+            {**config, **({"weight_decay": 0.0} if group.get("weight_decay") else {})}
+            for config, group in zip(self.configs, self.settings, strict=True)
+        ]
+        self.findings: dict[str, Finding] = {}
+        self.blurred: dict[str, set[str]] = {"parameters": set(), "gradients": set(), "states": set()}
+        self.training, self.factor = True, 1.0
+        self.wrong: set[tuple[int, str]] = set()
+        self.trials: list[tuple[set[int], Run, set[int]]] = []
+        self.base = self.run(SMALL, 0.0, configs=self.calm)
+        self.plain = self.run(1.0, 0.0)
+        with Precision() as precision:
+            gradients, _ = self.alone(self.quiet)
+        self.finite = all(g.isfinite().all() for own in gradients for g in own.values())
+        self.tolerance = TOLERANCE.get(precision.coarsest, COARSE)
+
+    def guilty(self, suspect: str) -> bool:
+        """Whether it has been found guilty so far."""
+        return suspect in self.findings and self.findings[suspect].verdict == "guilty"
+
+    # ------------------------------------------------------------------ what the batch does
 
     def run(self, *scales: float, models: Any = None, configs: Any = None, seeds: Any = None) -> Run:
         """Make a batch, train it one step for each scale, with its loss times that scale, and read it.
@@ -75,12 +118,11 @@ class Laboratory:
         Where it does not start from the models given, and can be written, they are written into it: an experiment
         must begin from a known state. Torch's default generator starts from the same place each time.
         """
-        models = self.models if models is None else models
-        configs = self.configs if configs is None else configs
+        models, configs = self.quiet if models is None else models, configs or self.configs
         given = [{name: p.detach() for name, p in model.named_parameters()} for model in models]
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            made = self.build(copy.deepcopy(list(models)), copy.deepcopy(list(configs)), list(seeds or self.seeds))
+            made = self.recipe(copy.deepcopy(list(models)), copy.deepcopy(list(configs)), list(seeds or self.seeds))
 
             def read(reader: Callable[[int], Mapping[str, Tensor]]) -> Values:
                 return [{n: value.detach().clone() for n, value in reader(m).items()} for m in range(len(models))]
@@ -94,26 +136,130 @@ class Laboratory:
                 run.start = read(made.parameters)
             run.rates.append(_rates(made, len(models)))
             for (x, y), scale in zip(self.data, scales, strict=False):
+                torch.clear_autocast_cache()
                 # Powers of two change no digit of any gradient.
-                made.step(_fresh(x), y, lambda outputs, y, scale=scale: self.loss_fn(outputs, y) * scale)
+                made.step(*fresh((x, y)), lambda outputs, y, scale=scale: self.loss_fn(outputs, y) * scale)
                 run.parameters.append(read(made.parameters))
                 run.gradients.append(read(made.gradients))
                 run.states.append(read(lambda m: _flat(made.optimizer_state(m))))
                 run.rates.append(_rates(made, len(models)))
                 if len(run.parameters) == 1 and len(models) > 1:
-                    run.shared = _shared(made, len(models))
+                    readers = {"parameters": made.parameters, "gradients": made.gradients}
+                    # Counts, of one number, may be common.
+                    readers["states"] = lambda m: {
+                        f"{name} {key}": v for (name, key), v in _flat(made.optimizer_state(m)).items() if v.dim()
+                    }
+                    for kind, reader in readers.items():
+                        run.shared += [(kind, *each) for each in shared_memory(map(reader, range(len(models))))]
         return run
 
-    def own(self, k: int, m: int) -> tuple[Any, Any]:
-        """Return model m's inputs and targets in batch k."""
-        x, y = self.data[k]
-        x = x if self.shared_input else part(x, m)
-        return x, own_targets(y, x, m, self.num_models, None if self.shared_input else False)
-
-    def walk(self) -> list[tuple[Any, Any]] | None:
+    def order(self) -> list[tuple[Any, Any]] | None:
         """Return the batches that the batch would train on by itself, or None where it takes what it is given."""
-        made = self.build(copy.deepcopy(self.models), copy.deepcopy(self.configs), self.seeds)
+        made = self.recipe(copy.deepcopy(self.models), copy.deepcopy(self.configs), self.seeds)
         return list(itertools.islice(made.walk(self.given), len(self.given))) if hasattr(made, "walk") else None
+
+    def changes(self, kind: str, run: Run, m: int) -> list[tuple[float, Any]]:
+        """Return how far model m's gradients or states are from those of the base run, where they are."""
+        blurred, found = self.blurred["gradients"] | (self.blurred[kind]), []
+        for before, after in zip(getattr(self.base, kind), getattr(run, kind), strict=True):
+            for name in before[m]:
+                gap = apart(before[m][name], after[m].get(name))
+                if gap > 1e-3 * self.tolerance and (name if kind == "gradients" else name[0]) not in blurred:
+                    found.append((gap, name))
+        return found
+
+    def moved(self, one: Run, other: Run, m: int, step: int) -> tuple[float, str]:
+        """Return by how much of its way model m's parameters end elsewhere in one run than in the other, and which."""
+        blurred, gaps = set().union(*self.blurred.values()), [(0.0, "")]
+        for name in self.names:
+            a, b = (run.parameters[step][m][name] - run.start[m][name] for run in (one, other))
+            if name not in blurred:
+                gaps.append((apart(a, b), name))
+        return max(gaps)
+
+    def lengths(self, gradients: Values) -> list[float]:
+        """Return the length of each model's whole gradient."""
+        kept = [[g for n, g in own.items() if n not in self.blurred["gradients"]] for own in gradients]
+        return [torch.stack([torch.linalg.vector_norm(g) for g in own]).norm().item() if own else 0.0 for own in kept]
+
+    # ------------------------------------------------------------------ what the models do alone
+
+    def drawing(self, models: Sequence[nn.Module], training: bool) -> list[Lone]:
+        """Return the models alone, each at the start of its random numbers."""
+        return [Lone(model, seed, training) for model, seed in zip(models, self.seeds, strict=False)]
+
+    def gradients(self, lones: Sequence[Lone], k: int, start: Values) -> Values:
+        """Return each lone model's gradient on batch k at the parameters `start`."""
+        return [lone.gradients(start[m], *self._own(k, m), self.loss_fns[m]) for m, lone in enumerate(lones)]
+
+    def alone(self, models: Sequence[nn.Module], training: bool = True, k: int = 0) -> tuple[Values, bool]:
+        """Return each model's gradient by plain autograd where the batch starts, and whether random numbers were."""
+        lones = self.drawing(models, training)
+        return self.gradients(lones, k, self.base.start), any(lone.draws.drew for lone in lones)
+
+    def way_alone(self, m: int, models: Any = None, configs: Any = None) -> dict[str, Tensor]:
+        """Return how far model m comes alone in a step on the loss and a step on none."""
+        model = copy.deepcopy((models or self.quiet)[m]).train()
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        lone = LoneTrainer(model, self.seeds[m], self.optimizer_cls, (configs or self.configs)[m])
+        for k, scale in enumerate((1.0, 0.0)):
+            x, y = self._own(k, m)
+            lone.step(*fresh((x, y)), lambda outputs, y, scale=scale: self.loss_fns[m](outputs, y) * scale)
+        return {name: p.detach() - start[name] for name, p in model.named_parameters()}
+
+    def remembers(self) -> bool:
+        """Whether a lone optimizer of this class keeps tensors from step to step."""
+        optimizer = self._lone_optimizer(self.configs[0])
+        p = optimizer.param_groups[0]["params"][0]
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        return any(isinstance(value, Tensor) and value.dim() for value in optimizer.state[p].values())
+
+    def rates_alone(self, config: dict[str, Any], steps: int) -> list[float]:
+        """Return the learning rates of a lone model at the start and after each step of its schedule."""
+        optimizer = self._lone_optimizer(config)
+        schedule, rates = make_schedule(self.scheduler, optimizer), [optimizer.param_groups[0]["lr"]]
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+        return [float(rate) for rate in rates]
+
+    def _own(self, k: int, m: int) -> tuple[Any, Any]:
+        """Return model m's inputs in batch k, and the targets of all models."""
+        x, y = self.data[k]
+        return x if self.shared_input else part(x, m), y
+
+    def _lone_optimizer(self, config: dict[str, Any]) -> torch.optim.Optimizer:
+        return self.optimizer_cls([nn.Parameter(torch.zeros(1))], **config)
+
+    # ------------------------------------------------------------------ both
+
+    def compared(
+        self, reference: Values, seen: Values, factor: float | None = None
+    ) -> tuple[float, list[tuple[float, int, str]]]:
+        """Return the one factor between most gradients and the reference, and those for which it does not hold."""
+        pairs = []
+        for m, (alone, batch) in enumerate(zip(reference, seen, strict=True)):
+            whole = max((torch.linalg.vector_norm(g).item() for g in alone.values()), default=0.0)
+            for name in self.names:
+                a, b = alone.get(name), batch.get(name)
+                if name not in self.blurred["gradients"] and (a is not None or b is not None):
+                    a = torch.zeros_like(b) if a is None else a
+                    pairs.append((m, name, a, torch.zeros_like(a) if b is None else b / SMALL, 1e-3 * whole))
+        ratios = [
+            torch.vdot(a.flatten(), b.flatten().to(a)).real.item() / a.norm().item() ** 2
+            for _, _, a, b, floor in pairs
+            if a.norm().item() > floor > 0
+        ]
+        factor = factor or (statistics.median_low(ratios) if ratios else 1.0)
+        gaps = []
+        for m, name, a, b, floor in pairs:
+            length = max((factor * a).norm().item(), b.norm().item(), abs(factor) * floor) or 1.0
+            gap = (factor * a - b).norm().item() / length
+            gaps.append((gap if gap == gap else torch.inf, m, name))
+        self.worst = max((gap for gap, _, _ in gaps), default=0.0)
+        return factor, [gap for gap in gaps if not gap[0] <= self.tolerance]
 
     def groups(self) -> list[set[int]]:
         """Return few groups of models, such that for any two models one group has the first without the second.
@@ -128,81 +274,17 @@ class Laboratory:
         chosen = list(enumerate(sets))
         return [{m for m, own in chosen if group in own} for group in range(count)]
 
-    def perturbed(self, models: Sequence[nn.Module], group: set[int], spared: set[str]) -> list[nn.Module]:
-        """Return copies of the models, the parameters of those in `group` moved, but for the names `spared`."""
-        models, generator = copy.deepcopy(list(models)), torch.Generator().manual_seed(1)
+    def perturbed(self, group: set[int], spared: set[str]) -> list[nn.Module]:
+        """Return copies of the quiet models, the parameters of those in `group` moved, but for the names `spared`."""
+        models, generator = copy.deepcopy(self.quiet), torch.Generator().manual_seed(1)
         for m in sorted(group):
             for name, p in models[m].named_parameters():
                 size = p.detach().abs().mean().item() or 0.1
-                noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                kind = torch.complex128 if p.is_complex() else torch.float64
+                noise = torch.randn(p.shape, generator=generator, dtype=kind)
                 if name not in spared:
                     p.data.add_(noise.to(p), alpha=size)
         return models
-
-
-class Lone:
-    """One model alone, with plain autograd and a random state of its own.
-
-    Args:
-        model: copied. seed: of its random state. training: its mode.
-    """
-
-    def __init__(self, model: nn.Module, seed: int, training: bool) -> None:
-        self.model, self.draws = copy.deepcopy(model).train(training), OwnDraws(seed)
-
-    def gradients(self, parameters: Mapping[str, Tensor], x: Any, y: Any, loss_fn: Callable) -> dict[str, Tensor]:
-        """Return the gradient at `parameters`."""
-        own = dict(self.model.named_parameters())
-        for name, value in parameters.items():
-            own[name].data.copy_(value)
-        self.model.zero_grad()
-        with self.draws.current():
-            loss_fn(call(self.model, _fresh(x)), y).backward()
-        return {name: p.grad for name, p in own.items() if p.grad is not None}
-
-
-def quiet(model: nn.Module) -> nn.Module:
-    """Return a copy of the model whose layers draw nothing: dropout rates are 0, and RReLU has one slope."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        elif isinstance(module, nn.RReLU):
-            module.lower = module.upper = (module.lower + module.upper) / 2
-        elif isinstance(getattr(module, "dropout", None), float):  # attention and recurrent layers
-            module.dropout = 0.0
-    return model
-
-
-def apart(a: Tensor | None, b: Tensor | None) -> float:
-    """Return the length of the difference over that of the longer one: 0 where they are alike to the last bit.
-
-    Example:
-        >>> apart(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.0])), apart(None, torch.zeros(2))
-        (0.5, 0.0)
-    """
-    a, b = (torch.zeros_like(b) if a is None else a), (torch.zeros_like(a) if b is None else b)
-    if torch.equal(a, b) or (torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())):
-        return 0.0
-    length = max(torch.linalg.vector_norm(a).item(), torch.linalg.vector_norm(b).item())
-    gap = torch.linalg.vector_norm(a - b).item() / length
-    return gap if gap == gap else torch.inf
-
-
-def _few(pair: Any, dim: int, dtype: torch.dtype | None) -> Any:
-    """Return a batch's first examples, where all its tensors have one number of them, as `dtype`."""
-    leaves = [leaf for leaf in tree_leaves(pair) if isinstance(leaf, Tensor)]
-    alike = all(leaf.dim() > dim for leaf in leaves) and len({leaf.shape[dim] for leaf in leaves}) == 1
-
-    def cut(leaf: Tensor) -> Tensor:
-        leaf = leaf.narrow(dim, 0, min(FEW, leaf.shape[dim])) if alike else leaf
-        return leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
-
-    return tree_map_only(Tensor, cut, pair)
-
-
-def _fresh(tree: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.clone, tree)  # a model may write into its inputs
 
 
 def _rates(made: Any, num_models: int) -> list[float] | None:
@@ -210,31 +292,5 @@ def _rates(made: Any, num_models: int) -> list[float] | None:
     return None if None in rates else rates
 
 
-def _flat(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+def _flat(states: Mapping[str, Mapping[str, Any]]) -> dict[Any, Tensor]:
     return {(name, key): v for name, own in states.items() for key, v in own.items() if isinstance(v, Tensor)}
-
-
-def _shared(made: Any, num_models: int) -> list[tuple[str, str, int, int]]:
-    """Find numbers of different models that lie in the same memory; counts, of one number, may be common."""
-
-    def states(m: int) -> dict[str, Tensor]:
-        return {f"{name} {key}": v for (name, key), v in _flat(made.optimizer_state(m)).items() if v.dim()}
-
-    found = []
-    for kind, reader in {"parameters": made.parameters, "gradients": made.gradients, "states": states}.items():
-        spans = []
-        for m in range(num_models):
-            for name, value in reader(m).items():
-                if value.numel() and value.layout is torch.strided:
-                    spans.append((*memory_of(value), m, name, value))
-        spans.sort(key=lambda span: span[0])
-        for i, (_, end, m, name, value) in enumerate(spans):
-            for _, _, other, _, another in itertools.takewhile(lambda span, end=end: span[0] < end, spans[i + 1 :]):
-                if m != other and torch.isin(_addresses(value), _addresses(another)).any():
-                    found.append((kind, name, *sorted((m, other))))
-    return found
-
-
-def _addresses(tensor: Tensor) -> Tensor:
-    begin, end = memory_of(tensor)
-    return torch.arange(begin, end, tensor.element_size()).as_strided(tensor.shape, tensor.stride()).flatten()

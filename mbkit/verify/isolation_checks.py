@@ -3,83 +3,80 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
-
-from .context import SMALL, Case
-from .experiment import Run, apart, quiet
+from .experiment import SMALL, Case
+from .measure import apart, quiet
+from .report import Finding, finding
 
 __all__ = ["leak", "schedule", "settings", "states"]
 
 
-def settings(case: Case) -> None:
+def settings(case: Case) -> Finding:
     """Give each model model 0's value: where that changes nothing, but model 0's value does, it had it already."""
     checked, found = [], None
-    for name in [name for name in case.settings[0] if name != "params"]:
-        values = [group[name] for group in case.settings]
+    for label, values, change in (*_hyperparameters(case), *_attributes(case)):
+        checked.append(label)
         others = [m for m, value in enumerate(values) if value != values[0]]
-        if not others:
-            continue
-
-        def trained(values: Sequence[Any], name: str = name) -> Run:
-            configs = [{**c, name: value} for c, value in zip(case.configs, values, strict=True)]
-            return case.run(1.0, 0.0, models=case.quiet, configs=configs)
-
-        same, swapped = trained([values[0]] * len(values)), trained([values[others[0]], *values[1:]])
+        changes = [change(v) for v in (values, [values[0]] * len(values), [values[others[0]], *values[1:]])]
+        plain, same, swapped = (case.run(1.0, 0.0, **each) for each in changes)
         for m in others:
-            config = case.configs[m]
-            own, firsts = case.law(m, config), case.law(m, {**config, name: values[0]})
+            own, firsts = (case.way_alone(m, **each) for each in changes[:2])
             alone = max(apart(own[n], firsts[n]) for n in own)
-            ours, theirs = case.moved(case.plain, same, m, 1)[0], case.moved(case.plain, swapped, m, 1)[0]
+            ours, theirs = (case.moved(plain, run, m, 1)[0] for run in (same, swapped))
             if alone > case.tolerance and ours < 1e-3 * alone and theirs > case.tolerance:
-                found = found or (name, m, alone, theirs)
-        checked.append(name)
-    for path, name, values in _differing(case.models):
-        found = _attribute(case, path, name, values) or found
-        checked.append(f"{path}.{name}")
+                found = found or (label, m, alone, theirs)
+                # The lone models follow, so that the gradient can be judged.
+                case.models = changes[1].get("models", case.models)
+                case.quiet = [quiet(model) for model in case.models]
     if not found:
         text = f"{', '.join(checked)}: model 0's rules no other model" if checked else "all settings are alike"
-        return case.find("setting-of-model-0", False, text)
+        return finding("setting-of-model-0", False, text)
     name, m, alone, theirs = found
     text = f"model {m} stays the same with model 0's {name} (alone it changes by {alone:.1e}), but changes by "
     text += f"{theirs:.1e} when only model 0's is changed"
-    case.find("setting-of-model-0", True, text, model=m, parameter=name, step=1, size=alone)
+    return finding("setting-of-model-0", True, text, model=m, parameter=name, step=1, size=alone)
 
 
-def _attribute(case: Case, path: str, name: str, values: Sequence[Any]) -> tuple[str, int, float, float] | None:
-    others = [m for m, value in enumerate(values) if value != values[0]]
-
-    def changed(values: Sequence[Any]) -> list[nn.Module]:
-        models = copy.deepcopy(case.models)
-        for model, value in zip(models, values, strict=True):
-            setattr(model.get_submodule(path), name, value)
-        return models
-
-    equal = changed([values[0]] * len(values))
-    plain, same, swapped = (
-        case.run(SMALL, models=models, configs=case.calm).gradients[0]
-        for models in (case.models, equal, changed([values[others[0]], *values[1:]]))
-    )
-    found = None
-    for m in others:
-        own, firsts = (case.alone(models)[0][m] for models in (case.models, equal))
-        alone = max(apart(own[n], firsts[n]) for n in own)
-        ours = max(apart(plain[m][n], same[m][n]) for n in plain[m])
-        theirs = max(apart(plain[m][n], swapped[m][n]) for n in plain[m])
-        if alone > case.tolerance and ours < 1e-3 * alone and theirs > case.tolerance:
-            found = found or (f"{path}.{name}", m, alone, theirs)
-    if found:  # the lone models follow, so that the gradient can be judged
-        case.models, case.quiet = equal, [quiet(model) for model in equal]
-    return found
+# A setting in which models differ: its name, M values, and what gives other values to a run.
+Setting = tuple[str, list[Any], Callable[[Sequence[Any]], dict[str, list[Any]]]]
 
 
-def states(case: Case) -> None:
+def _hyperparameters(case: Case) -> Iterator[Setting]:
+    for name in [name for name in case.settings[0] if name != "params"]:
+        values = [group[name] for group in case.settings]
+        if any(value != values[0] for value in values):
+
+            def change(values: Sequence[Any], name: str = name) -> dict[str, list[Any]]:
+                return {"configs": [{**c, name: value} for c, value in zip(case.configs, values, strict=True)]}
+
+            yield name, values, change
+
+
+def _attributes(case: Case) -> Iterator[Setting]:
+    """The numbers of layers."""
+    for path, module in case.models[0].named_modules():
+        for name, value in vars(module).items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or name.startswith("_"):
+                continue
+            values = [getattr(model.get_submodule(path), name, value) for model in case.models]
+            if any(other != value for other in values):
+
+                def change(values: Sequence[Any], path: str = path, name: str = name) -> dict[str, list[Any]]:
+                    models = copy.deepcopy(case.models)
+                    for model, value in zip(models, values, strict=True):
+                        setattr(model.get_submodule(path), name, value)
+                    return {"models": models}
+
+                yield f"{path}.{name}", values, change
+
+
+def states(case: Case) -> list[Finding]:
     """Change some models' parameters: the other models' gradients and states must stay what they were."""
     spared, found, bled = set().union(*case.blurred.values()), None, None
     for group in case.groups():
-        models = case.perturbed(case.quiet, group, spared)
+        models = case.perturbed(group, spared)
         run = case.run(SMALL, 0.0, models=models, configs=case.calm)
         if not any(apart(run.start[m][n], case.base.start[m][n]) for m in group for n in case.names):
             continue  # it starts from what it likes
@@ -93,31 +90,39 @@ def states(case: Case) -> None:
             elif not gradients:
                 untouched.add(m)
         case.trials.append((group, run, untouched))
-    if bled:
-        gap, name, m, group = bled
-        text = f"the gradient of {name} of model {m} changes by {gap:.1e} when {_are(group)} changed"
-        case.find("wrong-gradient", True, text, model=m, parameter=name, step=1, size=gap)
+    return [*_bled(bled), _remembered(case, found)]
+
+
+def _bled(bled: tuple[float, str, int, set[int]] | None) -> list[Finding]:
+    if bled is None:
+        return []
+    gap, name, m, group = bled
+    text = f"the gradient of {name} of model {m} changes by {gap:.1e} when {_are(group)} changed"
+    return [finding("wrong-gradient", True, text, model=m, parameter=name, step=1, size=gap)]
+
+
+def _remembered(case: Case, found: tuple[float, tuple[str, str], int, set[int]] | None) -> Finding:
     if not any(case.base.states[-1]):
         text = "the optimizer's state cannot be read" if case.remembers() else "the optimizer remembers nothing"
-        return case.find("shared-optimizer-state", None if case.remembers() else False, text)
+        return finding("shared-optimizer-state", None if case.remembers() else False, text)
     if not case.trials and case.num_models > 1:
-        return case.find("shared-optimizer-state", None, "the batch does not start from the models it is given")
+        return finding("shared-optimizer-state", None, "the batch does not start from the models it is given")
     if not found:
         text = "it stays the same to the last digits when other models are changed"
-        return case.find("shared-optimizer-state", False, text)
+        return finding("shared-optimizer-state", False, text)
     gap, name, m, group = found
     text = f"{name[1]} of {name[0]} of model {m} changes by {gap:.1e} when {_are(group)} changed, "
     text += "though its gradient stays the same"
-    case.find("shared-optimizer-state", True, text, model=m, parameter=name[0], step=1, size=gap)
+    return finding("shared-optimizer-state", True, text, model=m, parameter=name[0], step=1, size=gap)
 
 
-def leak(case: Case) -> None:
+def leak(case: Case) -> Finding:
     """Double some models' learning rates: gradients and states stay, so nothing else may move the other models."""
     found, able = None, case.num_models == 1
     for group in () if case.guilty("setting-of-model-0") else case.groups():
         rates = [group_["lr"] * (2.0 if m in group else 1.0) for m, group_ in enumerate(case.settings)]
         configs = [{**config, "lr": rate} for config, rate in zip(case.configs, rates, strict=True)]
-        run = case.run(1.0, models=case.quiet, configs=configs)
+        run = case.run(1.0, configs=configs)
         able |= any(case.moved(case.plain, run, m, 0)[0] for m in group)
         for m in set(range(case.num_models)) - group:
             found = max(found or (0.0,), (*case.moved(case.plain, run, m, 0), m, group, "made twice as fast"))
@@ -127,27 +132,27 @@ def leak(case: Case) -> None:
             for m in untouched:
                 found = max(found or (0.0,), (*case.moved(case.base, run, m, 0), m, group, "changed"))
     if not able:
-        return case.find("leaking-update", None, "neither learning rates nor parameters can be changed")
+        return finding("leaking-update", None, "neither learning rates nor parameters can be changed")
     if not found or found[0] <= 1e-3 * case.tolerance:
-        return case.find("leaking-update", False, "no model moves differently when others move differently")
+        return finding("leaking-update", False, "no model moves differently when others move differently")
     gap, name, m, group, how = found
     text = f"{name} of model {m} takes another step, by {gap:.1e} of it, when {_are(group)} {how}"
-    case.find("leaking-update", True, text, model=m, parameter=name, step=1, size=gap)
+    return finding("leaking-update", True, text, model=m, parameter=name, step=1, size=gap)
 
 
-def schedule(case: Case) -> None:
+def schedule(case: Case) -> Finding:
     """Step both until the learning rates would differ if the batch stepped M times."""
     suspect, num, most = "schedule-stepped-M-times", case.num_models, len(case.data)
     if case.scheduler is None or num == 1:
         why = "there is no schedule" if case.scheduler is None else "there is one model"
-        return case.find(suspect, False, why)
+        return finding(suspect, False, why)
     if case.base.rates[0] is None:
-        return case.find(suspect, None, "the batch does not tell its learning rates")
+        return finding(suspect, None, "the batch does not tell its learning rates")
     alone = [case.rates_alone(config, num * most) for config in case.configs]
     steps = next((n for n in range(1, most + 1) if any(not _near(r[n], r[num * n]) for r in alone)), None)
     if steps is None:
-        return case.find(suspect, False, f"in {most} steps it moves no learning rate")
-    read = case.run(*[0.0] * steps, models=case.quiet).rates
+        return finding(suspect, False, f"in {most} steps it moves no learning rate")
+    read = case.run(*[0.0] * steps).rates
     for m in range(num):
         own = alone[m] if _near(read[0][m], alone[m][0]) else alone[0]  # model 0's, where settings are
         if not _near(read[steps][m], own[steps]):
@@ -155,20 +160,8 @@ def schedule(case: Case) -> None:
             text = f"after {steps} step(s) model {m}'s learning rate is {read[steps][m]:.4g}, alone "
             text += f"{own[steps]:.4g}" + ("" if times is None else f"; alone it is there after {times}")
             size = abs(read[steps][m] / own[steps] - 1) if own[steps] else 1.0
-            return case.find(suspect, True, text, model=m, parameter="lr", step=steps, size=size)
-    case.find(suspect, False, f"after {steps} step(s) the learning rates are those of the lone models")
-
-
-def _differing(models: Sequence[nn.Module]) -> list[tuple[str, str, list[Any]]]:
-    """Return the numbers of layers that differ between the models: path, attribute, M values."""
-    found = []
-    for path, module in models[0].named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and not name.startswith("_"):
-                values = [getattr(model.get_submodule(path), name, value) for model in models]
-                if any(other != value for other in values):
-                    found.append((path, name, values))
-    return found
+            return finding(suspect, True, text, model=m, parameter="lr", step=steps, size=size)
+    return finding(suspect, False, f"after {steps} step(s) the learning rates are those of the lone models")
 
 
 def _near(a: float, b: float) -> bool:

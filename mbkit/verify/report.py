@@ -1,4 +1,4 @@
-"""What `compare` has found: how far M models in a batch are from the same models alone, and how far rounding goes."""
+"""What `compare` has found, and what `diagnose` has about one suspect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common.tables import Tables, plain
 
-__all__ = ["EquivalenceReport"]
+__all__ = ["EquivalenceReport", "Finding", "finding"]
 
 # So many times the noise floor is allowed, for rounding of another kind is not rounding of another size; less where
 # numbers are so coarse that the noise floor is nearly the size of a fault.
@@ -129,3 +129,30 @@ class EquivalenceReport(Tables):
             largest = f"{self.difference[step - 1, m, p].item():.1e}"
             rows.append([f"{step}", largest, f"{self.parameters[p]} of model {m}", *numbers])
         return [(self.verdict, []), ("", rows)]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found out about one suspect.
+
+    Attributes:
+        suspect: its name, one of `faults.FAULTS` or "rounding".
+        verdict: "guilty", "cleared" or "not measured"; of rounding that explains the whole difference "all there is".
+        evidence: what was measured.
+        model, parameter, step: where it shows most, and from which step on.
+        size: how large the difference is, relative to what it is a difference of.
+    """
+
+    suspect: str
+    verdict: str
+    evidence: str
+    model: int | None = None
+    parameter: str | None = None
+    step: int | None = None
+    size: float | None = None
+
+
+def finding(suspect: str, guilty: bool | None, evidence: str, **where: Any) -> Finding:
+    """Return a Finding: guilty, cleared, or not measured where `guilty` is None."""
+    verdict = "not measured" if guilty is None else "guilty" if guilty else "cleared"
+    return Finding(suspect, verdict, evidence, **(where if guilty else {}))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.model_batch import ModelBatch
+from ..batch.targets import TargetForms
 from ..optim import OptimizerFactory
 from ..training.batched import batch_step
 from ..training.loop import make_schedule
@@ -66,12 +67,12 @@ class BatchSubject:
         self, batch: Any, optimizer: Any, max_norm: Any = None, schedule: Any = None, shared_targets: bool | None = None
     ) -> None:
         self.batch, self.optimizer, self.max_norm, self.schedule = batch, optimizer, max_norm, schedule
-        self.shared_targets = shared_targets
+        self.forms = TargetForms(shared_targets)
         batch.train()
 
     def step(self, inputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Tensor]) -> Tensor:
         """Make one update, as `fit` does."""
-        losses, _ = batch_step(self.batch, self.optimizer, inputs, targets, loss_fn, self.max_norm, self.shared_targets)
+        losses, _ = batch_step(self.batch, self.optimizer, inputs, targets, loss_fn, self.max_norm, self.forms)
         if self.schedule is not None:
             self.schedule.step()
         return losses

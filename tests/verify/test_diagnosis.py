@@ -286,7 +286,94 @@ class TestTheLibraryModelbatch:
         assert self.diagnose(scheduler=schedule, schedulers=True) == ["schedule-stepped-M-times"]
 
 
+# ---------------------------------------------------------------- what is no number, complex, coarse
+
+
+def spoilt(data, rows):
+    return [(x.index_fill(0, torch.tensor(rows), torch.nan), y) for x, y in data]
+
+
+@pytest.mark.parametrize("names", [[], ["mean-loss"], ["stale-gradients"], ["leaking-update"], ["other-order"]])
+def test_examples_that_are_no_numbers_accuse_nobody_and_hide_nobody(names):
+    (*arguments, data, loss_fn), keywords, recipe = case("mlp")
+    report = diagnose(*arguments, spoilt(data, [0, 3]), loss_fn, **keywords, build=plant(recipe, *names))
+    assert report.guilty == names
+    assert report.equivalence.unknown == list(range(M))
+    assert names or report.conclusion.startswith("Whether the batch is its models alone cannot be told")
+    assert report.findings["rounding"].verdict == "not measured"
+
+
+@pytest.mark.parametrize("names", [[], ["mean-loss"], ["stale-gradients"], ["leaking-update"]])
+@pytest.mark.parametrize("way", ["all data", "loss"])
+def test_where_no_gradient_is_a_number_none_is_judged(way, names):
+    (*arguments, data, loss_fn), keywords, recipe = case("mlp")
+    if way == "all data":
+        data = spoilt(data, range(16))
+    else:
+        loss_fn = lambda outputs, targets: F.cross_entropy(outputs, targets) * torch.inf  # noqa: E731
+    report = diagnose(*arguments, data, loss_fn, **keywords, build=plant(recipe, *names))
+    assert report.guilty == []
+    assert report.findings["wrong-gradient"].verdict == "not measured"
+    assert report.findings["other-order"].verdict == report.findings["shared-memory"].verdict == "cleared"
+    assert "cannot be told" in report.conclusion
+    assert str(report).count("\n?") >= 8
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 3, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x.to(self.w.dtype) @ self.w).abs()
+
+
+@pytest.mark.parametrize("name", [None, *FAULTS])
+def test_complex_parameters(name):
+    (_, optimizer_cls, configs, *rest), keywords, recipe = case("mlp", torch.optim.SGD)
+    names = [name] if name and name not in ("other-masks", "other-mode") else []  # nothing is random here
+    report = diagnose([Complex() for _ in range(M)], optimizer_cls, configs, *rest, **keywords,
+                      build=plant(recipe, *names))  # fmt: skip
+    assert report.guilty == names
+
+
+def test_imaginary_parts_that_are_not_trained():
+    (_, optimizer_cls, configs, *rest), keywords, recipe = case("mlp", torch.optim.SGD)
+
+    def build(models, configs, seeds):
+        subject = recipe(models, configs, seeds)
+        subject.batch.stacked_params["w"].register_hook(lambda g: torch.complex(g.real, 0 * g.imag))
+        return subject
+
+    report = diagnose([Complex() for _ in range(M)], optimizer_cls, configs, *rest, **keywords, build=build)
+    assert report.guilty == ["wrong-gradient"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, None])
+@pytest.mark.parametrize("names", [[], ["mean-loss"], ["stale-gradients"], ["wrong-gradient"], ["other-weights"]])
+def test_under_autocast(names, dtype):
+    arguments, keywords, recipe = case("convolution", torch.optim.SGD, dropout=0.0, max_norm=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = diagnose(*arguments, **keywords, dtype=dtype, build=plant(recipe, *names))
+    assert report.guilty == names
+    assert names or report.conclusion.startswith("The batch is its models alone")
+
+
 # ---------------------------------------------------------------- the report, speed and bad input
+
+
+def test_a_batch_and_its_optimizer_are_enough_and_one_step_too():
+    arguments, keywords, recipe = case("mlp", torch.optim.SGD)
+
+    def build(models, configs, seeds):
+        subject = recipe(models, configs, seeds)
+        return subject.batch, subject.optimizer
+
+    for steps in (1, 4):
+        report = diagnose(*arguments, **{**keywords, "steps": steps}, build=build)
+        assert report.guilty == []
+        assert report.equivalence.equivalent
+        assert len(report.equivalence.relative) == steps
 
 
 def test_the_report_prints_displays_and_serializes():
@@ -373,5 +460,9 @@ def test_bad_input():
         plant(recipe, "mean")
     with pytest.raises(ValueError, match="with a schedule"):
         diagnose(*arguments, **keywords, build=plant(BatchRecipe(torch.optim.Adam), "schedule-stepped-M-times"))
+    with pytest.raises(TypeError, match="Expected configs as a dict"):
+        diagnose(*arguments[:2], None, *arguments[3:])
+    with pytest.raises(ValueError, match="models with parameters, got ReLU"):
+        diagnose([nn.ReLU()] * 3, *arguments[1:])
     with pytest.raises(ValueError, match="Expected 3 configs"):
         diagnose(*arguments[:2], [{"lr": 0.1}], *arguments[3:])
