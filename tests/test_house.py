@@ -44,9 +44,7 @@ KNOWN_CIRCLES: list[set[str]] = [
         for name in "convolution data_dependent embedding linear losses randomness recurrent".split()
     },
 ]
-KNOWN_PRIVATE: dict[str, set[str]] = {
-    "training.compiled": {"optimizer._columns", "optimizer._opt_called", "optimizer._prepare", "optimizer._rule"},
-}
+KNOWN_PRIVATE: dict[str, set[str]] = {}
 
 
 def name_of(file: Path) -> str:

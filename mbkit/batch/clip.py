@@ -16,11 +16,19 @@ def norm_limits(max_norm: float | Sequence[float], num_models: int) -> list[floa
     """Return M largest norms from one number or M.
 
     Raises:
-        ValueError: another number of norms than models, or one that is not positive.
+        TypeError: one that is not a number.
+        ValueError: another number of norms than models; one that is 0, negative or NaN.
+
+    Example:
+        >>> norm_limits(1.0, 2)
+        [1.0, 1.0]
     """
     limits = per_model(list(max_norm) if isinstance(max_norm, tuple) else max_norm, num_models, "norms")
-    if not all(limit > 0 for limit in limits):
-        raise ValueError(f"Expected positive norms, got {max_norm}: choose a larger max_norm.")
+    for m, limit in enumerate(limits):
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+            raise TypeError(f"Expected a number as max_norm of model {m}, got {limit!r}: pass a number like 1.0.")
+        if not limit > 0:  # NaN as well
+            raise ValueError(f"Expected positive norms, got {max_norm}: choose a larger max_norm.")
     return limits
 
 

@@ -24,8 +24,11 @@ class CanFreeze:
     @property
     def frozen(self) -> list[int]:
         """The numbers of the models that are frozen; to read it waits for the device."""
-        mask = context_of(self).frozen
-        return [] if mask is None else mask.nonzero().flatten().tolist()
+        context = context_of(self)
+        numbers = [] if context.frozen is None else context.frozen.nonzero().flatten().tolist()
+        if not numbers:
+            context.frozen = None  # `stop_nonfinite` leaves a mask of nobody on a device for which it does not wait
+        return numbers
 
     def freeze(self, models: int | Iterable[int]) -> None:
         """Stop models: until `unfreeze`, nothing of theirs changes, and the others train on to the same bits.
@@ -157,6 +160,9 @@ def check_on_nonfinite(choice: str | None, optimizer: Any) -> None:
 def stop_nonfinite(batch: nn.Module, losses: Tensor, choice: str) -> None:
     """Freeze the models whose loss or gradient is not finite, before their update; or raise.
 
+    Where nobody is frozen, nothing is left behind. Only on an accelerator, for which this does not wait, a mask of
+    nobody may stay until `batch.frozen` is read.
+
     Raises:
         FloatingPointError: there are such models among those that train, and `choice` is "raise".
     """
@@ -173,4 +179,4 @@ def stop_nonfinite(batch: nn.Module, losses: Tensor, choice: str) -> None:
                 "Go on with smaller learning rates, or with on_nonfinite='freeze'."
             )
     else:
-        context.frozen = bad
+        context.frozen = None if bad.device.type == "cpu" and not bad.any() else bad

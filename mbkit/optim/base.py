@@ -1,15 +1,14 @@
-"""What every optimizer of a batch shares: one group a model, the batch's own gradients, and a way out for one model."""
+"""What all optimizers of a batch share: one group per model, the batch's own gradients, a way out for one model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..batch.context import context_of
-from ..batch.model_batch import ModelBatch
 from .hyperparameters import SWITCHES
 
 __all__ = ["BatchOptimizer", "construct", "numbers_of", "parameters_of"]
@@ -20,8 +19,9 @@ class BatchOptimizer(torch.optim.Optimizer):
 
     `param_groups[m]` holds model m's hyperparameters as plain numbers; read and write them at any time. Group 0's
     "params" lists the stacked parameters and the other groups' lists are empty, because a stacked parameter belongs
-    to all models at once: so all groups together hold each parameter once, and whatever walks over them
-    (`state_dict`, `GradScaler`) meets it once.
+    to all models at once: so all groups together hold each parameter once. torch's own tools that walk over them see
+    `[M, ...]`. Where a tool takes norms over them, it mixes the models: clip by `batch.clip_grad_norm_` and scale by
+    mbkit's `GradScaler`, not by torch's.
 
     Where each model's parameters are in G groups, `param_groups` holds model 0's G groups, then model 1's, and so on;
     `groups_of(m)` are model m's, and model 0's list the stacked parameters.
@@ -35,11 +35,9 @@ class BatchOptimizer(torch.optim.Optimizer):
         defaults: a lone optimizer's `defaults`.
     """
 
-    one_by_one = False  # whether this step's gradients were made one by one, and the update may be made so, too
-
     def __init__(
         self,
-        batch: ModelBatch,
+        batch: Any,
         optimizer_cls: type[torch.optim.Optimizer],
         configs: Sequence[Sequence[dict[str, Any]]],
         names: Sequence[Sequence[str]],
@@ -87,8 +85,12 @@ class BatchOptimizer(torch.optim.Optimizer):
         if all(p.grad is None for p in params):
             self._check_current(params)
         self._update()
-        self._opt_called = True  # what torch's schedulers look at before they complain about the order of calls
+        self.note_step()
         return loss
+
+    def note_step(self) -> None:
+        """Note that a step was made: torch's schedulers ask before they complain about the order of calls."""
+        self._opt_called = True
 
     def _update(self) -> None:
         """Update the stacked parameters, gradients being off."""
@@ -96,8 +98,12 @@ class BatchOptimizer(torch.optim.Optimizer):
 
     def _stopped(self) -> Tensor | None:
         """Return the models that take no part in this step, `[M]`; None if all do."""
-        frozen, skipped = context_of(self.batch).frozen, self._skipped
-        return skipped if frozen is None else frozen if skipped is None else frozen.to(skipped.device) | skipped
+        masks = [mask for mask in (context_of(self.batch).frozen, self._skipped) if mask is not None]
+        if not masks:
+            return None
+        stopped = torch.stack([mask.to(masks[-1].device) for mask in masks]).any(0)
+        # Nothing waits for a device; but on a CPU a mask of nobody may not cost anything.
+        return None if stopped.device.type == "cpu" and not stopped.any() else stopped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the stacked gradients, the only ones there are: the same call as `batch.zero_grad`."""
@@ -171,13 +177,22 @@ class BatchOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned; training goes on to the same bits.
 
-        It differs from torch's in that nothing is shared with the state that was loaded, and that counts keep
-        their own dtype.
+        It differs from torch's in that all is checked before the first number changes, that nothing is shared with
+        the state that was loaded, and that counts keep their own dtype.
 
         Raises:
-            ValueError: the state belongs to another number of models, another architecture or another optimizer.
+            ValueError: the state belongs to another number of models, another architecture or another optimizer, or a
+                part of it is missing.
         """
-        groups = state_dict["param_groups"]
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            got = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise ValueError(
+                f"Expected a dict with 'state' and 'param_groups', got {got}: pass what state_dict() of an optimizer "
+                "of a batch returned."
+            )
+        # Newer versions of torch give some classes another flag; a state saved before has it at its default.
+        flags = {name: value for name, value in self.defaults.items() if isinstance(value, bool)}
+        groups = [{**flags, **group} for group in state_dict["param_groups"]]
         if len(groups) != len(self.param_groups):
             size = len(self._names)
             each = f" with {size} groups of parameters each" if size > 1 else ""
@@ -185,20 +200,30 @@ class BatchOptimizer(torch.optim.Optimizer):
                 f"Expected the state of {self.num_models} models{each}, got one of {len(groups)} groups: load it into "
                 f"a batch of as many models, with the groups that it was saved from."
             )
-        # Newer versions of torch give some classes another flag; a state saved before has it at its default.
-        flags = {name: value for name, value in self.defaults.items() if isinstance(value, bool)}
-        missing = [name for name in self.defaults if name not in {*groups[0], *flags, *SWITCHES}]
-        if missing:
-            raise ValueError(
-                f"Expected the state of {self.optimizer_cls.__name__}, got one without {', '.join(missing)}: "
-                "create the optimizer from the class that the state was saved from."
-            )
-        self._check_state(state_dict["state"])
-        super().load_state_dict({**state_dict, "param_groups": [{**flags, **group} for group in groups]})
+        for group in groups:
+            missing = [name for name in self.defaults if name not in group and name not in SWITCHES]
+            if missing:
+                raise ValueError(
+                    f"Expected the state of {self.optimizer_cls.__name__}, got one without {', '.join(missing)}: "
+                    "create the optimizer from the class that the state was saved from."
+                )
+        count = iter(range(len(self._params())))
+        expected = [[next(count) for _ in group["params"]] for group in self.param_groups]
+        got = [list(group["params"]) for group in groups]
+        if got != expected:
+            raise self._foreign(f"parameters numbered {expected[: len(self._names)]} in the groups", got)
+        self._check_state(state_dict["state"], groups)
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
-    def _check_state(self, state: dict[Any, Any]) -> None:
-        """Refuse a state of another optimizer or architecture."""
+    def _check_state(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
+        """Refuse a state that is not whole, or that belongs to another optimizer or architecture."""
         raise NotImplementedError
+
+    def _foreign(self, expected: str, got: Any) -> ValueError:
+        return ValueError(
+            f"Expected the state of {self.optimizer_cls.__name__} for {expected}, got {got}: load the state into the "
+            "optimizer and the architecture that it was saved from."
+        )
 
     def _params(self) -> list[nn.Parameter]:
         return parameters_of(self.groups_of(0))

@@ -219,9 +219,9 @@ def check_lr(lr: Any, whose: str) -> None:
 
 
 def _check_values(optimizer_cls: type[torch.optim.Optimizer], config: dict[str, Any], m: int) -> None:
-    if "lr" in config:
-        check_lr(config["lr"], f" of model {m}")
     taken = _arguments(optimizer_cls)
+    if "lr" in config and not (config["lr"] is None and "lr" in taken and taken["lr"].default is None):
+        check_lr(config["lr"], f" of model {m}")
     for name, value in config.items():
         usual = taken[name].default if name in taken else None
         if isinstance(usual, tuple) and isinstance(value, (int, float)):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..batch.model_batch import ModelBatch
 from .base import BatchOptimizer
 from .configs import check_names, merge_configs
 from .groups import split_groups
@@ -60,7 +59,7 @@ class OptimizerFactory:
 
     def create_optimizer(
         self,
-        batch: ModelBatch,
+        batch: Any,
         configs: Sequence[dict[str, Any]] | None = None,
         *,
         groups: Sequence[dict[str, Any]] | None = None,
@@ -70,11 +69,12 @@ class OptimizerFactory:
 
         Args:
             batch: M models.
-            configs: M dicts of hyperparameters, one a model.
+            configs: M dicts of hyperparameters, one per model.
             groups: for other hyperparameters in other layers, G dicts as torch.optim takes them, but with names:
-                "params" is a module's or a parameter's name, a pattern like "*.bias", or a list of these; the other
-                entries override what is said elsewhere, each one value for all models or a list of M. A parameter
-                belongs to the first group that names it, so a last `{"params": "*"}` takes the rest.
+                "params" is a module's or a parameter's name, a pattern like "*.bias", a function of a parameter's name
+                and model 0's own parameter (`lambda name, p: p.ndim < 2`), or a list of these; the other entries
+                override what is said elsewhere, each one value for all models or a list of M. A parameter belongs to
+                the first group that names it, so a last `{"params": "*"}` takes the rest.
             **hyperparameters: by name, one value for all models or a list of M. A tuple is one value:
                 `betas=(0.9, 0.99)` is for all models, `betas=[(0.9, 0.99), (0.8, 0.99)]` for two.
 
@@ -105,7 +105,7 @@ class OptimizerFactory:
         if not batch.stacked_params:
             raise ValueError("Expected models with parameters, got a batch without any: there is nothing to optimize.")
         merged = merge_configs(self.optimizer_cls, batch.num_models, self.base_config, configs, hyperparameters)
-        names, merged = split_groups(self.optimizer_cls, list(batch.stacked_params), merged, groups)
+        names, merged = split_groups(self.optimizer_cls, batch.stacked_params, merged, groups)
         # By identity: a subclass may have a step of its own.
         kind = StackedOptimizer if self.optimizer_cls in RULES else ViewsOptimizer
         return kind(batch, self.optimizer_cls, merged, names)
@@ -177,5 +177,5 @@ def _check_class(optimizer_cls: Any) -> None:
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
             f"{optimizer_cls.__name__} evaluates its closure several times a step and decides by dot products over one "
-            "model's parameters, so M models cannot share its step: make one a model, over batch.models."
+            "model's parameters, so M models cannot share its step: make one per model, over batch.models."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..batch.context import context_of
 from ..batch.freeze import nonfinite_models
+from ..common.checks import whole_number
 from .base import BatchOptimizer
 
 __all__ = ["GradScaler"]
@@ -27,6 +29,9 @@ class GradScaler(torch.amp.GradScaler):
         backoff_factor: what it is multiplied by when a gradient is not finite; that model's update is left out.
         growth_interval: a number of updates.
         enabled: False to do nothing.
+
+    Raises:
+        TypeError, ValueError: a scale that is not above 0 and finite; factors or an interval that cannot be.
 
     Example:
         >>> from torch import nn
@@ -55,6 +60,16 @@ class GradScaler(torch.amp.GradScaler):
         growth_interval: int = 2000,
         enabled: bool = True,
     ) -> None:
+        whole_number(growth_interval, "growth_interval")
+        for name, factor in (("growth_factor", growth_factor), ("backoff_factor", backoff_factor)):
+            if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+                raise TypeError(f"Expected a number as {name}, got {factor!r}: pass one like 2.0 or 0.5.")
+        if not 1 < growth_factor < math.inf or not 0 < backoff_factor < 1:
+            raise ValueError(
+                f"Expected a growth_factor above 1 and a backoff_factor between 0 and 1, got {growth_factor} and "
+                f"{backoff_factor}: the usual ones are 2.0 and 0.5."
+            )
+        _scales(init_scale, 1, torch.device("cpu"))
         # To torch's class "cpu" means any device that exists; tensors are made on the losses'.
         super().__init__("cpu", init_scale, growth_factor, backoff_factor, growth_interval, enabled)
         self._frozen: Tensor | None = None  # what the optimizer's batch says, for update()
@@ -71,7 +86,7 @@ class GradScaler(torch.amp.GradScaler):
         if not isinstance(losses, Tensor) or losses.dim() != 1 or count not in (None, len(losses)):
             got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"Expected the losses [{count or 'M'}], one a model, got {got}: pass what "
+                f"Expected the losses [{count or 'M'}], one per model, got {got}: pass what "
                 "compute_loss(..., reduction='none') returns, and add up the scaled losses."
             )
         if self._scale is None:
@@ -79,7 +94,7 @@ class GradScaler(torch.amp.GradScaler):
         return losses * self._scale.to(losses.device, non_blocking=True)
 
     def _start(self, num_models: int, device: torch.device) -> None:
-        self._scale = _column(self._init_scale, num_models, torch.float32, device)
+        self._scale = _scales(self._init_scale, num_models, device)
         self._growth_tracker = _column(self._init_growth_tracker, num_models, torch.int32, device)
 
     def _unscale_grads_(
@@ -98,6 +113,11 @@ class GradScaler(torch.amp.GradScaler):
                     if param.grad.dtype == torch.float16 and not allow_fp16:
                         raise ValueError("Expected float32 gradients, got float16: keep the parameters in float32.")
                     devices.setdefault(param.grad.device, []).append(param.grad)
+        if not devices:
+            raise RuntimeError(
+                "Expected gradients for the optimizer's batch, got none: the losses are those of another batch, or "
+                "backward() was not called. Create an optimizer for the batch that is trained."
+            )
         found = {}
         for device, grads in devices.items():
             found[device] = nonfinite_models(grads, len(inv_scale))
@@ -125,7 +145,7 @@ class GradScaler(torch.amp.GradScaler):
         """Let each model's scale grow or shrink, after the steps of all optimizers.
 
         Args:
-            new_scale: set the scales to this instead: one number, or one a model.
+            new_scale: set the scales to this instead: one number, or one per model.
 
         Raises:
             RuntimeError: before the first `scale`, or no optimizer has made a step since the last update.
@@ -136,7 +156,7 @@ class GradScaler(torch.amp.GradScaler):
         states = list(self._per_optimizer_states.values())
         self._per_optimizer_states.clear()
         if new_scale is not None:
-            scale.copy_(_column(new_scale, len(scale), scale.dtype, scale.device))
+            scale.copy_(_scales(new_scale, len(scale), scale.device))
             return
         if not any(state["found_inf_per_device"] for state in states):
             raise RuntimeError("Expected scaler.step(optimizer) before update(), got none: no gradient was looked at.")
@@ -168,20 +188,42 @@ class GradScaler(torch.amp.GradScaler):
             RuntimeError: the state is that of a disabled scaler.
             ValueError: it has the scales of another number of models.
         """
-        scale, self._scale = self._scale, None
-        tracker, self._growth_tracker = self._growth_tracker, None
+        if state_dict and self._enabled:  # all is checked before anything is changed
+            scale, tracker = state_dict["scale"], state_dict["_growth_tracker"]
+            count = len(self._scale) if self._scale is not None else len(scale) if isinstance(scale, list) else 1
+            cpu = torch.device("cpu")
+            scale, tracker = _scales(scale, count, cpu), _column(tracker, count, torch.int32, cpu)
+        kept, self._scale, self._growth_tracker = (self._scale, self._growth_tracker), None, None
         try:
-            if scale is not None and state_dict:  # before anything is changed
-                _column(state_dict["scale"], len(scale), scale.dtype, scale.device)
             super().load_state_dict(state_dict)
         finally:
-            self._scale, self._growth_tracker = scale, tracker
-        if scale is not None and self._enabled:
-            self._start(len(scale), scale.device)
+            self._scale, self._growth_tracker = kept
+        if self._scale is not None and self._enabled:
+            self._scale.copy_(scale)
+            self._growth_tracker.copy_(tracker)
+
+
+def _scales(value: Any, num_models: int, device: torch.device) -> Tensor:
+    """Return scales `[M]` of one number or M, each of them above 0 and finite.
+
+    Raises:
+        TypeError: no numbers.
+        ValueError: another number of them, or one with which nothing could be trained.
+    """
+    try:
+        place = value.device if isinstance(value, Tensor) else torch.device("cpu")
+        scales = _column(value, num_models, torch.float32, place)
+    except (TypeError, RuntimeError):
+        raise TypeError(
+            f"Expected a number as scale, or one per model, got {value!r}: pass one like 65536.0."
+        ) from None
+    if place.type == "cpu" and not bool(((scales > 0) & scales.isfinite()).all()):
+        raise ValueError(f"Expected finite scales above 0, got {value}: pass one like 65536.0.")
+    return scales.to(device)
 
 
 def _column(value: Any, num_models: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return one number for all, or one a model, as a tensor `[M]`."""
+    """Return one number for all, or one per model, as a tensor `[M]`."""
     given = torch.as_tensor(value, dtype=dtype, device=device)
     if given.dim() > 1 or (given.dim() == 1 and len(given) != num_models):
         raise ValueError(

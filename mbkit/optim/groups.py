@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..common.checks import did_you_mean
 from .configs import merge_configs
@@ -16,7 +17,7 @@ __all__ = ["split_groups"]
 
 def split_groups(
     optimizer_cls: type[torch.optim.Optimizer],
-    names: list[str],
+    stacked: Mapping[str, nn.Parameter],
     configs: list[dict[str, Any]],
     groups: Sequence[dict[str, Any]] | None,
 ) -> tuple[list[list[str]], list[list[dict[str, Any]]]]:
@@ -24,20 +25,23 @@ def split_groups(
 
     Args:
         optimizer_cls: the class whose hyperparameters these are.
-        names: of all parameters of one model.
+        stacked: all parameters `[M, ...]` by name.
         configs: M dicts of hyperparameters, for all parameters.
         groups: G dicts with "params" and what overrides the configs; or None, for one group of all parameters.
 
     Raises:
-        TypeError: not a list of dicts with names as "params"; a value that is no number where one is needed.
+        TypeError: not a list of dicts with names or functions as "params"; a value that is no number where one is
+            needed.
         ValueError: a name that no parameter has, a parameter that no group names, a group that is left without
             parameters, and what `merge_configs` refuses.
 
     Example:
-        >>> split_groups(torch.optim.SGD, ["0.weight", "0.bias"], [{"lr": 1.0}], [{"params": "*.bias", "lr": 2.0},
-        ...     {"params": "0"}])
+        >>> stacked = {"0.weight": nn.Parameter(torch.ones(2, 3, 4)), "0.bias": nn.Parameter(torch.ones(2, 3))}
+        >>> groups = [{"params": lambda name, p: p.ndim < 2, "lr": 2.0}, {"params": "0"}]
+        >>> split_groups(torch.optim.SGD, stacked, [{"lr": 1.0}], groups)
         ([['0.bias'], ['0.weight']], [[{'lr': 2.0}, {'lr': 1.0}]])
     """
+    names = list(stacked)
     if groups is None:
         return [names], [[config] for config in configs]
     if not isinstance(groups, (list, tuple)) or not groups or not all(isinstance(group, dict) for group in groups):
@@ -47,21 +51,23 @@ def split_groups(
     left, taken, columns = list(names), [], []
     for g, group in enumerate(groups):
         group = dict(group)
-        patterns = group.pop("params", None)
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+        given = group.pop("params", None)
+        patterns = list(given) if isinstance(given, (list, tuple)) else [given]
+        if not patterns or not all(isinstance(pattern, str) or callable(pattern) for pattern in patterns):
             raise TypeError(
-                f"Expected names as 'params' of group {g}, got {patterns!r}: the batch's parameters are stacked, so "
-                f"name them as a lone model does, such as {names[0]!r}."
+                f"Expected names as 'params' of group {g}, got {given!r}: the batch's parameters are stacked, so "
+                f"name them as a lone model does, such as {names[0]!r}, or pass a function (name, parameter) -> bool."
             )
-        for pattern in patterns:
-            if not any(_names(pattern, name) for name in names):
+        chosen = [[name for name in names if _chooses(pattern, name, stacked[name])] for pattern in patterns]
+        for pattern, found in zip(patterns, chosen, strict=True):
+            if isinstance(pattern, str) and not found:
                 raise ValueError(f"No parameter is called {pattern!r} (group {g}).{did_you_mean(pattern, names)}")
-        own = [name for name in left if any(_names(pattern, name) for pattern in patterns)]
+        own = [name for name in left if any(name in found for found in chosen)]
         if not own:
+            said = ", ".join(getattr(pattern, "__name__", str(pattern)) for pattern in patterns)
             raise ValueError(
-                f"Group {g} ({', '.join(patterns)}) is left without parameters: a parameter belongs to the first group "
-                "that names it, so put the narrower group first."
+                f"Group {g} ({said}) is left without parameters: a parameter belongs to the first group that names it, "
+                "so put the narrower group first."
             )
         left = [name for name in left if name not in own]
         taken.append(own)
@@ -75,5 +81,7 @@ def split_groups(
     return taken, [[{**config, **own} for own in row] for config, row in zip(configs, rows, strict=True)]
 
 
-def _names(pattern: str, name: str) -> bool:
+def _chooses(pattern: str | Callable[[str, nn.Parameter], Any], name: str, stacked: nn.Parameter) -> bool:
+    if callable(pattern):
+        return bool(pattern(name, nn.Parameter(stacked.detach()[0], requires_grad=stacked.requires_grad)))
     return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)

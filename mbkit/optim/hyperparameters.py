@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ __all__ = ["ALL", "SWITCHES", "Columns", "Hyperparameters", "ModelGroup", "cut",
 
 SWITCHES = ("foreach", "fused", "capturable", "differentiable")
 """Arguments of torch.optim's classes that choose an implementation, not an update."""
-
 
 ALL = slice(None)
 """All models' rows of a tensor."""
@@ -33,54 +32,35 @@ def plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-class ModelGroup(dict):
+class ModelGroup(MutableMapping, dict):
     """One model's entry of `param_groups`: a dict of plain numbers that notes which of its names were written.
 
     Args:
         items: the hyperparameters, and "params".
         changed: the set of names that all groups of one optimizer share.
 
-    It is copied and pickled as a plain dict, because a copy belongs to no optimizer yet.
+    Every way to write into a dict goes through the two methods below. It is copied and pickled as a plain dict, because
+    a copy belongs to no optimizer yet.
     """
 
     __slots__ = ("_changed",)
+    __getitem__, __iter__, __len__, __contains__ = dict.__getitem__, dict.__iter__, dict.__len__, dict.__contains__
 
     def __init__(self, items: dict[str, Any], changed: set[str]) -> None:
-        super().__init__({name: value if name == "params" else plain(value) for name, value in items.items()})
         self._changed = changed
+        self.update(items)
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._changed.add(name)
-        super().__setitem__(name, value if name == "params" else plain(value))
+        dict.__setitem__(self, name, value if name == "params" else plain(value))
 
-    def update(self, *others: Any, **items: Any) -> None:
-        for name, value in dict(*others, **items).items():
-            self[name] = value
+    def __delitem__(self, name: str) -> None:
+        self._changed.add(name)
+        dict.__delitem__(self, name)
 
     def __ior__(self, other: Any) -> ModelGroup:  # type: ignore[override, misc]
         self.update(other)
         return self
-
-    def setdefault(self, name: str, default: Any = None) -> Any:
-        if name not in self:
-            self[name] = default
-        return self[name]
-
-    def __delitem__(self, name: str) -> None:
-        self._changed.add(name)
-        super().__delitem__(name)
-
-    def pop(self, name: str, *default: Any) -> Any:
-        self._changed.add(name)
-        return super().pop(name, *default)
-
-    def popitem(self) -> tuple[str, Any]:
-        self._changed.update(self)
-        return super().popitem()
-
-    def clear(self) -> None:
-        self._changed.update(self)
-        super().clear()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[dict]]:
         return dict, (dict(self),)
@@ -89,23 +69,24 @@ class ModelGroup(dict):
 class Columns:
     """The groups' numbers as float64 tensors `[M]` (`[M, k]` for a tuple of k), rebuilt only when one was written.
 
-    Reading them costs the same for 10 models as for 10,000. A column keeps its address when its numbers change,
-    so that a captured or compiled step sees them.
+    Reading them costs the same for 10 models as for 10,000.
 
     Args:
         groups: M dicts that hold at least `names`.
         names: the hyperparameters that the update rule reads.
+
+    Attributes:
+        flags: for each name True or False where all models agree on whether it is nonzero, else None.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], names: Iterable[str]) -> None:
         self.names = tuple(names)
         self.changed = set(self.names)
         self.groups = [ModelGroup(group, self.changed) for group in groups]
+        self.flags: dict[str, bool | None] = {}
         self._values: dict[str, Tensor] = {}
         self._devices: dict[torch.device, dict[str, Tensor]] = {}
         self._spread: dict[tuple, Hyperparameters] = {}
-        self._any: dict[str, bool] = {}
-        self._all: dict[str, bool] = {}
 
     def refresh(self) -> None:
         """Take over what was written into the groups since the last call."""
@@ -114,17 +95,14 @@ class Columns:
         for name in self.changed.intersection(self.names):
             values = [group[name] for group in self.groups]
             self._values[name] = _to_column(name, values)
-            self._any[name], self._all[name] = any(values), all(values)
+            self.flags[name] = True if all(values) else None if any(values) else False
             for device, columns in self._devices.items():
-                if name in columns and columns[name].shape == self._values[name].shape:
-                    columns[name].copy_(self._values[name])
-                else:
-                    columns[name] = _move(self._values[name], device)
+                columns[name] = _move(self._values[name], device)
         self.changed.clear()
 
     def on(self, name: str) -> bool | None:
         """Return True or False where all models agree on whether `name` is nonzero, else None."""
-        return True if self._all[name] else None if self._any[name] else False
+        return self.flags[name]
 
     def at(self, params: list[Tensor], rows: slice = ALL) -> Hyperparameters:
         """Return the columns of some models on the parameters' device, ready to be spread over their parameters."""
@@ -132,11 +110,9 @@ class Columns:
         if device not in self._devices:
             self._devices[device] = {name: _move(column, device) for name, column in self._values.items()}
         key = (device, rows.start, rows.stop, params[0].dtype, *(p.dim() for p in params))
-        if key not in self._spread:
-            self._spread[key] = Hyperparameters({}, {}, params)
-        found, columns = self._spread[key], self._devices[device]
+        columns = self._devices[device]
+        found = self._spread.setdefault(key, Hyperparameters(columns, self.flags, params))
         found.columns = columns if rows == ALL else {name: column[rows] for name, column in columns.items()}
-        found.flags = {name: self.on(name) for name in self.names}
         found.params = params
         return found
 
@@ -159,14 +135,9 @@ class Hyperparameters:
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
 
-    def on(self, name: str, default: bool = False) -> bool | Tensor:
-        """Return whether `name` is nonzero: one bool where all models agree (no work at all), else a tensor `[M]`.
-
-        Args:
-            name: a hyperparameter.
-            default: the answer where this torch version has no such hyperparameter.
-        """
-        agreed = self.flags.get(name, default)
+    def on(self, name: str) -> bool | Tensor:
+        """Return whether `name` is nonzero: one bool where all models agree (no work at all), else a tensor `[M]`."""
+        agreed = self.flags[name]
         return self.columns[name] != 0 if agreed is None else agreed
 
     def fixed(self, compute: Callable[[Hyperparameters], Sequence[Tensor]]) -> list[list[Any]]:
@@ -183,7 +154,7 @@ class Hyperparameters:
         """Return the column for each of the P parameters, rounded once to their dtype.
 
         Args:
-            column: `[M]`, the same for all parameters, or `[P, M]`, one row a parameter; or one bool for all.
+            column: `[M]`, the same for all parameters, or `[P, M]`, one row per parameter; or one bool for all.
 
         Returns:
             P tensors `[M, 1, ...]`, each with as many dimensions as its parameter (or P times the bool).
@@ -202,23 +173,21 @@ def _to_column(name: str, values: list[Any]) -> Tensor:
     try:
         return torch.tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
-        kind, size = type(values[0]), _size(values[0])
+        forms = [_form(value) for value in values]
         # Model 0 may be the odd one out; then a later one differs from it, and both are shown.
-        odd = next((m for m, value in enumerate(values) if not _numeric(value)), None)
-        odd = next((m for m, value in enumerate(values) if _size(value) != size), 0) if odd is None else odd
+        odd = next((m for m, form in enumerate(forms) if form is None or form != forms[0]), 0)
         raise TypeError(
             f"Expected numbers of one form as {name!r} of all models, got {values[odd]!r} for model {odd} "
-            f"(model 0 has {values[0]!r}, {kind.__name__}): write a number, or tuples of one length."
+            f"(model 0 has {values[0]!r}, {type(values[0]).__name__}): write a number, or tuples of one length."
         ) from None
 
 
-def _size(value: Any) -> int:
-    return len(value) if isinstance(value, tuple) else -1
-
-
-def _numeric(value: Any) -> bool:
+def _form(value: Any) -> int | None:
+    """Return the length of a tuple of numbers, -1 for one number, None for anything else."""
     parts = value if isinstance(value, tuple) else (value,)
-    return all(isinstance(part, (int, float)) for part in parts)
+    if not all(isinstance(part, (int, float)) for part in parts):
+        return None
+    return len(value) if isinstance(value, tuple) else -1
 
 
 def _move(column: Tensor, device: torch.device) -> Tensor:

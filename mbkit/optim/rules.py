@@ -59,18 +59,9 @@ def sgd(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> 
 
 
 def adam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
-    """Follow torch.optim.Adam."""
-    _adam(params, grads, states, h, h.on("decoupled_weight_decay"))
-
-
-def adamw(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
-    """Follow torch.optim.AdamW, which got its `decoupled_weight_decay` entry only in torch 2.7."""
-    _adam(params, grads, states, h, h.on("decoupled_weight_decay", default=True))
-
-
-def _adam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters, decoupled: bool | Tensor) -> None:
+    """Follow torch.optim.Adam, and AdamW, which is Adam with decoupled weight decay."""
     steps = _count(states, "step", h)
-    grads = _decay(params, _ascend(grads, h), h, decoupled)
+    grads = _decay(params, _ascend(grads, h), h, h.on("decoupled_weight_decay"))
     correction1, correction2 = (1 - h["betas"].T.unsqueeze(1) ** steps).unbind(0)
     amsgrad = h.spread(h.on("amsgrad"))
     columns = zip(*h.fixed(_averages), h.spread(correction2.sqrt()), h.spread(-(h["lr"] / correction1)), strict=True)
@@ -290,7 +281,7 @@ _AMSGRAD = {"max_exp_avg_sq": "amsgrad"}
 RULES: dict[type[torch.optim.Optimizer], Rule] = {
     torch.optim.SGD: Rule(sgd, {"momentum_steps": 0.0}, (), {"momentum_buffer": "momentum"}),
     torch.optim.Adam: Rule(adam, _STEP, _ADAM, _AMSGRAD),
-    torch.optim.AdamW: Rule(adamw, _STEP, _ADAM, _AMSGRAD),
+    torch.optim.AdamW: Rule(adam, _STEP, _ADAM, _AMSGRAD),
     torch.optim.RMSprop: Rule(rmsprop, _STEP, ("square_avg",), {"momentum_buffer": "momentum", "grad_avg": "centered"}),
     torch.optim.Adagrad: Rule(adagrad, _STEP, ("sum",)),
     torch.optim.Adadelta: Rule(adadelta, _STEP, ("square_avg", "acc_delta")),

@@ -23,32 +23,32 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def __init__(self, optimizer: BatchOptimizer, m: int) -> None:
         # Without torch's own __init__: it has no parameters, and its groups are somebody else's.
-        self._of, self._m = optimizer, m
+        self.whole, self._m = optimizer, m
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The live groups: loading a state replaces the optimizer's, so they are looked up each time."""
-        return self._of.groups_of(self._m)
+        return self.whole.groups_of(self._m)
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The optimizer's own."""
-        return self._of.defaults
+        return self.whole.defaults
 
     @property
     def _opt_called(self) -> bool:  # schedulers warn when they are stepped before the optimizer was
-        return getattr(self._of, "_opt_called", False)
+        return getattr(self.whole, "_opt_called", False)
 
     def step(self, closure: Any = None) -> NoReturn:  # type: ignore[override]
         """Refuse: all models step together."""
         raise RuntimeError(f"This stands for model {self._m} in its scheduler: call step() on the batch's optimizer.")
 
     def __repr__(self) -> str:
-        return f"ModelOptimizer(model {self._m} of {self._of.num_models})"
+        return f"ModelOptimizer(model {self._m} of {self.whole.num_models})"
 
 
 class ModelSchedulers(list):
-    """M schedulers, one a model: a list to loop over, and one object to call `step()` on.
+    """M schedulers, one per model: a list to loop over, and one object to call `step()` on.
 
     Args:
         optimizer: the optimizer of the batch.
@@ -57,6 +57,7 @@ class ModelSchedulers(list):
     """
 
     def __init__(self, optimizer: BatchOptimizer, make: Callable[..., Any], configs: Sequence[dict[str, Any]]) -> None:
+        self.optimizer = optimizer
         super().__init__(make(ModelOptimizer(optimizer, m), **config) for m, config in enumerate(configs))
 
     def step(self, metrics: Any = None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..batch.freeze import rows_where
 from ..vmap import models_with_gradient
 from .base import BatchOptimizer, construct
-from .fused import FusedAdam, can_fuse
+from .fused import can_fuse, fused_adam_
 from .hyperparameters import ALL, SWITCHES, Columns, cut
 from .rules import RULES, Rule
 
@@ -27,8 +27,8 @@ class StackedOptimizer(BatchOptimizer):
     The lone optimizers meant are torch.optim's for-loop implementations, the default on a CPU (`foreach` and `fused`
     round differently), and the bits are those of float32 parameters. In float64 a power of a hyperparameter may differ
     in its last bit (torch's vectorised `pow` against C's), in half precision a sum may. On a CPU, Adam and AdamW of
-    models with 16,384 parameters and more, or that `fit` trains one by one, take torch's fused kernel, to rounding,
-    unless `fused=False` is given.
+    models with 16,384 parameters and more, or of at most three models, take torch's fused kernel, to rounding, unless
+    `fused=False` is given.
 
     It reads the stacked gradient itself, so there is no second copy of a gradient that could be out of date. `state`
     is keyed by the stacked parameters, like any torch optimizer's, and holds `[M, ...]` tensors under torch's own
@@ -61,36 +61,40 @@ class StackedOptimizer(BatchOptimizer):
 
     def _adopt_groups(self) -> None:
         """Turn plain dicts into groups that note what is written into them."""
-        self._fused: dict[nn.Parameter, FusedAdam] = {}  # by the first of the parameters
+        self.columns = self._columns_of(self.param_groups)
+        self.param_groups = [group for own in zip(*(c.groups for c in self.columns), strict=True) for group in own]
+
+    def _columns_of(self, groups: list[dict[str, Any]]) -> list[Columns]:
+        """Return the columns of M models for each of their G groups."""
         names, size = [name for name in self.defaults if name not in SWITCHES], len(self._names)
-        self._columns = [Columns(self.param_groups[g::size], names) for g in range(size)]
-        self.param_groups = [group for own in zip(*(c.groups for c in self._columns), strict=True) for group in own]
+        return [Columns(groups[g::size], names) for g in range(size)]
 
     @property
-    def _rule(self) -> Rule:
+    def rule(self) -> Rule:
+        """What `optimizer_cls` does to parameters `[M, ...]`."""
         return RULES[self.optimizer_cls]
 
     def _update(self) -> None:
         stopped = self._stopped()
         for params, columns in self.alike([param for param in self._params() if param.grad is not None]):
             grads = [_gradient(param) for param in params]
-            states = [self._prepare(param, columns) for param in params]
-            kept = self._kept(params, states, stopped)
-            if not kept and can_fuse(self.optimizer_cls, params, columns, self.one_by_one):
-                if params[0] not in self._fused:
-                    self._fused[params[0]] = FusedAdam(self.optimizer_cls)
-                self._fused[params[0]].update(params, grads, states, columns)
+            states = [self.prepare(param, columns) for param in params]
+            active = [self._active(param, stopped) for param in params]
+            if can_fuse(self.optimizer_cls, params, states, columns):
+                fused_adam_(params, grads, states, columns, active)
                 continue
+            limited = zip(params, states, active, strict=True)
+            kept = [(t, who) for p, state, who in limited if who is not None for t in (p, *state.values())]
             if params[0].is_complex():  # to torch.optim a complex number is a pair of real ones
                 states = [{name: _real(value) for name, value in state.items()} for state in states]
             params, grads = [_real(param) for param in params], [_real(grad) for grad in grads]
             for rows in self._blocks(params):
-                copies = [(tensor[rows], tensor[rows].clone(), active[rows]) for tensor, active in kept]
+                copies = [(tensor[rows], tensor[rows].clone(), who[rows]) for tensor, who in kept]
                 own = [dict(zip(state, cut(list(state.values()), rows), strict=True)) for state in states]
                 h = columns.at(cut(params, rows), rows)
-                self._rule.update(h.params, cut(grads, rows), own, h)
-                for tensor, copy, active in copies:
-                    tensor.copy_(rows_where(active, tensor, copy))
+                self.rule.update(h.params, cut(grads, rows), own, h)
+                for tensor, copy, who in copies:
+                    tensor.copy_(rows_where(who, tensor, copy))
 
     def _blocks(self, params: list[Tensor]) -> list[slice]:
         """Return the models to update at once, block by block."""
@@ -101,7 +105,7 @@ class StackedOptimizer(BatchOptimizer):
     def alike(self, params: Sequence[nn.Parameter]) -> list[tuple[list[nn.Parameter], Columns]]:
         """Divide parameters into lots of one group, device and dtype, each with its columns, brought up to date."""
         wanted, lots = set(map(id, params)), []
-        for columns in self._columns:
+        for columns in self.columns:
             columns.refresh()
             kinds: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
             for param in columns.groups[0]["params"]:
@@ -110,27 +114,21 @@ class StackedOptimizer(BatchOptimizer):
             lots += [(members, columns) for members in kinds.values()]
         return lots
 
-    def _kept(
-        self, params: list[nn.Parameter], states: list[dict[str, Tensor]], stopped: Tensor | None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Return what some models are not to change, each tensor with the models `[M]` that may change it.
+    def _active(self, param: nn.Parameter, stopped: Tensor | None) -> Tensor | None:
+        """Return the models `[M]` whose parameter and state this step may change; None for all.
 
-        These are the models that are stopped, and those that have no gradient for a parameter: where models run one
-        after the other, a step may use it for some of them only.
+        These are not the models that are stopped, and not those that have no gradient for the parameter: where models
+        run one after the other, a step may use it for some of them only.
         """
-        found = []
-        for param, state in zip(params, states, strict=True):
-            reached = models_with_gradient(param.grad, self.num_models)
-            if reached is None and stopped is None:
-                continue
-            active = None if stopped is None else ~stopped.to(param.device)
-            active = active if reached is None else reached if active is None else active & reached
-            found += [(tensor, active) for tensor in (param, *state.values())]
-        return found
+        reached = models_with_gradient(param.grad, self.num_models)
+        if stopped is None:
+            return reached
+        active = ~stopped.to(param.device)
+        return active if reached is None else active & reached
 
-    def _prepare(self, param: nn.Parameter, columns: Columns) -> dict[str, Tensor]:
+    def prepare(self, param: nn.Parameter, columns: Columns) -> dict[str, Tensor]:
         """Return the parameter's state, made where it is missing and moved where the batch was moved."""
-        rule = self._rule
+        rule = self.rule
         optional = [name for name, needs in rule.optional.items() if columns.on(needs) is not False]
         if not rule.state and not optional and param not in self.state:
             return {}  # SGD without momentum
@@ -155,11 +153,11 @@ class StackedOptimizer(BatchOptimizer):
         return state
 
     def _fill_state(self, lone: torch.optim.Optimizer, m: int) -> None:
-        counts, optional = self._rule.counts, self._rule.optional
-        for group, columns, alone in zip(self.groups_of(m), self._columns, lone.param_groups, strict=True):
+        counts, optional = self.rule.counts, self.rule.optional
+        for group, columns, alone in zip(self.groups_of(m), self.columns, lone.param_groups, strict=True):
             columns.refresh()
             for param, own in zip(columns.groups[0]["params"], alone["params"], strict=True):
-                state = self._prepare(param, columns) if param in self.state else {}
+                state = self.prepare(param, columns) if param in self.state else {}
                 if "momentum_steps" in state:  # SGD counts nothing of its own, and has a buffer from its first momentum
                     names = ["momentum_buffer"] if state["momentum_steps"][m] > 0 else []
                 else:
@@ -171,24 +169,53 @@ class StackedOptimizer(BatchOptimizer):
                         for name in names
                     }
 
-    def _check_state(self, state: dict[Any, Any]) -> None:
-        known = {*self._rule.counts, *self._rule.state, *self._rule.optional}
-        for i, param in enumerate(self._params()):
-            for name, value in state.get(i, {}).items():
-                shape = (self.num_models,) if name in self._rule.counts else tuple(param.shape)
-                if name not in known or tuple(value.shape) != shape:
-                    raise ValueError(
-                        f"Expected the state of {self.optimizer_cls.__name__} for a parameter of shape "
-                        f"{tuple(param.shape)}, got {name!r} of shape {tuple(value.shape)}: load the state into the "
-                        "optimizer and the architecture that it was saved from."
-                    )
+    def state_dict(self) -> dict[str, Any]:
+        """Return what torch's optimizers return, with groups of M models and state `[M, ...]`."""
+        for columns in self.columns:  # what was switched on since the last step has its state from here on
+            columns.refresh()
+            for param in columns.groups[0]["params"]:
+                if self.state.get(param):
+                    self.prepare(param, columns)
+        return super().state_dict()
+
+    def _check_state(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
+        params, size = self._params(), len(self._names)
+        unknown = set(state) - set(range(len(params)))
+        if unknown:
+            raise self._foreign(f"{len(params)} parameters", f"one for parameter {min(unknown, key=str)!r}")
+        for own, columns in zip(groups[:size], self._columns_of(groups), strict=True):
+            columns.refresh()  # numbers of another form are refused
+            for i in own["params"]:
+                self._check_state_of(params[i], state.get(i, {}), columns)
+
+    def _check_state_of(self, param: nn.Parameter, state: dict[str, Any], columns: Columns) -> None:
+        counts, optional = self.rule.counts, self.rule.optional
+        shape = f"a parameter of shape {tuple(param.shape)}"
+        for name, value in state.items():
+            expected = (self.num_models,) if name in counts else tuple(param.shape)
+            if name not in {*counts, *self.rule.state, *optional} or tuple(getattr(value, "shape", ())) != expected:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise self._foreign(shape, f"{name!r} of shape {got}")
+            kind = torch.float32 if name in counts else param.dtype
+            same_kind = value.is_floating_point() == kind.is_floating_point and value.is_complex() == kind.is_complex
+            if not same_kind or value.layout != torch.strided or value.device.type == "meta":
+                raise self._foreign(
+                    f"{shape} and {kind}", f"{name!r} of {value.dtype}, {value.layout} on {value.device}"
+                )
+        needed = {
+            *counts,
+            *self.rule.state,
+            *(name for name, needs in optional.items() if columns.on(needs) is not False),
+        }
+        if state and needed - state.keys():
+            raise self._foreign(shape, f"one without {sorted(needed - state.keys())}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         for i, param in enumerate(self._params()):
             for name, value in self.state.get(param, {}).items():
                 # torch casts counts to the parameter's dtype, and keeps the very tensors where nothing is to be cast
-                source = state_dict["state"][i][name] if name in self._rule.counts else value
+                source = state_dict["state"][i][name] if name in self.rule.counts else value
                 self.state[param][name] = source.detach().to(param.device, copy=True)
 
     load_state_dict.__doc__ = BatchOptimizer.load_state_dict.__doc__

@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batch.context import context_of
 from ..vmap import models_with_gradient
 from .base import BatchOptimizer, construct, numbers_of, parameters_of
+from .hyperparameters import ModelGroup
 
 __all__ = ["ViewsOptimizer"]
 
 
 class ViewsOptimizer(BatchOptimizer):
-    """An optimizer of a batch that runs one lone `optimizer_cls` a model: no faster than M lone ones, exact by nature.
+    """An optimizer of a batch that runs a lone `optimizer_cls` per model: no faster than M lone ones, exact by nature.
 
     Each lone optimizer owns one model's slices of the stacked parameters, as views. During a step, and only then,
-    each view's gradient is a view of the stacked gradient. `param_groups` can be read and written as in any optimizer
-    of a batch; model m's state is in `lone[m].state`.
+    each view's gradient is a view of the stacked gradient, and torch's default generators are model m's random stream.
+    `param_groups` can be read and written as in any optimizer of a batch; model m's state is in `lone[m].state`.
 
     One optimizer with M groups would do for torch's own classes. But some people's optimizers reckon over all groups
     at once (a global norm, a common step size), and would mix the models without a word.
@@ -41,6 +43,16 @@ class ViewsOptimizer(BatchOptimizer):
         groups = [group for one in lone for group in one.param_groups]
         super().__init__(batch, optimizer_cls, configs, names, groups, lone[0].defaults)
         self.lone = lone
+        self._adopt_groups()
+
+    def _adopt_groups(self) -> None:
+        """Turn plain dicts, equal to the lone optimizers' own, into groups that note what is written into them."""
+        self._written: list[set[str]] = [set() for _ in self.lone]
+        self.param_groups = [
+            ModelGroup(group, written) for m, written in enumerate(self._written) for group in self.groups_of(m)
+        ]
+        for written in self._written:
+            written.clear()
 
     def _update(self) -> None:
         params = self._params()
@@ -49,28 +61,39 @@ class ViewsOptimizer(BatchOptimizer):
         stopped = [False] * self.num_models if stopped is None else stopped.tolist()
         reached = [None if p.grad is None else models_with_gradient(p.grad, self.num_models) for p in params]
         reached = [None if models is None else models.tolist() for models in reached]
-        for m, lone in enumerate(self.lone):
-            if stopped[m]:
-                continue
-            groups, views = self.groups_of(m), parameters_of(lone.param_groups)
-            for own, group in zip(lone.param_groups, groups, strict=True):
-                own.update(numbers_of(group))
-            try:
-                for view, param, has in zip(views, params, reached, strict=True):
-                    view.grad = None if param.grad is None or (has and not has[m]) else param.grad[m]
-                lone.step()
-            finally:
-                for view in views:
-                    view.grad = None
-            for own, group in zip(lone.param_groups, groups, strict=True):
-                group.update(numbers_of(own))  # some classes write their own step size there
+        with context_of(self.batch).streams.take_turns(params[0].device) as turns:
+            for m in turns:
+                if not stopped[m]:
+                    self._step_alone(
+                        m,
+                        [
+                            param.grad[m] if param.grad is not None and (models is None or models[m]) else None
+                            for param, models in zip(params, reached, strict=True)
+                        ],
+                    )
+
+    def _step_alone(self, m: int, grads: list[Tensor | None]) -> None:
+        lone, groups, written = self.lone[m], self.groups_of(m), self._written[m]
+        views = parameters_of(lone.param_groups)
+        for own, group in zip(lone.param_groups, groups, strict=True):
+            own.update({name: group[name] for name in written if name in group and name != "params"})
+        try:
+            for view, grad in zip(views, grads, strict=True):
+                view.grad = grad
+            lone.step()
+        finally:
+            for view in views:
+                view.grad = None
+        for own, group in zip(lone.param_groups, groups, strict=True):
+            group.update(numbers_of(own))  # some classes write their own step size there
+        written.clear()
 
     def _follow(self, params: list[nn.Parameter]) -> None:
         """Point the views at the parameters' present memory: `batch.to()` and `batch.double()` give them another."""
         views = [parameters_of(lone.param_groups) for lone in self.lone]
         for i, param in enumerate(params):
-            first = views[0][i]
-            if first.data_ptr() == param.data_ptr() and first.dtype == param.dtype and first.device == param.device:
+            first, row = views[0][i], param.detach()[0]
+            if _place(first) == _place(row):
                 continue
             for lone, own, source in zip(self.lone, views, param.detach().unbind(0), strict=True):
                 view = own[i]
@@ -84,6 +107,8 @@ class ViewsOptimizer(BatchOptimizer):
         self._follow(self._params())
         _load(lone, self.lone[m].state_dict(), exactly=True)
 
+    # ---- saving and loading: under `["state"]["models"]` are the M lone optimizers' own states
+
     def state_dict(self) -> dict[str, Any]:
         """Return the groups, and under `["state"]["models"]` the M lone optimizers' own states."""
         self.state = self._gather()
@@ -94,7 +119,7 @@ class ViewsOptimizer(BatchOptimizer):
     def _gather(self) -> defaultdict[Any, Any]:
         self._follow(self._params())
         models = [lone.state_dict() for lone in self.lone]
-        return defaultdict(dict, models=models, shapes=self._shapes(), dtypes=self._dtypes())
+        return defaultdict(dict, models=models, shapes=self._shapes(), dtypes=self._dtypes(), forms=_forms(models))
 
     def _shapes(self) -> list[tuple[int, ...]]:
         return [tuple(param.shape) for param in self._params()]
@@ -102,27 +127,65 @@ class ViewsOptimizer(BatchOptimizer):
     def _dtypes(self) -> list[str]:
         return [str(param.dtype) for param in self._params()]  # as words, which torch.load takes from strangers
 
-    def _check_state(self, state: dict[Any, Any]) -> None:
+    def _check_state(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
         expected = self._shapes()
         shapes = [tuple(shape) for shape in state.get("shapes", ())]
         if shapes != expected:
-            raise ValueError(
-                f"Expected the state of {self.optimizer_cls.__name__} for parameters of shapes {expected}, got one for "
-                f"{shapes}: load the state into the optimizer and the architecture that it was saved from."
-            )
+            raise self._foreign(f"parameters of shapes {expected}", f"one for {shapes}")
+        models, mine = state.get("models", ()), [group["params"] for group in self.lone[0].state_dict()["param_groups"]]
+        numbered = [[list(group["params"]) for group in one["param_groups"]] for one in models]
+        if numbered != [mine] * self.num_models:
+            raise self._foreign(f"{self.num_models} models with parameters numbered {mine}", numbered)
+        # A class keeps what it likes, so its state is whole if it has the form that was noted when it was saved.
+        forms = _forms(models)
+        for m, (form, noted) in enumerate(zip(forms, state.get("forms") or [None] * len(forms), strict=True)):
+            if form != noted:
+                raise self._foreign(f"a model that keeps {noted}", f"{form} for model {m}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "state": self._gather()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # also called by torch's load_state_dict
-        if "lone" not in self.__dict__:  # a copy, whose parameters are not those that the original's views are of
+        whole, saved = {**state, "state": defaultdict(dict)}, state["state"]
+        if "lone" in self.__dict__:  # called by torch's load_state_dict
+            self._load_models(saved)
+            super().__setstate__(whole)
+        else:  # a copy, whose parameters are not those that the original's views are of
+            super().__setstate__(whole)
             params = [group["params"] for group in self.groups_of(0)]
             self.lone = _over_views(params, self.optimizer_cls, self._configs)
-        exactly = self.state["dtypes"] == self._dtypes()  # type: ignore[index]
-        for lone, saved in zip(self.lone, self.state["models"], strict=True):  # type: ignore[index]
-            _load(lone, saved, exactly)
-        self.state = defaultdict(dict)
+            self._load_models(saved)
+        for m, lone in enumerate(self.lone):
+            for own, group in zip(lone.param_groups, self.groups_of(m), strict=True):
+                own.update(numbers_of(group))
+        self._adopt_groups()
+
+    def _load_models(self, saved: dict[str, Any]) -> None:
+        exactly = saved["dtypes"] == self._dtypes()
+        before = copy.deepcopy([lone.state_dict() for lone in self.lone])
+        try:
+            for lone, state in zip(self.lone, saved["models"], strict=True):
+                _load(lone, state, exactly)
+        except Exception:  # from a class's own way to load, when some models are loaded already
+            for lone, state in zip(self.lone, before, strict=True):
+                _load(lone, state, exactly=True)
+            raise
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _forms(models: Sequence[dict[str, Any]]) -> list[dict[Any, Any]]:
+    """Return names, shapes and dtypes of what M lone optimizers keep for each parameter."""
+
+    def form(value: Any) -> Any:
+        return [list(value.shape), str(value.dtype)] if isinstance(value, Tensor) else type(value).__name__
+
+    def forms(kept: Any) -> Any:
+        return {name: form(value) for name, value in kept.items()} if isinstance(kept, dict) else form(kept)
+
+    return [{key: forms(kept) for key, kept in model["state"].items()} for model in models]
 
 
 def _over_views(

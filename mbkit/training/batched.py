@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..batch.clip import norm_limits
 from ..batch.context import context_of
 from ..batch.freeze import check_on_nonfinite
+from ..optim.ownership import check_scheduler, check_trains
 from .evaluation import batch_accuracy, evaluate
 from .history import History, Step
 from .loop import Pairs, check_run, check_schedule, count_steps, make_schedule, walk
@@ -75,7 +77,8 @@ def fit(
 
     Raises:
         TypeError: an optimizer, scheduler or batches of the wrong kind, or an iterator that would be used up.
-        ValueError: fewer than 1 epoch, an empty walk, or what ModelBatch refuses.
+        ValueError: fewer than 1 epoch, an empty walk, an optimizer or a scheduler that belongs to another batch, or
+            what ModelBatch refuses.
 
     Example:
         >>> import torch
@@ -151,9 +154,13 @@ def train_steps(
             "create one by OptimizerFactory(...).create_optimizer(batch, ...)."
         )
     check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
+    check_trains(optimizer, batch)
     check_on_nonfinite(on_nonfinite, optimizer)
+    if max_norm is not None:
+        norm_limits(max_norm, batch.num_models)
     check_chunk_size(chunk_size)
     schedule = check_schedule(scheduler) if hasattr(scheduler, "step") else make_schedule(scheduler, optimizer)
+    check_scheduler(schedule, optimizer)
     run = Stepper(batch, optimizer, loss_fn, max_norm, shared_targets, on_nonfinite, chunk_size, compile)
 
     def steps() -> Iterator[Step]:

@@ -94,7 +94,7 @@ class CompiledStep:
             return None
         losses, outputs = program(self._kept, leaves)
         context_of(self.batch).latest_losses = losses
-        self.optimizer._opt_called = True  # what torch's schedulers look at
+        self.optimizer.note_step()
         return losses, outputs
 
     def _program(self, leaves: list, spec: Any) -> _Program:
@@ -126,7 +126,7 @@ class CompiledStep:
         """Look at the values again, unless they and the batch's tensors are as they were at the last step."""
         template = context_of(self.batch).template
         check_step(self.batch, self.optimizer)
-        for columns in self.optimizer._columns:
+        for columns in self.optimizer.columns:
             columns.refresh()
         if self._guards is not None and self._guards.same:
             return
@@ -146,7 +146,7 @@ class CompiledStep:
         forms = tuple(_form(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
         numbers = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         modes = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype())
-        flags = tuple(columns.on(name) for columns in self.optimizer._columns for name in columns.names)
+        flags = tuple(columns.on(name) for columns in self.optimizer.columns for name in columns.names)
         return forms, modes, flags, self._form, repr((spec, numbers))  # a number may have no hash
 
 
@@ -222,10 +222,10 @@ class _Program:
     def _sources(self, kept: list[Tensor]) -> list[Mapping[str, Tensor]]:
         """Return where states and columns are: the dicts of the last step, unless others have taken their places."""
         optimizer = self._optimizer
-        if self.sources is None or self._columns is not optimizer._columns or not self._have_states():
-            self._columns, self._states, self.sources = optimizer._columns, [], []
+        if self.sources is None or self._columns is not optimizer.columns or not self._have_states():
+            self._columns, self._states, self.sources = optimizer.columns, [], []
             for params, columns in optimizer.alike([kept[i] for i in self._reached or ()]):
-                states = [optimizer._prepare(p, columns) for p in params]
+                states = [optimizer.prepare(p, columns) for p in params]
                 self._states += [(p, state) for p, state in zip(params, states, strict=True) if state]
                 self.sources += [*states, columns.at(params).columns]
         return self.sources
@@ -249,10 +249,10 @@ class _Program:
     def _step_of(self, *tensors: Tensor) -> list[Tensor]:
         """Make the step on stand-ins for its tensors; the operators are recorded."""
         step, remaining = self._step, iter(tensors)
-        whole, optimizer, rule = context_of(step.batch), step.optimizer, step.optimizer._rule
+        whole, optimizer, rule = context_of(step.batch), step.optimizer, step.optimizer.rule
         lots = []
         for params, columns in optimizer.alike([self._kept[i] for i in self._reached or ()]):
-            states = [_fill(optimizer._prepare(p, columns), remaining) for p in params]
+            states = [_fill(optimizer.prepare(p, columns), remaining) for p in params]
             h = columns.at(params)
             lots.append((params, states, _fill(h.columns, remaining), h.flags))
         kept = list(islice(remaining, len(self._kept)))

@@ -60,10 +60,11 @@ def make_schedule(scheduler: Any, optimizer: Any) -> Any:
 
 def check_schedule(schedule: Any) -> Any:
     """Return `schedule`, unless its step needs a number that only the user can choose."""
-    if isinstance(schedule, ReduceLROnPlateau):
+    if any(isinstance(one, ReduceLROnPlateau) for one in (schedule if isinstance(schedule, list) else [schedule])):
         raise TypeError(
             "Expected a scheduler that steps by itself, got ReduceLROnPlateau, whose step needs a measurement: "
-            "call its step in a callback."
+            "call its step in a callback. For a batch make one per model, schedulers = OptimizerFactory."
+            "create_lr_scheduler(optimizer, ReduceLROnPlateau, {...}), and call schedulers.step(losses) with M losses."
         )
     return schedule
 

@@ -49,9 +49,7 @@ def batch_step(
         stop_nonfinite(batch, losses, on_nonfinite)
     if max_norm is not None:
         batch.clip_grad_norm_(max_norm)
-    optimizer.one_by_one = isinstance(chunks, OneByOne)
     optimizer.step()
-    optimizer.one_by_one = False
     return losses, outputs
 
 

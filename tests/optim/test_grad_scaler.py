@@ -168,10 +168,10 @@ def test_disabled_it_does_nothing():
 def test_refusals():
     batch, optimizer = batch_of(build())
     scaler = GradScaler()
-    with pytest.raises(ValueError, match=r"Expected the losses \[M\], one a model, got \[\]: pass what compute_loss"):
+    with pytest.raises(ValueError, match=r"Expected the losses \[M\], one per model, got \[\]: pass what compute_loss"):
         scaler.scale(torch.ones(()))
     scaler.scale(torch.ones(M))
-    with pytest.raises(ValueError, match=r"Expected the losses \[4\], one a model, got \[3\]"):
+    with pytest.raises(ValueError, match=r"Expected the losses \[4\], one per model, got \[3\]"):
         scaler.scale(torch.ones(3))
     with pytest.raises(TypeError, match="Expected an optimizer of OptimizerFactory's for 4 models, got SGD"):
         scaler.step(optim.SGD(batch.parameters(), lr=0.1))

@@ -6,8 +6,18 @@ import copy
 
 import pytest
 import torch
-from test_optim_rules import TABLE, M, config_of, largest_difference, step_alone, step_batch
-from test_optim_views import GlobalNorm, every_class, same, start
+from optimizers import (
+    TABLE,
+    GlobalNorm,
+    M,
+    config_of,
+    every_class,
+    largest_difference,
+    same,
+    start,
+    step_alone,
+    step_batch,
+)
 from torch import nn, optim
 
 from mbkit import ModelBatch
@@ -206,7 +216,7 @@ def test_rules_never_read_a_value_in_python(cls: type) -> None:
     hyperparameters = TABLE[cls][-1]
     _, batch, optimizer = start(cls, hyperparameters)
     step_batch(optimizer, batch, range(1))
-    (columns,) = optimizer._columns
+    (columns,) = optimizer.columns
     columns.refresh()
     params = list(batch.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():

@@ -7,8 +7,18 @@ import pickle
 
 import pytest
 import torch
-from test_optim_rules import M, config_of, gradients, largest_difference, shapes, step_alone, step_batch
-from test_optim_views import GlobalNorm, every_class, same
+from optimizers import (
+    GlobalNorm,
+    M,
+    config_of,
+    every_class,
+    gradients,
+    largest_difference,
+    same,
+    shapes,
+    step_alone,
+    step_batch,
+)
 from torch import nn, optim
 
 from mbkit import MLP, ModelBatch

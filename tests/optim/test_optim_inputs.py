@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_optim_rules import M, shapes
-from test_optim_views import GlobalNorm
+from optimizers import GlobalNorm, M, shapes
 from torch import nn, optim
 
 from mbkit import ModelBatch
@@ -106,7 +105,7 @@ REFUSALS = [
     ({"base": {"fused": True}}, ValueError, "Got fused=True in base_config"),
     ({"configs": [{}, {"capturable": True}, {}]}, ValueError, "Got capturable=True in the config of model 1"),
     ({"cls": optim.ASGD, "differentiable": True}, ValueError, "Got differentiable=True"),
-    ({"cls": optim.LBFGS}, TypeError, "LBFGS evaluates its closure .* make one a model, over batch.models"),
+    ({"cls": optim.LBFGS}, TypeError, "LBFGS evaluates its closure .* make one per model, over batch.models"),
     ({"cls": Adamish}, TypeError, "Adamish evaluates its closure"),
     ({"cls": optim.Optimizer}, TypeError, "Expected the class that trains one model alone"),
     ({"cls": "Adam"}, TypeError, "Expected a class of torch.optim, such as torch.optim.Adam, got 'Adam'"),

@@ -8,8 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_optim_rules import M, Shapes, config_of, largest_difference, step_alone, step_batch
-from test_optim_views import GlobalNorm, every_class, same, start
+from optimizers import (
+    GlobalNorm,
+    M,
+    Shapes,
+    config_of,
+    every_class,
+    largest_difference,
+    same,
+    start,
+    step_alone,
+    step_batch,
+)
 from torch import nn, optim
 
 from mbkit import ModelBatch

@@ -3,51 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from test_optim_rules import TABLE, M, config_of, largest_difference, shapes, step_alone, step_batch
+from optimizers import RATES, VIEWED, GlobalNorm, M, config_of, largest_difference, start, step_alone, step_batch
+from oracle import SEEDS, assert_same_parameters, batches, train_alone
 from torch import nn, optim
 
-from mbkit import ModelBatch
+from mbkit import ModelBatch, fit
 from mbkit.optim import OptimizerFactory
-
-LR = {"lr": [0.1, 0.03, 0.01, 0.003]}
-
-
-class SignAdam(optim.Adam):
-    """A subclass with a step of its own, which an Adam rule would get wrong."""
-
-    @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.sub_(p.grad.sign(), alpha=group["lr"])
-
-
-class SubNAdam(optim.NAdam):
-    """A subclass of a class that keeps a float32 number beside float64 parameters."""
-
-
-class GlobalNorm(optim.Optimizer):
-    """Its step size depends on all groups at once, and it writes what it found into its group."""
-
-    def __init__(self, params: list, lr: float, norm_type: float = 2.0) -> None:
-        super().__init__(params, {"lr": lr})
-        self.norm_type = norm_type  # an attribute, not in any group
-
-    @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.stack([torch.linalg.vector_norm(g, self.norm_type) for g in grads]).norm()
-        for group in self.param_groups:
-            group["largest"] = max(group.get("largest", 0.0), norm.item())
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.sub_(p.grad / norm, alpha=group["lr"] / group["largest"])
 
 
 class Matrices(nn.Module):
@@ -58,37 +23,11 @@ class Matrices(nn.Module):
         self.first, self.second = (nn.Parameter(torch.randn(5, 3, dtype=dtype)) for _ in range(2))
 
 
-VIEWED = [
-    (optim.ASGD, {**LR, "lambd": [1e-4, 0.1, 0.0, 0.01], "alpha": [0.75, 0.5, 1.0, 0.1], "t0": [0, 5, 10, 1e6]}),
-    (optim.Rprop, {**LR, "etas": [(0.5, 1.2), (0.3, 1.5), (0.9, 1.1), (0.5, 2.0)], "maximize": [True, False] * 2}),
-    (optim.Adafactor, {**LR, "weight_decay": [0.0, 0.1, 0.2, 0.3], "d": [1.0, 4.0, 2.0, 1.5]}),
-    (SignAdam, LR),
-    (SubNAdam, {**LR, "momentum_decay": [4e-3, 0.0, 0.1, 1.0]}),
-    (GlobalNorm, {**LR, "norm_type": [2.0, 1.0, math.inf, 3.0]}),
-]
-
-
 every_viewed = pytest.mark.parametrize("case", VIEWED, ids=lambda case: case[0].__name__)
 
 
 def lone_of(cls: type, hyperparameters: dict, models: list[nn.Module]) -> list[optim.Optimizer]:
     return [cls(model.parameters(), **config_of(hyperparameters, m)) for m, model in enumerate(models)]
-
-
-def start(cls: type, hyperparameters: dict, dtype: torch.dtype = torch.float32):
-    """Return M models, a batch of them, and its optimizer."""
-    models = shapes(dtype)
-    batch = ModelBatch(models)
-    return models, batch, OptimizerFactory(cls).create_optimizer(batch, **hyperparameters)
-
-
-def same(first: ModelBatch, second: ModelBatch) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
-
-
-# For other files: each class once, its hyperparameters differing between the models as much as they can.
-ALL = [(cls, variants[-1]) for cls, variants in TABLE.items()] + VIEWED
-every_class = pytest.mark.parametrize("case", ALL, ids=lambda case: case[0].__name__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -161,8 +100,8 @@ def test_autograd_notices_the_update(moved: bool) -> None:
 def test_muon_equals_lone_runs() -> None:
     models = [Matrices(torch.float64) for _ in range(M)]
     batch = ModelBatch(models)
-    optimizer = OptimizerFactory(optim.Muon).create_optimizer(batch, **LR)
-    lone = lone_of(optim.Muon, LR, models)
+    optimizer = OptimizerFactory(optim.Muon).create_optimizer(batch, **RATES)
+    lone = lone_of(optim.Muon, RATES, models)
     for step in range(5):
         g = torch.randn(2, M, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         for i, name in enumerate(("first", "second")):
@@ -173,3 +112,66 @@ def test_muon_equals_lone_runs() -> None:
         for one in lone:
             one.step()
     assert largest_difference(batch, models) == 0
+
+
+class Langevin(optim.Optimizer):
+    """SGLD: each step adds noise to the parameters."""
+
+    def __init__(self, params: list, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad, alpha=self.param_groups[0]["lr"]).add_(torch.randn_like(p), alpha=0.1)
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_noise_in_a_step_comes_from_the_models_own_stream(count: int) -> None:
+    """Dropout in the forward pass and noise in the step draw in turn from one stream, as they do alone."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)).double() for _ in range(count)]
+    data = batches(own=False)
+    batch = ModelBatch(models, seeds=SEEDS[:count])
+    optimizer = OptimizerFactory(Langevin).create_optimizer(batch, lr=0.05)
+    state = torch.get_rng_state()
+    fit(batch, optimizer, data[:3], nn.functional.mse_loss, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    batch.freeze(1)
+    kept = batch.streams.on("cpu")[1].get_state()
+    fit(batch, optimizer, data[3:], nn.functional.mse_loss, progress=False)
+    assert torch.equal(batch.streams.on("cpu")[1].get_state(), kept)
+    for m, model in enumerate(models):
+        steps = data[:3] if m == 1 else data
+        train_alone([model], steps, seeds=[SEEDS[m]], optimizer_cls=Langevin, configs={"lr": 0.05})
+    assert_same_parameters(batch.models, models, 1e-12)
+
+
+class Scheduled(optim.SGD):
+    """Writes its mode into its groups, as schedule-free optimizers do, and takes lr=None, as T5's Adafactor does."""
+
+    def __init__(self, params: list, lr: float | None = None) -> None:
+        super().__init__(params, 0.1 if lr is None else lr)
+        for group in self.param_groups:
+            group["training"] = False
+
+    def train(self) -> None:
+        for group in self.param_groups:
+            group["training"] = True
+
+    def step(self, closure: Callable | None = None) -> None:
+        assert all(group["training"] for group in self.param_groups)
+        super().step(closure)
+
+
+def test_what_a_lone_optimizer_writes_into_its_own_groups_stays() -> None:
+    batch = ModelBatch([nn.Linear(2, 1) for _ in range(3)])
+    optimizer = OptimizerFactory(Scheduled).create_optimizer(batch, lr=None)
+    for lone in optimizer.lone:
+        lone.train()
+    batch(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert [group["training"] for group in optimizer.param_groups] == [True] * 3
+    optimizer.param_groups[1]["lr"] = 0.5
+    optimizer.step()
+    assert [lone.param_groups[0]["lr"] for lone in optimizer.lone] == [0.1, 0.5, 0.1]

@@ -282,16 +282,13 @@ def test_casts_of_weights_are_not_kept_over_an_update():
             assert torch.equal(loss[m], expected.detach())
 
 
-def test_adam_goes_one_by_one_too_and_only_then():
+def test_adam_goes_one_by_one_too():
     models, pairs = [model.float() for model in models_of()], [(x.float(), y) for x, y in data()]
     batch = ModelBatch(models, seeds=range(M))
     optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES)
     batch_step(batch, optimizer, *pairs[0], cross_entropy)
-    assert not optimizer._fused  # the rule that has the bits of torch's for-loop
     for x, y in pairs[1:]:
         batch_step(batch, optimizer, x, y, cross_entropy, chunks=OneByOne(batch))
-    assert optimizer._fused
-    assert not optimizer.one_by_one
     for m, model in enumerate(models):
         train_alone(model, m, pairs)
         for name, p in model.named_parameters():

@@ -1,0 +1,79 @@
+"""Does this optimizer train this batch, does this scheduler move this optimizer, and does either mix the models?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .base import BatchOptimizer
+from .schedulers import ModelOptimizer
+
+__all__ = ["check_scheduler", "check_trains"]
+
+# Classes whose update of one number depends on others in its tensor, by a norm, a mean, a product of matrices.
+_OVER_TENSORS = set(
+    """adafactor adalomo came dadaptadagrad dadaptadam dadaptlion dadaptsgd distributedshampoo fromage fusedlamb
+    fusedlars fusednovograd galoreadamw lamb larc lars lbfgs muon muonwithauxadam novograd nvlamb nvnovograd prodigy
+    shampoo singledevicemuon singledevicemuonwithauxadam sm3 soap""".split()
+)
+
+
+def check_trains(optimizer: Any, batch: nn.Module) -> None:
+    """Refuse an optimizer that holds none of the batch's parameters; warn of one that would mix the models.
+
+    An optimizer of torch's over `batch.parameters()` trains each model as alone if its update works number by number.
+
+    Args:
+        optimizer: from OptimizerFactory, one of torch's, or anything without `param_groups`, of which nothing is known.
+        batch: a ModelBatch.
+
+    Raises:
+        ValueError: training would change nothing.
+    """
+    name = getattr(optimizer, "optimizer_cls", type(optimizer)).__name__
+    groups = getattr(optimizer, "param_groups", None)
+    mine, create = {id(param) for param in batch.parameters()}, f"OptimizerFactory({name}).create_optimizer(batch, "
+    if groups is None or not mine:
+        return
+    if any(id(param) in mine for group in groups for param in group["params"]):
+        if isinstance(optimizer, BatchOptimizer):
+            return
+        if any(cls.__name__.lower() in _OVER_TENSORS for cls in type(optimizer).__mro__):
+            warnings.warn(
+                f"{name} takes norms or means over whole tensors, and the batch's are [{batch.num_models}, ...]: it "
+                f"mixes the models. {create}...) trains each as alone.",
+                stacklevel=3,
+            )
+        if not all(group["params"] for group in groups):
+            warnings.warn(
+                f"{name} has a group without parameters. If they were chosen by their dimensions: the batch's have one "
+                f"more, M. {create}groups=[{{'params': lambda name, p: p.ndim < 2, ...}}, ...]) shows them as alone.",
+                stacklevel=3,
+            )
+        return
+    raise ValueError(
+        f"Expected an optimizer of this batch's parameters, got {name} over others, so nothing would be trained: after "
+        "a new ModelBatch, create the optimizer anew, by OptimizerFactory(...).create_optimizer(batch, ...)."
+    )
+
+
+def check_scheduler(scheduler: Any, optimizer: Any) -> None:
+    """Refuse an lr scheduler of another optimizer. A scheduler that names no optimizer is left alone.
+
+    Raises:
+        ValueError: its steps would change no learning rate of `optimizer`.
+    """
+    of = getattr(scheduler, "optimizer", None)
+    of = of.whole if isinstance(of, ModelOptimizer) else of
+    groups = getattr(optimizer, "param_groups", None)
+    if of is None or groups is None or of is optimizer or getattr(of, "param_groups", None) is groups:
+        return
+    name = type(scheduler[0] if isinstance(scheduler, Sequence) else scheduler).__name__
+    raise ValueError(
+        f"Expected a scheduler of this optimizer, got {name} of another {type(of).__name__}, so no learning rate would "
+        "change: create the scheduler anew from this optimizer, or pass a function that does, such as "
+        f"lambda optimizer: {name}(optimizer, ...)."
+    )
