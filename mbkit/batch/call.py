@@ -222,7 +222,7 @@ def at_once(
     """Run a function of the interception and one model's tensors for all models at once."""
     device = tensors[0].device if tensors else torch.device("cpu")
     index = torch.arange(context.num_models, device=device)
-    facts = (context.num_models, context.streams, device, context.per_model_settings, context.folding)
+    facts = (context.num_models, context.streams, device, context.per_model_settings, context.folding, context.traced)
 
     def with_rules(index: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
         with Interception(index, *facts) as mode:

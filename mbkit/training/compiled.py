@@ -266,7 +266,8 @@ class _Program:
         template = copy_module(self._template, twins)
         before = read_state(template)
         attributes = [twins[id(t)] for t in whole.attributes]
-        context = replace(whole, template=template, attributes=attributes, streams=draws, slow_losses=set())
+        mine = {"template": template, "attributes": attributes, "streams": draws, "slow_losses": set()}
+        context = replace(whole, **mine, traced=True)
         args, kwargs = arguments(x)
         with torch.enable_grad():
             outputs, after, _ = attempt(context, before, args, kwargs, whole.shared_input)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from .graph_pooling import keep, look_up_pooling
-
 __all__ = ["improve"]
 
 _VECTOR = 16  # numbers in a CPU's longest vector
@@ -21,10 +19,9 @@ _OF_MEMORY = {aten.as_strided.default, aten.as_strided_.default, aten.as_strided
 
 def improve(graph: Graph) -> None:
     """Change the graph of a step in place, for speed; leave it as it is where the order in memory may count."""
-    _keep_columns(graph)
+    _keep_what_is_read_often(graph)
     if _minds_memory(graph):
         return
-    look_up_pooling(graph)
     _split_bias(graph)
     _turn_products(graph)
     _turn_sums(graph)
@@ -55,11 +52,17 @@ def _minds_memory(graph: Graph) -> bool:
     return False
 
 
-def _keep_columns(graph: Graph) -> None:
-    """Round each of the models' hyperparameters once; a million weights would each work out a bias correction anew."""
+def _keep_what_is_read_often(graph: Graph) -> None:
+    """Return some small things beside the results, so that they are computed once, and not anew by all that use them.
+
+    These are the models' hyperparameters, rounded (a million weights would each work out a bias correction anew), and
+    the places that pooling looks up.
+    """
+    (output,) = graph.find_nodes(op="output")
     for node in graph.find_nodes(op="call_function", target=aten._to_copy.default):
-        if isinstance(node.args[0], Node) and node.args[0].meta["val"].dtype is torch.float64:
-            keep(graph, node)
+        source = node.args[0].meta["val"].dtype if isinstance(node.args[0], Node) else None
+        if source is torch.float64 or node.meta["val"].dtype is torch.int8:
+            output.args = ([*output.args[0], node],)
 
 
 def _split_bias(graph: Graph) -> None:

@@ -17,7 +17,7 @@ from .autocast import call_cast
 from .errors import BatchingError
 from .operator_loop import edits_in_place, model_by_model
 from .per_model import PerModel
-from .rules import convolution, embedding, linear, losses, randomness, recurrent
+from .rules import convolution, embedding, linear, losses, pooling, randomness, recurrent
 from .rules import data_dependent as reads
 from .rules.randomness import Streams
 
@@ -61,6 +61,7 @@ class Interception(TorchFunctionMode):
         device: where the models are.
         per_model_settings: whether some module has a `PerModel` setting; spares looking for them otherwise.
         folding: whether convolutions may fold the models into their channels.
+        traced: whether the pass is traced to be compiled, so that some rules emit what the compiler makes fast.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Interception(TorchFunctionMode):
         device: torch.device,
         per_model_settings: bool,
         folding: bool,
+        traced: bool = False,
     ) -> None:
         super().__init__()
         self.index = index
@@ -81,6 +83,8 @@ class Interception(TorchFunctionMode):
         # With one model a folded activation could not be told from a channels_last one, and gains nothing.
         self.folding = folding and num_models > 1 and device.type == "cpu"
         self.folded = False  # whether a convolution has folded in this pass
+        self.traced = traced
+        self.rectified: dict[int, tuple] = {}  # of a traced pass; see rules/pooling
         self.paused = False
         self.hooks = _saved_tensors_hooks(True)  # those of the caller's, which pack whole stacks
         self.copies: set[int] = set()  # storages of copies that are views alone
@@ -119,6 +123,10 @@ class Interception(TorchFunctionMode):
         return self._apply_rule(function, args, kwargs)
 
     def _apply_rule(self, function: Any, args: tuple, kwargs: dict) -> Any:
+        if self.traced and function in pooling.RULES_WHEN_TRACED:
+            result = pooling.RULES_WHEN_TRACED[function](self, function, args, kwargs)
+            if result is not NotImplemented:
+                return result
         rule = RULES.get(function)
         if rule is not None:
             return rule(self, function, args, kwargs)
