@@ -13,6 +13,7 @@ from torch import nn, optim
 from mbkit import BatchingError, ModelBatch, OptimizerFactory, fit, train_steps
 from mbkit.batch.context import context_of
 from mbkit.optim.stacked import _BLOCK
+from mbkit.training.compilable import check_step
 
 STEPS = 8
 CLASSES = [
@@ -287,3 +288,24 @@ def test_in_chunks(chunk_size):
         for name, expected in ends[0][0][m].items():
             torch.testing.assert_close(ends[1][0][m][name], expected, rtol=0, atol=1e-12, equal_nan=True)
         assert torch.equal(ends[0][1][m], ends[1][1][m])
+
+
+def test_where_nobody_is_lost_nothing_is_left_behind():
+    """Neither an entry in the state, nor a mask of nobody, for which the next run would not be compiled."""
+    batch = ModelBatch([nn.Linear(3, 2) for _ in range(5)])
+    optimizer = OptimizerFactory(optim.Adam).create_optimizer(batch, lr=0.1)
+    pairs = [(torch.randn(B, 3), torch.randn(B, 2)) for _ in range(3)]
+    keys = batch.state_dict().keys()
+    history = fit(batch, optimizer, pairs, nn.functional.mse_loss, on_nonfinite="freeze", progress=False)
+    assert history.frozen == []
+    assert context_of(batch).frozen is None
+    assert batch.state_dict().keys() == keys
+    check_step(batch, optimizer)
+
+
+def test_a_mask_of_nobody_is_dropped_when_it_is_read():
+    """On an accelerator nothing waits for the mask, so it may be one of nobody."""
+    batch = ModelBatch(build())
+    context_of(batch).frozen = torch.zeros(M, dtype=torch.bool)
+    assert batch.frozen == []
+    assert context_of(batch).frozen is None

@@ -189,3 +189,37 @@ def test_refusals():
     scaler.unscale_(optimizer)
     with pytest.raises(RuntimeError, match="already been called"):
         scaler.unscale_(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        *(({"init_scale": value}, ValueError) for value in (0, -1.0, torch.nan, torch.inf)),
+        *(({"init_scale": value}, TypeError) for value in ("1", None)),
+        *(({"growth_factor": value}, ValueError) for value in (1.0, torch.nan, torch.inf)),
+        *(({"backoff_factor": value}, ValueError) for value in (0.0, 1.0, torch.nan)),
+        ({"growth_factor": "2"}, TypeError),
+        ({"growth_interval": 0}, ValueError),
+        ({"growth_interval": 2.5}, TypeError),
+    ],
+    ids=str,
+)
+def test_scales_with_which_nothing_trains_are_refused(settings, error):
+    with pytest.raises(error, match="Expected"):
+        GradScaler(**settings)
+
+
+@pytest.mark.parametrize(
+    "scale", [0.0, -1.0, torch.nan, [1.0, 2.0, 0.0, 1.0], torch.tensor([1.0, 1.0, 1.0, torch.inf])]
+)
+def test_nor_can_they_be_set_or_loaded(scale):
+    scaler = GradScaler(init_scale=8.0)
+    scaler.scale(torch.ones(M))
+    with pytest.raises(ValueError, match="Expected finite scales above 0"):
+        scaler.update(scale)
+    state = scaler.state_dict()
+    with pytest.raises(ValueError, match="Expected finite scales above 0"):
+        scaler.load_state_dict({**state, "growth_factor": 5.0, "scale": scale})
+    with pytest.raises(ValueError, match=r"Expected one scale or 4"):
+        scaler.load_state_dict({**state, "growth_factor": 5.0, "scale": 2.0, "_growth_tracker": [0]})
+    assert scaler.state_dict() == state

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from optimizers import (
+    ALL,
+    TABLE,
+    VIEWED,
     GlobalNorm,
     M,
     Shapes,
@@ -160,3 +164,119 @@ def test_a_state_from_before_a_flag_existed_is_loaded() -> None:
     optimizer.load_state_dict(state)
     step_batch(optimizer, batch, range(1))
     assert [group["maximize"] for group in optimizer.param_groups] == [False] * M
+
+
+def damages(state: dict, i: int) -> dict[str, Callable[[], object]]:
+    """Return ways to damage the state of a stacked optimizer, each in place."""
+    own, groups = state["state"][i], state["param_groups"]
+    name = next(name for name, value in own.items() if value.dim() > 1)
+    count = next(name for name, value in own.items() if value.dim() == 1)
+    return {
+        "no such keys": lambda: state.clear(),
+        "swapped numbers": lambda: groups[0].update(params=groups[0]["params"][::-1]),
+        "a number twice": lambda: groups[0].update(params=[0, *groups[0]["params"][:-1]]),
+        "an unknown number": lambda: state["state"].update({99: own}),
+        "no moment": lambda: own.pop(name),
+        "no count": lambda: own.pop(count),
+        "another name": lambda: own.update(other=own.pop(name)),
+        "another shape": lambda: own.update({name: own[name][..., :1]}),
+        "another order of dimensions": lambda: own.update({name: own[name].mT}),
+        "counts of one model": lambda: own.update({count: own[count][:1]}),
+        "whole numbers": lambda: own.update({name: own[name].long()}),
+        "complex numbers": lambda: own.update({name: own[name].to(torch.complex64)}),
+        "no memory": lambda: own.update({name: own[name].to("meta")}),
+        "sparse": lambda: own.update({name: own[name].to_sparse()}),
+        "no tensor": lambda: own.update({count: 3.0}),
+        "a model without lr": lambda: groups[2].pop("lr"),
+        "lr of another form": lambda: groups[2].update(lr="0.1"),
+    }
+
+
+def equal(a: object, b: object) -> bool:
+    """Compare nested dicts and lists, their tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+KINDS = sorted(damages({"state": {0: {"a": torch.ones(1, 1), "b": torch.ones(1)}}, "param_groups": []}, 0))
+STACKED = [case for case in ALL if case[0] in TABLE]
+
+
+@pytest.mark.parametrize("case", STACKED, ids=lambda case: case[0].__name__)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_state_changes_nothing(case: tuple[type, dict], kind: str) -> None:
+    _, batch, optimizer = start(*case)
+    step_batch(optimizer, batch, range(2))
+    damaged = copy.deepcopy(optimizer.state_dict())
+    damages(damaged, 2)[kind]()
+    step_batch(optimizer, batch, range(2, 3))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises((ValueError, TypeError), match="Expected"):
+        optimizer.load_state_dict(damaged)
+    assert equal(optimizer.state_dict(), before)
+    step_batch(optimizer, batch, range(3, 4))
+
+
+@pytest.mark.parametrize("kind", ["a name less", "swapped numbers", "another shape", "a model less", "no such keys"])
+@pytest.mark.parametrize("case", [case for case in VIEWED if case[0] in (optim.ASGD, optim.Adafactor)], ids=str)
+def test_a_damaged_state_of_lone_optimizers_changes_nothing(case: tuple[type, dict], kind: str) -> None:
+    _, batch, optimizer = start(*case)
+    step_batch(optimizer, batch, range(2))
+    damaged = copy.deepcopy(optimizer.state_dict())
+    models = damaged["state"]["models"]
+    own, groups = models[2]["state"][2], models[2]["param_groups"]
+    name = next(name for name, value in own.items() if value.dim() > 1)
+    {
+        "a name less": lambda: own.pop(name),
+        "swapped numbers": lambda: groups[0].update(params=groups[0]["params"][::-1]),
+        "another shape": lambda: own.update({name: own[name][:1]}),
+        "a model less": lambda: models.pop(),
+        "no such keys": lambda: damaged.clear(),
+    }[kind]()
+    step_batch(optimizer, batch, range(2, 3))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="Expected"):
+        optimizer.load_state_dict(damaged)
+    assert equal(optimizer.state_dict(), before)
+
+
+class Picky(optim.Rprop):
+    """A class with a way to load that refuses a state when other models have loaded theirs."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        if state_dict["param_groups"][0]["lr"] == 0.01:
+            raise RuntimeError("not this one")
+        super().load_state_dict(state_dict)
+
+
+def test_all_lone_optimizers_load_or_none() -> None:
+    _, batch, optimizer = start(Picky, {"lr": LR})
+    step_batch(optimizer, batch, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    for m in range(M):
+        optimizer.param_groups[m]["lr"] = 0.5
+    step_batch(optimizer, batch, range(2, 3))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="not this one"):
+        optimizer.load_state_dict(state)
+    assert equal(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"), [(optim.Adam, "amsgrad"), (optim.RMSprop, "centered"), (optim.SGD, "momentum")]
+)
+def test_what_was_switched_on_before_saving_is_loaded(cls: type, name: str) -> None:
+    _, batch, optimizer = start(cls, {"lr": LR, **({"momentum": [0.9, 0, 0, 0]} if cls is optim.SGD else {})})
+    step_batch(optimizer, batch, range(2))
+    optimizer.param_groups[1][name] = 0.5 if name == "momentum" else True
+    other = ModelBatch(batch.models)
+    loaded = OptimizerFactory(cls).create_optimizer(other)
+    loaded.load_state_dict(optimizer.state_dict())
+    step_batch(optimizer, batch, range(2, 5))
+    step_batch(loaded, other, range(2, 5))
+    assert same(batch, other)
