@@ -40,6 +40,8 @@ from ..vmap import (
 )
 from .context import CallContext
 from .freeze import held
+from .kept import kept_by, turns_in_parts
+from .stack import may_keep
 
 __all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models", "kept_attributes"]
 
@@ -122,7 +124,9 @@ def _keeps(hook: Any) -> bool:
     if isinstance(hook, partial):
         return any(map(_holds, (*hook.args, *hook.keywords.values()))) or _keeps(hook.func)
     owner, function = getattr(hook, "__self__", hook), getattr(hook, "__func__", hook)
-    held = [] if isinstance(owner, (nn.Module, FunctionType)) else list(getattr(owner, "__dict__", {}).values())
+    if may_keep(owner):
+        return True
+    held = []
     if isinstance(function, FunctionType):
         held += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
         held += [*(function.__defaults__ or ())]
@@ -174,7 +178,8 @@ def attempt(
 
     if "" in context.model_by_model:
         flags = [id(t) in stacked for t in kept] + [not shared] * len(places)
-        with context.streams.take_turns(device) as turns:
+        with context.streams.take_turns(device) as turns, kept_by(context).in_parts(context.num_models) as part:
+            turns = turns_in_parts(turns, part)
             output, after, new = call_in_turn(
                 template, before, args, kwargs, turns, lambda run, tensors: run(tensors, flags), whole=True
             )
@@ -183,6 +188,7 @@ def attempt(
         origins = {id(t): t for t in kept}
         kept = [t for t in kept if id(t) in stacked]
         seen: list[State] = []
+        kept_outside = kept_by(context)
 
         def one_model(mode: Interception, *own: Tensor) -> tuple[Tensor, ...]:
             mine = list(leaves)
@@ -194,7 +200,8 @@ def attempt(
                 vars(module)["_call_impl"] = loop_inside(mode, module)
             given = flattened(twin)
             my_args, my_kwargs = tree_unflatten(mine, spec)
-            output = twin(*my_args, **my_kwargs)
+            with kept_outside.under_vmap():
+                output = twin(*my_args, **my_kwargs)
             for module in slow:  # a circle, which would keep tensors alive
                 del vars(module)["_call_impl"]
             check_output(output, template)

@@ -30,6 +30,7 @@ class CallContext:
         frozen: `[M]`, True for the models that are frozen; None for none.
         latest_losses: `[M]`, detached; None before the first.
         slow_losses: the loss functions that vmap cannot run; see `loss_code`.
+        kept: what forward and the latest loss function may keep outside; see `kept_by`.
         steady: by the modules' train/eval flags, the tensors that calls do not edit; see `Memory`.
     """
 
@@ -45,10 +46,12 @@ class CallContext:
     frozen: Tensor | None = None
     latest_losses: Tensor | None = None
     slow_losses: set[Any] = field(default_factory=set)
+    kept: Any = None
     steady: dict[tuple[bool, ...], dict[int, weakref.ref]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"steady": {}, "slow_losses": set()}  # learnt about these very tensors and functions
+        learnt = {"steady": {}, "slow_losses": set(), "kept": None}  # about these very tensors and functions
+        return self.__dict__ | learnt
 
 
 def context_of(batch: nn.Module) -> CallContext:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..vmap import mark_rows, watch_backward
 from .call import NO_FAULT_OF_VMAP, PLAIN_ERRORS, at_once
 from .context import CallContext
 from .freeze import held
+from .kept import kept_by, turns_in_parts
 from .targets import TargetForms
 
 __all__ = ["call_losses", "loss_code", "one_loss"]
@@ -59,28 +61,29 @@ def _losses(
         leaves = [next(remaining) if isinstance(v, Tensor) else v for v in (*output_leaves, *target_leaves)]
         count = len(output_leaves)
         outputs, targets = tree_unflatten(leaves[:count], output_spec), tree_unflatten(leaves[count:], target_spec)
-        return (one_loss(loss_fn, outputs, targets),)
+        with kept.under_vmap() if mode is not None else nullcontext():
+            return (one_loss(loss_fn, outputs, targets),)
 
+    kept = kept_by(context, loss_fn)
     slow, undo = loss_code(loss_fn), context.streams.remember()
+    losses, reason = None, ""
     if slow not in context.slow_losses:
         try:
             losses = at_once(context, one_model, tensors, in_dims)[0]
-            if context.model_by_model or context.slow_losses:  # another may have come to some models only
-                watch_backward([losses], (), context.num_models)
-            return losses
         except NO_FAULT_OF_VMAP:
             raise
         except Exception as error:
             undo()
             reason = str(error).strip().split("\n")[0]
-    else:
-        reason = ""
-    losses = []
     try:
-        with context.streams.take_turns(tensors[0].device) as turns:
-            for m in turns:
-                own = [t if dim is None else t[m] for t, dim in zip(tensors, in_dims, strict=True)]
-                losses += one_model(None, *own)
+        if losses is None:
+            each = []
+            with context.streams.take_turns(tensors[0].device) as turns, kept.in_parts(context.num_models) as part:
+                for m in turns_in_parts(turns, part):
+                    own = [t if dim is None else t[m] for t, dim in zip(tensors, in_dims, strict=True)]
+                    each += one_model(None, *own)
+            losses = mark_rows(torch.stack(each))
+        kept.refuse_trained(losses)
     except Exception as error:
         undo()
         known = type(error) in PLAIN_ERRORS
@@ -88,9 +91,9 @@ def _losses(
     if reason:
         context.slow_losses.add(slow)
         warnings.warn(f"The loss function runs model by model: torch.vmap cannot run it ({reason}).", stacklevel=4)
-    stacked = mark_rows(torch.stack(losses))
-    watch_backward([stacked], (), context.num_models)
-    return stacked
+    if context.model_by_model or context.slow_losses:  # a gradient may come to some models only
+        watch_backward([losses], (), context.num_models)
+    return losses
 
 
 def one_loss(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) -> Tensor:

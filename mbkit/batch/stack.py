@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..vmap import PerModel, copy_module
+from ..vmap import PerModel, PerModelValue, copy_module
 from ..vmap.unwrap import stack_alike
 
-__all__ = ["set_memory_format", "stack_models", "unstack_model"]
+__all__ = ["may_keep", "set_memory_format", "stack_models", "unstack_model"]
 
 
 def stack_models(
@@ -34,9 +35,12 @@ def stack_models(
     for path in sources[0]:
         for kind in ("_forward_hooks", "_forward_pre_hooks"):
             for own in zip(*(getattr(modules[path], kind).values() for modules in sources), strict=True):
-                holder = getattr(own[0], "__self__", own[0])
-                if not isinstance(holder, nn.Module) and all(getattr(h, "__self__", h) is holder for h in own):
-                    replaced[id(holder)] = holder  # one object that watches all models goes on watching them
+                holders = [getattr(hook, "__self__", hook) for hook in own]
+                shared = all(holder is holders[0] for holder in holders)
+                if may_keep(holders[0]):  # objects that watch a model, or one that watches all, go on watching
+                    replaced[id(own[0])] = own[0] if shared else PerModelValue(own)
+                elif shared and not isinstance(holders[0], nn.Module):
+                    replaced[id(holders[0])] = holders[0]
     for path, owner in models[0].named_modules():
         for kind in ("_parameters", "_buffers", "__dict__"):
             for name, tensor in getattr(owner, kind).items():
@@ -60,6 +64,12 @@ def stack_models(
         for name, values in own.items():
             setattr(template.get_submodule(path), name, PerModel(values))
     return template, attributes
+
+
+def may_keep(holder: Any) -> bool:
+    """Say whether a hook, or what it is a method of, is an object of the user's, which may keep what it sees."""
+    of_torch = type(holder).__module__.startswith("torch.")
+    return not of_torch and not isinstance(holder, (nn.Module, FunctionType, partial, ModuleType))
 
 
 def _each_through_its_hooks(hooks: Sequence[dict[int, Callable]], gradient: Tensor) -> Tensor:

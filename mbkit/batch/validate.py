@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..common.checks import did_you_mean, list_of_models, memory_of
 from .reference_cycles import refuse_circles
+from .stack import may_keep
 from .structural_equality import Comparison, Names, held_by
 
 __all__ = ["Settings", "check_models", "check_paths"]
@@ -246,7 +247,8 @@ def _compare_modules(
         if a is b or (name in _HOOKS and not a and not b):
             continue
         if name in _HOOKS:  # one function runs for all models, so it may not keep anything for one of them
-            if not Comparison(names, other_names, strict=True).same(list(a.values()), list(b.values())):
+            own = [[_watcher(hook) for hook in hooks.values()] for hooks in (a, b)]
+            if not Comparison(names, other_names, strict=True).same(*own):
                 what = f"has other {name.strip('_').replace('_', ' ')} {where}"
                 _refuse(m, what, *_contrast([*a.values()], [*b.values()]))
         elif isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -257,6 +259,12 @@ def _compare_modules(
                 settings.setdefault(path, {})[name] = []
             else:
                 _refuse(m, f"has another {name!r} {where}", *_contrast(a, b))
+
+
+def _watcher(hook: Any) -> Any:
+    """Return what two models' hooks have to have in common: where objects keep what they see, each keeps its own."""
+    holder = getattr(hook, "__self__", hook)
+    return (type(holder), getattr(hook, "__func__", None)) if may_keep(holder) else hook
 
 
 def _is_setting(a: Any, b: Any) -> bool:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 
 from ..batch.call import call_models
 from ..batch.context import CallContext, context_of
+from ..batch.kept import kept_by
 from ..batch.loss import call_losses
 from ..batch.model_batch import ModelBatch
 from ..batch.targets import TargetForms, targets_at
@@ -81,7 +82,7 @@ class Chunks:
         if not calls_are_own(batch):
             return backward_at_once(batch, x, y, loss_fn, forms)
         gradients: dict[nn.Parameter, list[list[bool]]] = {}
-        for start, stop, chunk, out in self._calls(x, batch.shared_input):
+        for start, stop, chunk, out in self._calls(x, batch.shared_input, loss_fn):
             targets = y
             some = first_tensor(out)
             if some is not None:  # or else call_losses says what is wrong
@@ -97,26 +98,30 @@ class Chunks:
         context_of(batch).latest_losses = torch.cat(losses)
         return batch.latest_losses, _join(outputs)
 
-    def _calls(self, x: Any, shared_input: bool) -> Iterator[tuple[int, int, CallContext, Any]]:
+    def _calls(
+        self, x: Any, shared_input: bool, loss_fn: Callable | None = None
+    ) -> Iterator[tuple[int, int, CallContext, Any]]:
         """Call chunk after chunk; yield (first model, the one after the last, chunk, outputs), and keep its state."""
         whole, after = context_of(self.batch), []
         before = read_state(whole.template)
         if not shared_input:
             check_inputs(tree_leaves(x), whole.num_models)
-        for start, stop, chunk in self:
-            given = read_state(chunk.template)
-            mine = x if shared_input else tree_map_only(Tensor, lambda t, a=start, b=stop: t[a:b], x)
-            args, kwargs = arguments(mine)
-            if self.bytes_each:
-                out = call_models(chunk, args, kwargs, shared_input)
-            else:
-                with weighed((list(chunk.template.parameters()), mine)) as sizes:
-                    out = call_models(chunk, args, kwargs, shared_input)
-                self.bytes_each = max(1, sum(sizes) // chunk.num_models)
-                self.size = self.size or self.largest(first_tensor(out).device)
-            yield start, stop, chunk, out
-            now = read_state(chunk.template)
-            after.append({key: value for key, value in now.items() if value is not given.get(key)})
+        with kept_by(whole, loss_fn).in_parts(whole.num_models) as part:
+            for start, stop, chunk in self:
+                with part(slice(start, stop)):
+                    given = read_state(chunk.template)
+                    mine = x if shared_input else tree_map_only(Tensor, lambda t, a=start, b=stop: t[a:b], x)
+                    args, kwargs = arguments(mine)
+                    if self.bytes_each:
+                        out = call_models(chunk, args, kwargs, shared_input)
+                    else:
+                        with weighed((list(chunk.template.parameters()), mine)) as sizes:
+                            out = call_models(chunk, args, kwargs, shared_input)
+                        self.bytes_each = max(1, sum(sizes) // chunk.num_models)
+                        self.size = self.size or self.largest(first_tensor(out).device)
+                    yield start, stop, chunk, out
+                    now = read_state(chunk.template)
+                    after.append({key: value for key, value in now.items() if value is not given.get(key)})
         _keep(whole, before, after)
 
     def largest(self, device: torch.device) -> int:

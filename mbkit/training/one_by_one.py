@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..batch.call import kept_attributes
 from ..batch.context import context_of
 from ..batch.freeze import held
+from ..batch.kept import kept_by, turns_in_parts
 from ..batch.loss import one_loss
 from ..batch.targets import TargetForms, targets_at
 from ..common.checks import check_inputs, check_output
@@ -76,8 +77,10 @@ class OneByOne:
         if not batch.shared_input:
             check_inputs(tree_leaves(x), batch.num_models)
         try:
-            with held(context_of(batch)), batch.streams.take_turns(self._stacks[0].device) as turns:
-                losses, records = self._in_turn(turns, x, y, loss_fn, forms)
+            context, device = context_of(batch), self._stacks[0].device
+            parts = kept_by(context, loss_fn).in_parts(batch.num_models)
+            with held(context), batch.streams.take_turns(device) as turns, parts as part:
+                losses, records = self._in_turn(turns_in_parts(turns, part), x, y, loss_fn, forms)
                 outputs = self._keep(records)
         except BaseException:
             self._look = None  # a call that was cut short may have left its module in any state
@@ -102,6 +105,7 @@ class OneByOne:
             check_output(out, context_of(batch).template)
             shared = forms.of(y, (batch.num_models, *first_tensor(out).shape), batch.num_models)
             loss = one_loss(loss_fn, out, targets_at(y, shared, m))
+            kept_by(context_of(batch)).refuse_trained(loss)
             gradients.backward(loss, m, rows)
             losses.append(loss.detach())
             record = {OUTPUT: detach(out)}

@@ -161,7 +161,9 @@ def copy_module(
             settings = {name: value.values[m] for name, value in mine.items() if isinstance(value, PerModel)}
             mine |= settings if isinstance(m, int) else {name: PerModel(values) for name, values in settings.items()}
         for hooks in HOOKS:
-            if mine[hooks] and any(map(_is_method, mine[hooks].values())):
+            if mine[hooks] and any(
+                _is_method(hook) or isinstance(hook, PerModelValue) for hook in mine[hooks].values()
+            ):
                 mine[hooks] = tree_map(follow, mine[hooks])
     return twins[id(root)]
 

@@ -1,0 +1,405 @@
+"""What functions of the user's keep between their calls: counters, recorders, caches, the state of a criterion.
+
+Alone, each model has a loss function to itself. M models share one, so what it keeps has to become each model's own: a
+tensor becomes one of `[M, ...]`, and numbers that differ become a `PerModel`. What is the same for all models, such as
+a counter, is kept once, and counts once for all of them, whether they are called at once or one after the other.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch as functorch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from ..vmap import BatchingError, PerModel, named_modules, stack_alike
+from .context import CallContext
+
+__all__ = ["Kept", "kept_by", "turns_in_parts"]
+
+_TRUSTED = {*sys.stdlib_module_names, "torch", "numpy", "mbkit"} - {"__main__"}  # they keep nothing of the user's
+_PLAIN = (int, float, complex, str, bytes, type(None))
+_MOST = 10_000  # objects; a loss that can reach more of them is looked at in part
+_LONGEST = 100_000  # of a list; longer ones are data, and to look at one takes milliseconds
+_MARK = "mbkit_kept"  # on a tensor that is kept: its first dimension is the models'
+
+
+def kept_by(context: CallContext, loss_fn: Callable | None = None) -> Kept:
+    """Return what the models' forward and a loss function, or the one before, may keep."""
+    known = context.kept
+    if known is None or (loss_fn is not None and not known.is_for(loss_fn)):
+        classes = {type(module) for _, module in named_modules(context.template)}
+        known = context.kept = Kept([method for kind in classes for method in _methods(kind)], loss_fn)
+    return known
+
+
+class Kept:
+    """The places where functions may keep values: globals, closures, attributes, lists, dicts and sets.
+
+    Args:
+        functions: the user's; those of torch, numpy and Python keep nothing.
+        loss_fn: one more of them.
+    """
+
+    def __init__(self, functions: Iterable[Any], loss_fn: Callable | None) -> None:
+        self._functions, self._loss = list(functions), (loss_fn, *_bound(loss_fn))
+        self._steady: dict[int, weakref.ref] = {}  # the tensors that calls do not edit
+        self._inside = 0  # how many calls of `in_parts` go on
+        self._renew()
+
+    def is_for(self, loss_fn: Callable) -> bool:
+        """Say whether a loss function is the same: one object, or one code with the same objects at hand."""
+        (mine, *held), others = self._loss, _bound(loss_fn)
+        alike = mine is loss_fn or getattr(mine, "__code__", 0) is getattr(loss_fn, "__code__", 1)
+        return alike and len(others) == len(held) and all(map(operator.is_, others, held))
+
+    def _renew(self) -> None:
+        self._places: list[tuple[Any, tuple[str, ...] | None]] = []  # where, and which names; None for all
+        self._caches: list[Any] = []  # of functools.lru_cache
+        self._seen: dict[int, Any] = {}
+        for function in (*self._functions, self._loss[0]):
+            self._visit(function)
+
+    def _visit(self, value: Any) -> None:
+        if isinstance(value, (*_PLAIN, Tensor, type, ModuleType)) or id(value) in self._seen:
+            return
+        if len(self._seen) >= _MOST or _is_trusted(value) or hasattr(value, "stacked_params"):
+            return
+        self._seen[id(value)] = value
+        inside: Iterable[Any] = ()
+        if isinstance(value, FunctionType):
+            inside = self._visit_function(value)
+        elif isinstance(value, MethodType):
+            inside = (value.__func__, value.__self__)
+        elif isinstance(value, partial):
+            inside = (value.func, *value.args, *value.keywords.values())
+        elif isinstance(value, tuple):
+            inside = value
+        elif isinstance(value, (list, dict, set, deque)) and len(value) <= _LONGEST:
+            self._places.append((value, None))
+            inside = list(value.values() if isinstance(value, dict) else value)
+        elif hasattr(value, "cache_clear") and hasattr(value, "__wrapped__"):
+            self._caches.append(value)
+            inside = (value.__wrapped__,)
+        elif isinstance(value, nn.Module):
+            self._places += [(vars(value)[store], None) for store in ("_parameters", "_buffers")]
+            inside = list(value._modules.values())
+        is_function = isinstance(value, (FunctionType, MethodType, partial))
+        if hasattr(value, "__dict__") and not is_function and _methods(type(value)):
+            self._places.append((vars(value), None))
+            inside = (*inside, *vars(value).values(), *_methods(type(value)))
+        for one in inside:
+            self._visit(one)
+
+    def _visit_function(self, function: FunctionType) -> list[Any]:
+        self._places += [(cell, None) for cell in function.__closure__ or ()]
+        found = function.__globals__
+        values = {name: found[name] for name in sorted(_names(function.__code__)) if name in found}
+        rebound = tuple(n for n, v in values.items() if not isinstance(v, (type, ModuleType, FunctionType)))
+        self._places += [(found, rebound)] if rebound else []
+        return [*_bound(function), *values.values()]
+
+    def read(self) -> list[Any]:
+        """Return what is at each place now: names and values, or a copy of a list, dict or set."""
+        return [_read(*place) for place in self._places]
+
+    def write(self, contents: list[Any]) -> None:
+        """Put contents back."""
+        for place, wanted in zip(self._places, contents, strict=True):
+            if not _same(_read(*place), wanted):
+                _write(*place, wanted)
+
+    def trained(self) -> dict[int, str]:
+        """Return the names of the tensors at the places that can be trained, by their ids."""
+        names = {}
+        for contents in self.read():
+            for name, value in contents.items() if isinstance(contents, dict) else ():
+                if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
+                    names[id(value)] = str(name)
+        return names
+
+    def refuse_trained(self, losses: Tensor) -> None:
+        """Refuse a loss whose gradient reaches a parameter that is kept: all models would add theirs up in it.
+
+        Raises:
+            ValueError: there is one.
+        """
+        names, stack = self.trained() if self._places else {}, [losses.grad_fn]
+        seen = set()
+        while names and stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            name = names.get(id(getattr(node, "variable", None)))
+            if name is not None:
+                raise ValueError(
+                    f"Expected a loss function without parameters of its own, got one that trains '{name}', which all "
+                    "models would share: make it a part of each model, and let forward return it beside the outputs."
+                )
+            stack += [after for after, _ in node.next_functions]
+
+    @contextmanager
+    def under_vmap(self) -> Iterator[None]:
+        """Call functions under vmap: each model sees its own share of what is kept, and what they keep is unwrapped.
+
+        After an error everything that is kept is what it was before.
+        """
+        if not self._places and not self._caches:
+            yield
+            return
+        level, before = functorch.maybe_current_level(), self.read()
+        misses = [cache.cache_info().misses for cache in self._caches]
+        known: dict[int, tuple[Tensor, Tensor]] = {}  # what a model sees of a tensor, and the tensor
+
+        def wrap(leaf: Any) -> Any:
+            if not hasattr(leaf, _MARK):
+                return leaf
+            seen = functorch._add_batch_dim(leaf, 0, level)
+            known[id(seen)] = (seen, leaf)
+            return seen
+
+        def unwrap(leaf: Any, once: bool) -> Any:
+            if id(leaf) in known:
+                return known[id(leaf)][1]
+            if not isinstance(leaf, Tensor) or not functorch.is_batchedtensor(leaf):
+                return leaf
+            whole = functorch.get_unwrapped(leaf).movedim(functorch.maybe_get_bdim(leaf), 0)
+            if once and not whole.requires_grad and all(torch.equal(row, whole[0]) for row in whole):
+                return whole[0].clone()
+            return _marked(whole)
+
+        self.write([_mapped(contents, wrap) for contents in before])
+        try:
+            yield
+        except BaseException:
+            self.write(before)
+            raise
+        finally:
+            for cache, count in zip(self._caches, misses, strict=True):
+                if cache.cache_info().misses != count:
+                    cache.cache_clear()  # it has got tensors of this call, of no use after it
+        # A dict may be a cache of tables that others use as well, so what is the same for all models stays as alone.
+        after = [
+            _mapped(contents, partial(unwrap, once=isinstance(place, dict) and names is None))
+            for (place, names), contents in zip(self._places, self.read(), strict=True)
+        ]
+        self.write(after)
+        self._renew_if(not all(map(_same, before, after)))
+
+    @contextmanager
+    def in_parts(self, num_models: int) -> Iterator[Callable]:
+        """Call functions for some models after the others, all from where the first began; put together what they keep.
+
+        Yields a function that makes the `with` block for one model's number, or for a slice of the models.
+        """
+        if not self._places:
+            yield lambda models: nullcontext()
+            return
+        start, self._inside = self.read(), self._inside + 1
+        parts: list[int | slice] = []
+        ends: list[list[Any]] = []
+        sources: dict[int, tuple[Tensor, Tensor]] = {}  # what a part had of a tensor, and the tensor
+
+        @contextmanager
+        def part(models: int | slice) -> Iterator[None]:
+            memo: dict[int, tuple[Tensor, Tensor]] = {}  # a tensor's copy for this part, and its share
+
+            def give(leaf: Any) -> Any:
+                if isinstance(leaf, PerModel):
+                    return leaf.values[models] if isinstance(models, int) else PerModel(leaf.values[models])
+                if not isinstance(leaf, Tensor) or self._is_steady(leaf):
+                    return leaf
+                if id(leaf) not in memo:
+                    share = leaf[models] if hasattr(leaf, _MARK) else leaf
+                    mine = share.clone()
+                    if hasattr(leaf, _MARK) and isinstance(models, slice):
+                        _marked(mine)
+                    memo[id(leaf)], sources[id(mine)] = (mine, share), (mine, leaf)
+                return memo[id(leaf)][0]
+
+            def take(leaf: Any) -> Any:
+                source = sources[id(leaf)][1] if id(leaf) in sources else leaf
+                return source if source is not leaf and torch.equal(*memo[id(source)]) else leaf
+
+            self.write([_mapped(contents, give) for contents in start])
+            yield
+            parts.append(models)
+            ends.append([_mapped(contents, take) for contents in self.read()])
+
+        try:
+            yield part
+        finally:
+            self.write(start)
+            self._inside -= 1
+        if parts:
+            join = partial(_joined, parts=parts, sources=sources)
+            joined = [_together(columns, join) for columns in zip(*ends, strict=True)]
+            edited = {id(sources[id(leaf)][1]) for leaf in _tensors(ends) if id(leaf) in sources}
+            for leaf in _tensors([start]):
+                if id(leaf) not in edited and not hasattr(leaf, _MARK):
+                    self._steady[id(leaf)] = weakref.ref(leaf)
+            self.write(joined)
+            self._renew_if(not all(map(_same, start, joined)))
+
+    def _renew_if(self, changed: bool) -> None:
+        """Look for places again once a call has kept something new, unless its end is to be joined with others'."""
+        if changed and not self._inside:
+            self._renew()
+
+    def _is_steady(self, tensor: Tensor) -> bool:
+        known = self._steady.get(id(tensor))
+        return tensor.requires_grad or (known is not None and known() is tensor)
+
+
+def turns_in_parts(turns: Iterable[int], part: Callable) -> Iterator[int]:
+    """Give out the models' numbers, each within its own part."""
+    for m in turns:
+        with part(m):
+            yield m
+
+
+def _marked(stack: Tensor) -> Tensor:
+    setattr(stack, _MARK, True)
+    return stack
+
+
+def _tensors(contents: Iterable[list[Any]]) -> list[Tensor]:
+    return [leaf for places in contents for leaf in tree_leaves(places) if isinstance(leaf, Tensor)]
+
+
+def _together(columns: tuple, join: Callable[[list[Any]], Any]) -> Any:
+    """Put together what several parts have left at a place."""
+    first = columns[0]
+    if isinstance(first, dict) and all(c.keys() == first.keys() for c in columns):
+        return {name: join([c[name] for c in columns]) for name in first}
+    if isinstance(first, list) and all(len(c) == len(first) for c in columns):
+        return [join(list(values)) for values in zip(*columns, strict=True)]
+    if all(c == first for c in columns):
+        return first
+    raise BatchingError("a function keeps more values for one model than for another, in one dict, list or set for all")
+
+
+def _joined(values: list[Any], parts: list[int | slice], sources: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    """Return what stands for the value of each part."""
+    first = values[0]
+    if all(value is first for value in values):
+        return first
+    if all(isinstance(value, Tensor) for value in values):
+        return _joined_tensors(values, parts, sources)
+    if all(isinstance(value, (int, float)) for value in values):
+        numbers = []
+        for value, part in zip(values, parts, strict=True):
+            numbers += value.values if isinstance(value, PerModel) else [value] * _size(part)
+        return first if all(type(v) is type(first) and v == first for v in numbers) else PerModel(numbers)
+    flat = [tree_flatten(value) for value in values]
+    if all(spec == flat[0][1] and not spec.is_leaf() for _, spec in flat):
+        columns = zip(*(leaves for leaves, _ in flat), strict=True)
+        return tree_unflatten([_joined(list(column), parts, sources) for column in columns], flat[0][1])
+    if all(type(value) is type(first) and _facts(value) == _facts(first) for value in values):
+        return first
+    raise BatchingError(f"a function keeps {first!r} for one model, {values[-1]!r} for another, in one place for all")
+
+
+def _facts(value: Any) -> Any:
+    return getattr(value, "__dict__", value)
+
+
+def _joined_tensors(values: list[Tensor], parts: list[int | slice], sources: dict) -> Tensor:
+    known, rows = {id(leaf) for _, leaf in sources.values()}, []
+    each = [hasattr(value, _MARK) for value in values]
+    if not any(each) and all(torch.equal(value, values[0]) for value in values):
+        if id(values[0]) not in sources:
+            return values[0]
+        source = sources[id(values[0])][1]
+        source.data.copy_(values[0])  # a counter, the same for all
+        return source
+    for value, part, stacked in zip(values, parts, each, strict=True):
+        share = value[part] if stacked and id(value) in known else value
+        rows.append(share if stacked and isinstance(part, slice) else share.expand(_size(part), *share.shape))
+    shapes = [list(row.shape[1:]) for row in rows]
+    if any(shape != shapes[0] for shape in shapes):
+        raise BatchingError(f"a function keeps tensors of several shapes, {shapes}, in one place for all models")
+    return _marked(stack_alike([row[0] for row in rows]) if isinstance(parts[0], int) else torch.cat(rows))
+
+
+def _size(part: int | slice) -> int:
+    return 1 if isinstance(part, int) else part.stop - part.start
+
+
+def _read(place: Any, names: tuple[str, ...] | None) -> Any:
+    if isinstance(place, CellType):
+        return {} if place == CellType() else {"": place.cell_contents}
+    if isinstance(place, dict):
+        return dict(place) if names is None else {name: place[name] for name in names if name in place}
+    return set(place) if isinstance(place, set) else list(place)
+
+
+def _write(place: Any, names: tuple[str, ...] | None, wanted: Any) -> None:
+    if isinstance(place, CellType):
+        if wanted:
+            place.cell_contents = wanted[""]
+        else:
+            del place.cell_contents
+    elif isinstance(place, dict):
+        for name in [name for name in (place if names is None else names) if name in place and name not in wanted]:
+            del place[name]
+        place.update(wanted)
+    elif isinstance(place, list):
+        place[:] = wanted
+    else:
+        place.clear()
+        (place.update if isinstance(place, set) else place.extend)(wanted)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Say whether two contents hold the very same objects."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(a[name] is b[name] for name in a)
+    return a == b if isinstance(a, set) else len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _mapped(contents: Any, function: Callable[[Any], Any]) -> Any:
+    """Return contents with a function applied to the tensors and numbers in them; a list inside is a place itself."""
+    if isinstance(contents, dict):
+        return {name: _inside(value, function) for name, value in contents.items()}
+    return contents if isinstance(contents, set) else [_inside(value, function) for value in contents]
+
+
+def _inside(value: Any, function: Callable[[Any], Any]) -> Any:
+    return tree_map(function, value) if isinstance(value, tuple) else function(value)
+
+
+def _is_trusted(value: Any) -> bool:
+    module = value.__module__ if isinstance(value, FunctionType) else None
+    return module is not None and module.partition(".")[0] in _TRUSTED
+
+
+def _bound(function: Any) -> tuple:
+    """Return the objects that a function has at hand."""
+    if isinstance(function, FunctionType):
+        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        return (*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    return ()
+
+
+def _methods(kind: type) -> list[FunctionType]:
+    """Return the functions of a class of the user's and of its bases."""
+    own = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in _TRUSTED]
+    return [value for base in own for value in vars(base).values() if isinstance(value, FunctionType)]
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return the names that a code may read from its globals."""
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*inner)

@@ -1,0 +1,298 @@
+"""What loss functions, hooks and caches keep between calls: each model's own, the same on every road, and usable."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracle import M
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mbkit import ModelBatch, OptimizerFactory, fit
+from mbkit.vmap import PerModel
+
+ROADS = [{"chunk_size": None}, {"chunk_size": 2}, {"chunk_size": 3}, {"chunk_size": 1}, {}]
+STEPS = 5
+T = {"steps": 0}
+
+
+class Annealed:
+    """Counts its calls in a number."""
+
+    def __init__(self) -> None:
+        self.t = 0
+
+    def __call__(self, out: Tensor, y: Tensor) -> Tensor:
+        self.t += 1
+        return F.cross_entropy(out, y) + 0.1 * self.t * out.square().mean()
+
+
+class Counted(nn.Module):
+    """Counts them in a buffer, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("t", torch.zeros(()))
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        self.t += 1
+        return F.cross_entropy(out, y) + 0.1 * self.t * out.square().mean()
+
+
+class Centered(nn.Module):
+    """Keeps a running mean of the outputs, as DINO's loss does."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(1, 3, dtype=torch.float64))
+        self.in_place = in_place
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(out - self.center, y)
+        mean = out.detach().mean(0, keepdim=True)
+        if self.in_place:
+            self.center.mul_(0.5).add_(0.5 * mean)
+        else:
+            self.center = 0.5 * self.center + 0.5 * mean
+        return loss
+
+
+class Scaled:
+    """Keeps the last loss as a Python number, which makes it run model by model."""
+
+    def __init__(self) -> None:
+        self.last = 1.0
+
+    def __call__(self, out: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(out, y) / self.last
+        self.last = loss.item() * self.last
+        return loss
+
+
+def in_a_closure() -> Callable:
+    count = 0
+
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return F.cross_entropy(out, y) * count
+
+    return loss_fn
+
+
+def in_a_list() -> Callable:
+    logs: list[Tensor] = []
+
+    def loss_fn(out: Tensor, y: Tensor, kept: list[Tensor] = logs) -> Tensor:
+        loss = F.cross_entropy(out, y)
+        kept.append(loss.detach())
+        return loss * kept[0]  # and reads what it has kept
+
+    return loss_fn
+
+
+def in_a_global() -> Callable:
+    T["steps"] = 0
+
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        T["steps"] += 1
+        return F.cross_entropy(out, y) * T["steps"]
+
+    return loss_fn
+
+
+def as_a_partial() -> Callable:
+    return functools.partial(Annealed().__call__)
+
+
+LOSSES = {
+    "number": Annealed,
+    "buffer": Counted,
+    "center": lambda: Centered(False),
+    "center in place": lambda: Centered(True),
+    "number per model": Scaled,
+    "closure": in_a_closure,
+    "list": in_a_list,
+    "global": in_a_global,
+    "partial": as_a_partial,
+}
+
+
+def made() -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double() for _ in range(M)]
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(STEPS, 7, 4, generator=generator, dtype=torch.float64)
+    return [(one, torch.randint(3, (7,), generator=generator)) for one in x]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list[nn.Module]]:
+    """The models trained by plain PyTorch, each with a loss function to itself."""
+    trained = {}
+    for name, make in LOSSES.items():
+        trained[name] = made()
+        for model in trained[name]:
+            loss_fn, optimizer = make(), torch.optim.SGD(model.parameters(), lr=0.2)
+            for x, y in data():
+                optimizer.zero_grad()
+                loss_fn(model(x), y).backward()
+                optimizer.step()
+    return trained
+
+
+@pytest.mark.filterwarnings("ignore:The loss function runs model by model")
+@pytest.mark.parametrize("road", ROADS, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_a_loss_keeps_is_each_models_own(name: str, road: dict, alone: dict) -> None:
+    batch, loss_fn = ModelBatch(made()), LOSSES[name]()
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.2)
+    fit(batch, optimizer, data(), loss_fn, progress=False, **road)
+    for m, model in enumerate(alone[name]):
+        for path, p in model.named_parameters():
+            torch.testing.assert_close(batch.stacked_params[path][m], p.detach(), rtol=1e-9, atol=1e-12)
+    if name == "number":
+        assert loss_fn.t == STEPS
+    if name == "buffer":
+        assert loss_fn.t.tolist() == STEPS
+    if name.startswith("center"):
+        assert loss_fn.center.shape == (M, 1, 3)
+        assert (loss_fn.center + 0).isfinite().all()
+    if name == "number per model":
+        assert isinstance(loss_fn.last, PerModel)
+        assert len(loss_fn.last.values) == M
+    if name == "list":
+        (logs,) = loss_fn.__defaults__
+        assert [tuple((log + 0).shape) for log in logs] == [(M,)] * STEPS
+
+
+class Weighted(nn.Module):
+    """A criterion that is trained with the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_var = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(out, y) * torch.exp(-self.log_var) + self.log_var
+
+
+@pytest.mark.parametrize("road", ROADS, ids=str)
+@pytest.mark.parametrize("way", ["module", "closure", "method", "partial"])
+def test_a_criterion_that_is_trained_is_refused_by_name(way: str, road: dict) -> None:
+    criterion = Weighted()
+    loss_fn = {
+        "module": criterion,
+        "closure": lambda out, y: criterion(out, y) / 2,
+        "method": criterion.forward,
+        "partial": functools.partial(criterion.forward),
+    }[way]
+    batch = ModelBatch(made())
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.2)
+    with pytest.raises(ValueError, match="got one that trains 'log_var', which all models would share: make it a part"):
+        fit(batch, optimizer, data(), loss_fn, progress=False, **road)
+
+
+def test_a_teacher_that_is_not_trained_may_have_parameters() -> None:
+    teacher, batch = made()[0], ModelBatch(made())
+    x, y = data()[0]
+
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher(x)
+        return F.mse_loss(out, wanted)
+
+    losses = batch.compute_loss(batch(x), y, loss_fn, "none")
+    torch.testing.assert_close(
+        losses.tolist(), [loss_fn(model(x), y).item() for model in made()], rtol=1e-12, atol=1e-14
+    )
+
+
+class Recorder:
+    """Keeps the latest output of a layer."""
+
+    def __init__(self) -> None:
+        self.out: Tensor | None = None
+
+    def hook(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.out = output.detach()
+
+
+@pytest.mark.filterwarnings("ignore:.* runs model by model")
+@pytest.mark.parametrize("shared", [True, False])
+def test_recorders_hold_each_models_own(shared: bool) -> None:
+    models, x = made(), data()[0][0]
+    recorders = [Recorder()] * M if shared else [Recorder() for _ in range(M)]
+    for model, recorder in zip(models, recorders, strict=True):
+        model[1].register_forward_hook(recorder.hook)
+    models[1](x)  # what one of them has seen before makes no difference
+    ModelBatch(models)(x)
+    seen = [None if recorder.out is None else recorder.out + 0 for recorder in recorders]
+    for m, model in enumerate(made()):
+        torch.testing.assert_close(seen[m], model[:2](x).detach() if not shared else made()[-1][:2](x).detach())
+
+
+CACHE: dict[int, Tensor] = {}
+
+
+@functools.lru_cache(None)
+def ramp(n: int) -> Tensor:
+    return torch.arange(n) / 10 + torch.zeros(n)
+
+
+def ramp_by_hand(n: int) -> Tensor:
+    if n not in CACHE:
+        CACHE[n] = torch.arange(n) / 10 + torch.zeros(n)
+    return CACHE[n]
+
+
+class Cached(nn.Module):
+    def __init__(self, table: Callable) -> None:
+        super().__init__()
+        self.layer, self.by_hand = nn.Linear(4, 1, dtype=torch.float64), table is ramp_by_hand
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x + (ramp_by_hand if self.by_hand else ramp)(x.shape[1]))
+
+
+@pytest.mark.parametrize("table", [ramp, ramp_by_hand])
+def test_a_table_that_a_call_of_the_batch_has_cached_serves_everyone(table: Callable) -> None:
+    ramp.cache_clear()
+    CACHE.clear()
+    models = [Cached(table) for _ in range(M)]
+    expected = [copy.deepcopy(model)(data()[0][0]).detach() for model in models]
+    ramp.cache_clear()
+    CACHE.clear()
+    batch = ModelBatch(models)
+    for _ in range(2):
+        out = batch(data()[0][0])
+        for m, model in enumerate(models):
+            torch.testing.assert_close(out[m].detach(), expected[m], rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(model(data()[0][0]).detach(), expected[m], rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(batch[m](data()[0][0]).detach(), expected[m], rtol=1e-12, atol=1e-14)
+
+
+def test_a_loss_that_keeps_what_cannot_be_put_together_is_refused() -> None:
+    class Odd:
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def __call__(self, out: Tensor, y: Tensor) -> Tensor:
+            loss = F.cross_entropy(out, y)
+            if loss.item() > threshold:
+                self.seen.append(loss.item())
+            return loss
+
+    x, y = data()[0]
+    each = sorted(F.cross_entropy(model(x), y).item() for model in made())
+    threshold = (each[1] + each[2]) / 2
+    batch = ModelBatch(made())
+    with pytest.raises(RuntimeError, match="keeps more values for one model than for another"):
+        batch.compute_loss(batch(x), y, Odd())
