@@ -1,17 +1,18 @@
-"""What a benchmark compares: networks, and the ways to train M of them: one by one, mbkit's own, and others'.
+"""The ways to train M networks that a benchmark compares: one after the other, mbkit's own, and other libraries'.
 
-Each way is a function `rival(models, optimizer_cls, rates)` that returns a `step(x, y)` which makes one update of its
-models, and the number of models that it updates; or None, where it cannot train them. All train with cross-entropy, in
-place of the given models or on copies, with a learning rate a model. `step.read(m, name)` gives a parameter, except for
-the sequential side.
+Each is a function of the models, a class of torch.optim, M configs for it and M seeds. It returns a `Side`, or None
+where it cannot train these models or is not installed. All train copies of the models with cross-entropy. To add one,
+write the function here and name it in `BASELINES`: `tests/benchmark/test_suite.py` then compares it with plain PyTorch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,114 +21,113 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..batch.model_batch import ModelBatch
-from ..models import GPT, MLP, LeNet5, LSTMClassifier, ResNet
+from ..common.machine import synchronize
+from ..models import MLP, LeNet5
 from ..optim import OptimizerFactory
-from ..training.sequential import lone_step
+from ..training.sequential import LoneTrainer
 from ..training.step import Stepper
 
-__all__ = ["NETWORKS", "OWN", "RIVALS", "Case", "Rival"]
+__all__ = ["BASELINES", "OWN", "Side"]
 
-Rival = Callable[[Sequence[nn.Module], type, Sequence[float]], tuple[Callable[[Any, Any], Any], int] | None]
 _MANY = 1024  # models from which on modelbatch's setup and steps, a Python loop each, take minutes
-_LONE = 8  # models that the sequential side trains in turn: all M would only take longer
+_Step = Callable[[Any, Any], Any]  # inputs and targets; returns the losses where there are any to be kept
+_Models, _Configs = Sequence[nn.Module], Sequence[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Case:
-    """One row of the suite.
+@dataclass
+class Side:
+    """One way to train, ready for its steps, which it clocks.
 
     Args:
-        network: the class's name. num_models: M. batch_size: B.
+        steps: what takes turns; each makes an update of one model, or of all.
+        num_models: that all of them train together.
+        read: a parameter, from a model's number and the parameter's name.
+        trained: the models, or the batch of them.
+        draws: for each of `steps` the random state that it has to itself, if any.
+        stepper: of mbkit's own.
+
+    Attributes:
+        runs: for each of `steps` the loss and the seconds of every step so far.
     """
 
-    network: str
+    steps: list[_Step]
     num_models: int
-    batch_size: int
+    read: Callable[[int, str], Tensor]
+    trained: Any = None
+    draws: list[Any] = field(default_factory=list)
+    stepper: Stepper | None = None
 
-    def models(self) -> list[nn.Module]:
-        """Return M models from seeds 0, 1, 2, …"""
-        build, _ = NETWORKS[self.network]
-        found = []
-        with torch.random.fork_rng(devices=[]):
-            for m in range(self.num_models):
-                torch.manual_seed(m)
-                found.append(build())
-        return found
+    def __post_init__(self) -> None:
+        self.runs: list[list[tuple[Any, float]]] = [[] for _ in self.steps]
 
-    def data(self) -> tuple[Tensor, Tensor]:
-        """Return one random batch, the same for all sides."""
-        _, example = NETWORKS[self.network]
-        generator = torch.Generator().manual_seed(0)
-        x = example(self.batch_size, generator)
-        return x, torch.randint(4, (self.batch_size,), generator=generator)
+    def run(self, block: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Make the steps of a block of batches, one run after the other; the clock waits for the device."""
+        for n, (step, run) in enumerate(zip(self.steps, self.runs, strict=True)):
+            with self.draws[n].current() if self.draws else contextlib.nullcontext():
+                for x, y in block:
+                    synchronize(y.device)
+                    start = time.perf_counter()
+                    loss = step(x, y)
+                    synchronize(y.device)
+                    run.append((loss, time.perf_counter() - start))
 
+    def seconds(self) -> Tensor:
+        """Return `[all steps, one or M]`, what each step took."""
+        return torch.tensor([[seconds for _, seconds in run] for run in self.runs], dtype=torch.float64).T
 
-def _images(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(count, 3, 32, 32, generator=generator)
-
-
-def _tokens(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(64, (count, 32), generator=generator)
-
-
-# The network's name -> what makes one, and what makes a batch of B inputs.
-NETWORKS = {
-    "MLP": (lambda: MLP((20, 16, 16, 4)), lambda count, g: torch.randn(count, 20, generator=g)),
-    "LeNet5": (LeNet5, _images),
-    "ResNet": (ResNet, _images),
-    "GPT": (GPT, _tokens),
-    "LSTM": (LSTMClassifier, lambda count, g: torch.randn(count, 32, 16, generator=g)),
-}
+    def loss(self) -> Tensor:
+        """Return `[all steps, M]`, the losses before each update."""
+        return torch.cat([torch.stack([loss.view(-1) for loss, _ in run]) for run in self.runs], 1).cpu()
 
 
-def _sequential(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[float]):
+def _sequential(
+    models: Sequence[nn.Module], optimizer_cls: type, configs: Sequence[dict], seeds: Sequence[int]
+) -> Side:
     """Plain PyTorch, one model after the other."""
-    models = copy.deepcopy(list(models[:_LONE]))
-    optimizers = [optimizer_cls(m.parameters(), lr=rate) for m, rate in zip(models, rates, strict=False)]
+    trained = copy.deepcopy(list(models))
+    given = zip(trained, seeds, configs, strict=True)
+    lones = [LoneTrainer(model, seed, optimizer_cls, config) for model, seed, config in given]
+    steps = [lambda x, y, lone=lone: lone.update(x, y, cross_entropy)[0] for lone in lones]
 
-    def step(x: Tensor, y: Tensor) -> None:
-        for model, optimizer in zip(models, optimizers, strict=True):
-            lone_step(model, optimizer, x, y, cross_entropy)
+    def read(m: int, name: str) -> Tensor:
+        return trained[m].get_parameter(name).detach()
 
-    return step, len(models)
-
-
-def _own(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[float], **how: Any):
-    batch = ModelBatch(models, seeds=range(len(models)))
-    optimizer = OptimizerFactory(optimizer_cls).create_optimizer(batch, lr=list(rates))
-    stepper = Stepper(batch, optimizer, cross_entropy, **how)
-
-    def step(x: Tensor, y: Tensor) -> None:
-        stepper.step(x, y)
-
-    step.stepper = stepper
-    step.read = lambda m, name: batch.stacked_params[name].detach()[m]
-    return step, len(models)
+    return Side(steps, len(lones), read, trained, [lone.draws for lone in lones])
 
 
-def _compiled(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[float]):
+def _own(models: _Models, optimizer_cls: type, configs: _Configs, seeds: Sequence[int], **how: Any) -> Side:
+    """mbkit, its steps as `fit` makes them."""
+    batch = ModelBatch(models, seeds=seeds)
+    stepper = Stepper(
+        batch, OptimizerFactory(optimizer_cls).create_optimizer(batch, list(configs)), cross_entropy, **how
+    )
+    read = lambda m, name: batch.stacked_params[name].detach()[m]  # noqa: E731
+    return Side([lambda x, y: stepper.step(x, y)[0]], len(models), read, batch, stepper=stepper)
+
+
+def _compiled(*given: Any) -> Side:
     """mbkit with compile=True."""
-    step, count = _own(models, optimizer_cls, rates, compile=True)
+    side = _own(*given, compile=True)
+    [step] = side.steps
 
-    def compiled(x: Tensor, y: Tensor) -> None:
-        step(x, y)
-        if step.stepper.how != "compiled":
+    def compiled(x: Tensor, y: Tensor) -> Tensor:
+        losses = step(x, y)
+        if side.stepper.how != "compiled":
             raise RuntimeError("not compiled")
+        return losses
 
-    return compiled, count
+    side.steps = [compiled]
+    return side
 
 
-def _modelbatch(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[float]):
+def _modelbatch(models: _Models, optimizer_cls: type, configs: _Configs, _: Any) -> Side | None:
     """The library modelbatch, with its stacked gradients cleared, as its own zero_grad() does by now."""
-    if importlib.util.find_spec("modelbatch") is None or any(True for _ in models[0].buffers()):
-        return None
-    if len(models) > _MANY:
+    if importlib.util.find_spec("modelbatch") is None or _has_buffers(models) or len(models) > _MANY:
         return None
     import modelbatch
 
     batch = modelbatch.ModelBatch(copy.deepcopy(list(models)))
-    configs = [{"lr": rate} for rate in rates]
-    optimizer = modelbatch.OptimizerFactory(optimizer_cls).create_optimizer(batch, configs)
+    optimizer = modelbatch.OptimizerFactory(optimizer_cls).create_optimizer(batch, list(configs))
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
@@ -135,17 +135,16 @@ def _modelbatch(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequenc
         batch.compute_loss(batch(x), y, cross_entropy).backward()
         optimizer.step()
 
-    step.read = lambda m, name: batch.get_model_states()[m][name]
-    return step, len(models)
+    return Side([step], len(models), lambda m, name: batch.get_model_states()[m][name])
 
 
-def _naive_vmap(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[float]):
-    """torch.func's recipe for ensembles: stacked state, vmap, one optimizer with one rate, BatchNorm kept in eval."""
+def _naive_vmap(models: _Models, optimizer_cls: type, configs: _Configs, _: Any) -> Side | None:
+    """torch.func's recipe for ensembles: stacked state, vmap, one optimizer with one rate."""
+    if _has_buffers(models):
+        return None  # running statistics are edited in place, which the recipe cannot do
     parameters, buffers = torch.func.stack_module_state(list(models))
     template = copy.deepcopy(models[0])
-    if any(True for _ in models[0].buffers()):
-        return None  # running statistics are edited in place, which the recipe cannot do
-    optimizer = optimizer_cls(list(parameters.values()), lr=rates[0])
+    optimizer = optimizer_cls(list(parameters.values()), **configs[0])
 
     def loss(params: dict, buffers: dict, x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(torch.func.functional_call(template, (params, buffers), (x,)), y)
@@ -157,11 +156,14 @@ def _naive_vmap(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequenc
         losses(parameters, buffers, x, y).sum().backward()
         optimizer.step()
 
-    step.read = lambda m, name: parameters[name].detach()[m]
-    return step, len(models)
+    return Side([step], len(models), lambda m, name: parameters[name].detach()[m])
 
 
-def _jax(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[float]):
+def _has_buffers(models: _Models) -> bool:
+    return any(True for _ in models[0].buffers())
+
+
+def _jax(models: _Models, optimizer_cls: type, configs: _Configs, _: Any) -> Side | None:
     """jit(vmap(...)) of the same network, loss and Adam, written in JAX; for the networks that are written here."""
     forward = {MLP: _jax_mlp, LeNet5: _jax_lenet}.get(type(models[0]))
     if forward is None or optimizer_cls is not torch.optim.Adam or importlib.util.find_spec("jax") is None:
@@ -173,7 +175,7 @@ def _jax(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[float
     params = {name: jnp.asarray(p.detach().numpy()) for name, p in stacked.items()}
     zeros = jax.tree.map(jnp.zeros_like, params)
     state = [params, zeros, zeros, jnp.zeros(len(models))]
-    rate = jnp.asarray(list(rates))
+    rates = jnp.asarray([config["lr"] for config in configs])
 
     def loss(params: dict, x: Any, y: Any) -> Any:
         logs = jax.nn.log_softmax(forward(params, x))
@@ -192,10 +194,9 @@ def _jax(models: Sequence[nn.Module], optimizer_cls: type, rates: Sequence[float
     run = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, 0, 0, None, None)))
 
     def step(x: Tensor, y: Tensor) -> None:
-        state[:] = jax.block_until_ready(run(*state, rate, x.numpy(), y.numpy().astype("int32")))
+        state[:] = jax.block_until_ready(run(*state, rates, x.numpy(), y.numpy().astype("int32")))
 
-    step.read = lambda m, name: torch.from_numpy(np.array(state[0][name][m]))
-    return step, len(models)
+    return Side([step], len(models), lambda m, name: torch.from_numpy(np.array(state[0][name][m])))
 
 
 def _jax_mlp(params: dict, x: Any) -> Any:
@@ -221,7 +222,7 @@ def _jax_lenet(params: dict, x: Any) -> Any:
     return x
 
 
-RIVALS: dict[str, Rival] = {
+BASELINES: dict[str, Callable[..., Side | None]] = {
     "sequential": _sequential,
     "mbkit": _own,
     "mbkit compiled": _compiled,

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from ..batch.model_batch import ModelBatch
 from ..common.checks import check_seeds, per_model, whole_number
-from ..common.machine import describe_machine, measure_peak_memory, synchronize
+from ..common.machine import describe_machine, measure_peak_memory
 from ..common.progress import Progress
-from ..common.random_streams import OwnDraws, seeded
 from ..data.load import ImageData, load_images
-from ..models import LeNet5
-from ..optim import OptimizerFactory, create_lr_sweep_configs
+from ..models import LeNet5, build_models
+from ..optim import create_lr_sweep_configs
 from ..training.evaluation import evaluate
 from ..training.loop import walk
-from ..training.sequential import lone_step
-from ..training.step import Stepper
+from .baselines import BASELINES, Side
 from .result import BenchmarkResult, Timing
 
 __all__ = ["BenchmarkResult", "Timing", "learning_rate_grid", "run_benchmark"]
@@ -122,25 +116,30 @@ def run_benchmark(
     seeds = check_seeds(grid_seeds if seeds is None else seeds, num_models)
     settings = {name: per_model(v, num_models, name) for name, v in {**(hyperparameters or {}), "lr": rates}.items()}
     configs = [{name: values[m] for name, values in settings.items()} for m in range(num_models)]
-    models = []
-    for seed in seeds:
-        with seeded(seed):
-            models.append(model(len(data.classes)).to(device, dtype))
-
-    kinds = [_Alone, _Batched] if alone else [_Batched]
-    sides = [kind(models, optimizer_cls, configs, seeds, device) for kind in kinds]
+    built = build_models(lambda: model(len(data.classes)), seeds)
+    given = [each.to(device, dtype) for each in built], optimizer_cls, configs, seeds
+    names = ["sequential", "mbkit"] if alone else ["mbkit"]
     first = next(iter(_blocks(batches, 1, 1, 1, device)))
-    for kind in kinds:  # what is loaded and compiled once in a process is no memory of either side
-        kind(models[:1], optimizer_cls, configs[:1], seeds[:1], device).train(first, measure=True)
-    with Progress(len(sides) * steps, "benchmark", progress) as bar:
+    for name in names:  # what is loaded and compiled once in a process is no memory of either side
+        BASELINES[name](given[0][:1], optimizer_cls, configs[:1], seeds[:1]).run(first)
+    sides: dict[str, Side] = {}
+    memory, sizes = {}, []
+    with Progress(len(names) * steps, "benchmark", progress) as bar:
         for turn, block in enumerate(_blocks(batches, epochs, steps, warmup, device)):
-            for side in sides if turn % 2 == 0 else reversed(sides):
-                side.train(block, measure=turn == 0)
+            sizes += [len(y) for _, y in block]
+            for name in names if turn % 2 == 0 else reversed(names):
+                if turn == 0:  # built here, so that its state counts as memory
+                    with measure_peak_memory(device) as peak:
+                        sides[name] = BASELINES[name](*given)
+                        sides[name].run(block)
+                    memory[name] = peak.bytes
+                else:
+                    sides[name].run(block)
                 bar.advance(steps=len(block))
 
-    timed = torch.tensor([i >= warmup and size == batch_size for i, size in enumerate(sides[0].sizes)])
+    timed = torch.tensor([i >= warmup and size == batch_size for i, size in enumerate(sizes)])
     tests = data.test_batches(dtype=dtype)
-    batched, reference = sides[-1], sides[0] if alone else None
+    batched, reference = sides["mbkit"], sides.get("sequential")
     return BenchmarkResult(
         learning_rates=rates,
         seeds=seeds,
@@ -148,14 +147,14 @@ def run_benchmark(
         alone_seconds=reference and reference.seconds()[timed],
         batched_loss=batched.loss(),
         alone_loss=reference and reference.loss(),
-        batched_accuracy=evaluate(batched.batch, tests),
-        alone_accuracy=reference and evaluate(reference.models, tests),
-        parameter_difference=reference and _difference(reference.models, batched.batch),
-        batched_memory=batched.memory,
-        alone_memory=reference and reference.memory,
+        batched_accuracy=evaluate(batched.trained, tests),
+        alone_accuracy=reference and evaluate(reference.trained, tests),
+        parameter_difference=reference and _difference(reference, batched),
+        batched_memory=memory["mbkit"],
+        alone_memory=memory.get("sequential"),
         setup={
-            "model": type(models[0]).__name__,
-            "parameters": sum(p.numel() for p in models[0].parameters()),
+            "model": type(built[0]).__name__,
+            "parameters": sum(p.numel() for p in built[0].parameters()),
             "optimizer": optimizer_cls.__name__,
             "hyperparameters": {name: values for name, values in settings.items() if name != "lr"},
             "batch_size": batch_size,
@@ -170,73 +169,11 @@ def run_benchmark(
     )
 
 
-def _difference(models: Sequence[nn.Module], batch: ModelBatch) -> Tensor:
+def _difference(alone: Side, batched: Side) -> Tensor:
     """[M], the largest absolute difference of a model's parameters."""
-    gaps = [
-        torch.stack([(p.detach() - stacked[m]).abs().max() for p, stacked in zip(own, batch.parameters(), strict=True)])
-        for m, own in enumerate(model.parameters() for model in models)
-    ]
-    return torch.stack(gaps).amax(1).detach().cpu()
-
-
-class _Side:
-    """One of the two ways to train. It is built in the first block, so that its state counts as memory."""
-
-    def __init__(self, models: list, optimizer_cls: Any, configs: list, seeds: list, device: torch.device):
-        self._given = (models, optimizer_cls, configs, seeds)
-        self._device = device
-        self._columns: list[list[tuple[Tensor, float]]] = []  # what trains as one: loss and seconds, step by step
-        self.sizes: list[int] = []  # B, step by step
-        self.memory: int | None = None
-
-    def train(self, block: _Block, measure: bool) -> None:
-        """Make the steps of one block."""
-        self.sizes += [len(y) for _, y in block]
-        if not measure:
-            return self._train(block)
-        with measure_peak_memory(self._device) as peak:
-            self._build(*self._given)
-            self._train(block)
-        self.memory = peak.bytes
-
-    def seconds(self) -> Tensor:
-        """[steps, columns]"""
-        return torch.tensor([[seconds for _, seconds in run] for run in self._columns], dtype=torch.float64).T
-
-    def loss(self) -> Tensor:
-        """[steps, M]"""
-        return torch.cat([torch.stack([loss.view(-1) for loss, _ in run]) for run in self._columns], 1).cpu()
-
-    def _clock(self, step: Callable[..., tuple[Tensor, Any]], *args: Any) -> tuple[Tensor, float]:
-        synchronize(self._device)
-        start = time.perf_counter()
-        loss, _ = step(*args)
-        synchronize(self._device)
-        return loss, time.perf_counter() - start
-
-
-class _Alone(_Side):
-    def _build(self, models: list, optimizer_cls: Any, configs: list, seeds: list) -> None:
-        self.models = copy.deepcopy(models)
-        self._optimizers = [optimizer_cls(m.parameters(), **c) for m, c in zip(self.models, configs, strict=True)]
-        self._draws = [OwnDraws(seed) for seed in seeds]
-        self._columns = [[] for _ in models]
-
-    def _train(self, block: _Block) -> None:
-        for model, optimizer, draws, run in zip(self.models, self._optimizers, self._draws, self._columns, strict=True):
-            with draws.current():
-                run += [self._clock(lone_step, model, optimizer, x, y, cross_entropy) for x, y in block]
-
-
-class _Batched(_Side):
-    def _build(self, models: list, optimizer_cls: Any, configs: list, seeds: list) -> None:
-        self.batch = ModelBatch(models, seeds=seeds)
-        optimizer = OptimizerFactory(optimizer_cls).create_optimizer(self.batch, configs)
-        self._step = Stepper(self.batch, optimizer, cross_entropy).step  # as fit makes it
-        self._columns = [[]]
-
-    def _train(self, block: _Block) -> None:
-        self._columns[0] += [self._clock(self._step, x, y) for x, y in block]
+    names = [name for name, _ in alone.trained[0].named_parameters()]
+    gaps = [[(alone.read(m, n) - batched.read(m, n)).abs().max() for n in names] for m in range(alone.num_models)]
+    return torch.tensor(gaps).amax(1)
 
 
 def _blocks(batches: Any, epochs: int, steps: int, warmup: int, device: torch.device) -> Iterator[_Block]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common.tables import Tables, plain
 
-__all__ = ["BenchmarkResult", "Timing"]
+__all__ = ["BenchmarkResult", "Timing", "save_json"]
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,7 @@ class BenchmarkResult(Tables):
 
     def save(self, path: str | Path) -> None:
         """Write everything, raw runs included, as JSON; folders are made, and an old file is replaced as a whole."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        partial.write_text(json.dumps(self.to_dict(), allow_nan=False) + "\n")
-        os.replace(partial, path)
+        save_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> BenchmarkResult:
@@ -171,6 +167,15 @@ class BenchmarkResult(Tables):
                 "from itself as well.\nWith dtype=torch.float64 the same comparison has no room for such drift."
             )
         return f"{note}\n{self.setup['dataset_note']}"
+
+
+def save_json(path: str | Path, values: dict[str, Any]) -> None:
+    """Write plain values to a file, which is replaced as a whole; folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(values, allow_nan=False) + "\n")
+    os.replace(partial, path)
 
 
 def _percent(share: Tensor) -> str:

@@ -14,22 +14,15 @@ import torch
 from ..common.machine import describe_machine
 from ..common.progress import Progress
 from ..common.tables import Tables
-from .baselines import OWN, RIVALS, Case
-from .result import Timing
+from .baselines import BASELINES, OWN
+from .cases import CASES, Case
+from .result import Timing, save_json
 from .timing import Elsewhere, Turns
 
 __all__ = ["CASES", "Case", "SuiteResult", "run_suite"]
 
 ROUNDS = 5
 SECONDS = 0.2  # that a side's turn lasts, about, unless one step is longer
-
-
-CASES = (
-    *(Case("MLP", m, 32) for m in (1, 2, 16, 256, 16384)),
-    *(Case("LeNet5", m, 128) for m in (4, 16, 64)),
-    *(Case("LeNet5", 16, b) for b in (32, 512)),
-    *(Case(name, m, 32) for name in ("ResNet", "GPT", "LSTM") for m in (2, 8)),
-)
 
 
 @dataclass(eq=False, repr=False)
@@ -57,7 +50,7 @@ class SuiteResult(Tables):
 
     def table(self) -> list[list[str]]:
         """Return the table's rows of text; the first is the header."""
-        sides = [side for side in RIVALS if any(side in row["seconds"] for row in self.rows)]
+        sides = [side for side in BASELINES if any(side in row["seconds"] for row in self.rows)]
         lines = [["network", "M", "batch", "sequential, ms (quartiles)", *sides[1:], "fit chose"]]
         for row in self.rows:
             ratios = [self.ratio(row, side) for side in sides[1:]]
@@ -86,9 +79,7 @@ class SuiteResult(Tables):
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON; folders are made."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict()) + "\n")
+        save_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> SuiteResult:
@@ -114,7 +105,7 @@ def run_suite(
 
     Args:
         cases: what to measure.
-        sides: names out of RIVALS, "sequential" among them; all when absent.
+        sides: names out of BASELINES, "sequential" among them; all when absent.
         progress: show a bar.
 
     Returns:
@@ -128,9 +119,9 @@ def run_suite(
         >>> sorted(result.rows[0]["seconds"])
         ['mbkit', 'sequential']
     """
-    sides = list(RIVALS) if sides is None else list(sides)
-    if unknown := [side for side in sides if side not in RIVALS]:
-        raise ValueError(f"Expected sides out of {', '.join(RIVALS)}, got {', '.join(unknown)}.")
+    sides = list(BASELINES) if sides is None else list(sides)
+    if unknown := [side for side in sides if side not in BASELINES]:
+        raise ValueError(f"Expected sides out of {', '.join(BASELINES)}, got {', '.join(unknown)}.")
     result = SuiteResult(describe_machine(torch.device("cpu")))
     with Progress(len(cases), "suite", progress) as bar, Elsewhere() as elsewhere:
         for case in cases:

@@ -13,21 +13,20 @@ import json
 import os
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..common.machine import synchronize
-from .baselines import RIVALS, Case
+from .baselines import BASELINES, Side
+from .cases import Case
 
 __all__ = ["Elsewhere", "Turns"]
 
-_WARM_UP = 40  # steps at most until fit's own choice is made
+_LONE = 8  # models that the sequential side trains in turn: all M would only take longer
+_WARM_UP = 40  # steps at most until all is compiled, allocated and chosen
 
 
 class Turns:
@@ -35,7 +34,7 @@ class Turns:
 
     Args:
         case: the models and their batch.
-        sides: names out of RIVALS.
+        sides: names out of BASELINES.
         seconds: that a turn lasts, about, unless one step is longer.
 
     Attributes:
@@ -47,17 +46,38 @@ class Turns:
         gc.collect()  # of the case before
         self._batch, models = case.data(), case.models()
         self.parameters = sum(p.numel() for p in models[0].parameters())
-        rates = torch.logspace(-4, -2, case.num_models).tolist()
-        made = {side: RIVALS[side](models, torch.optim.Adam, rates) for side in sides}
-        self._made = {side: found for side, found in made.items() if found is not None}
-        counts = {side: _warm_up(step, *self._batch, seconds) for side, (step, _) in self._made.items()}
-        self.counts = {side: count for side, count in counts.items() if count}
-        self.how = self._made["mbkit"][0].stepper.how if "mbkit" in self._made else ""
+        configs = [{"lr": rate} for rate in torch.logspace(-4, -2, case.num_models).tolist()]
+        self._made: dict[str, Side] = {}
+        self.counts: dict[str, int] = {}
+        for name in sides:
+            count = min(_LONE, case.num_models) if name == "sequential" else case.num_models
+            side = BASELINES[name](models[:count], torch.optim.Adam, configs[:count], range(count))
+            fit_into_a_turn = 0 if side is None else self._warm_up(side, seconds)
+            if fit_into_a_turn:
+                self._made[name], self.counts[name] = side, fit_into_a_turn
+        self.how = self._made["mbkit"].stepper.how if "mbkit" in self._made else ""
 
-    def turn(self, side: str) -> list[float]:
-        """Make the steps of one turn; return the seconds that each took a model."""
-        step, num_models = self._made[side]
-        return [_clock(step, *self._batch) / num_models for _ in range(self.counts[side])]
+    def turn(self, name: str) -> list[float]:
+        """Make the steps of one turn; return the seconds that each took, per model."""
+        return self._steps(self._made[name], self.counts[name])
+
+    def _steps(self, side: Side, count: int) -> list[float]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a side has to say about its speed is what is measured
+            side.run([self._batch] * count)
+        return (side.seconds()[-count:].sum(1) / side.num_models).tolist()
+
+    def _warm_up(self, side: Side, turn: float) -> int:
+        """Make steps until nothing is left to be set up; return how many fit into a turn, 0 if it cannot train."""
+        try:
+            for _ in range(_WARM_UP):
+                [seconds] = self._steps(side, 1)
+                if getattr(side.stepper, "settled", True):
+                    break
+        except RuntimeError:
+            return 0
+        again = self._steps(side, 2 if seconds * side.num_models < 1 else 1)
+        return int(min(50, max(1, turn / side.num_models / min(again))))
 
 
 class Elsewhere:
@@ -113,26 +133,3 @@ def attend() -> None:
             case "turn", side:
                 answer = turns.turn(side)
         print(json.dumps(answer), file=answers, flush=True)
-
-
-def _warm_up(step: Any, x: Tensor, y: Tensor, turn: float) -> int:
-    """Make steps until all is compiled, allocated and chosen; return how many fit into a turn, 0 if it cannot train."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a side has to say about its speed is what is measured
-        try:
-            for _ in range(_WARM_UP):
-                seconds = _clock(step, x, y)
-                if not hasattr(step, "stepper") or step.stepper.settled:
-                    break
-        except RuntimeError:
-            return 0
-    seconds = min(_clock(step, x, y) for _ in range(2 if seconds < 1 else 1))
-    return int(min(50, max(1, turn / seconds)))
-
-
-def _clock(step: Any, x: Tensor, y: Tensor) -> float:
-    synchronize(x.device)
-    start = time.perf_counter()
-    step(x, y)
-    synchronize(x.device)
-    return time.perf_counter() - start

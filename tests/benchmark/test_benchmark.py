@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from mbkit.benchmark import baselines
 from mbkit.benchmark import lenet as benchmark
 from mbkit.benchmark.lenet import BenchmarkResult, Timing, learning_rate_grid, run_benchmark
 from mbkit.common import machine
 from mbkit.common.machine import describe_machine, measure_peak_memory
 from mbkit.data import load_digits
+from mbkit.training import sequential
 from mbkit.training import step as stepping
 
 
@@ -80,8 +82,8 @@ def test_only_full_batches_after_the_warmup_are_timed(result):
 
 def test_sides_take_turns_and_wait_for_the_device(digits, monkeypatch):
     calls = []
-    monkeypatch.setattr(benchmark, "synchronize", lambda device: calls.append("wait"))
-    for room, name in ((benchmark, "lone_step"), (stepping, "batch_step")):
+    monkeypatch.setattr(baselines, "synchronize", lambda device: calls.append("wait"))
+    for room, name in ((sequential, "lone_step"), (stepping, "batch_step")):
         original = getattr(room, name)
         monkeypatch.setattr(room, name, lambda *args, f=original, n=name: (calls.append(n), f(*args))[1])
     run(digits, num_models=2, epochs=10, max_steps=25, warmup=3)
@@ -96,7 +98,7 @@ def test_sides_take_turns_and_wait_for_the_device(digits, monkeypatch):
 
 def test_the_clock_covers_the_step_alone(digits, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(baselines.time, "perf_counter", lambda: now[0])
 
     def taking(seconds, original):
         def step(*args):
@@ -105,7 +107,7 @@ def test_the_clock_covers_the_step_alone(digits, monkeypatch):
 
         return step
 
-    monkeypatch.setattr(benchmark, "lone_step", taking(3.0, benchmark.lone_step))
+    monkeypatch.setattr(sequential, "lone_step", taking(3.0, sequential.lone_step))
     monkeypatch.setattr(stepping, "batch_step", taking(4.0, stepping.batch_step))
     original = benchmark.walk
     monkeypatch.setattr(benchmark, "walk", lambda *args: (taking(100.0, lambda p: p)(p) for p in original(*args)))
