@@ -1,4 +1,25 @@
-"""mbkit: train many models at once, each exactly as if it were trained alone."""
+"""mbkit: train many models at once, each exactly as if it were trained alone.
+
+The rooms, from the top down; each imports only from those below it, and `tests/` has a folder for each:
+
+    __main__    the terminal              widgets     explorers: sliders that train
+    lessons     what the notebooks tell   benchmark   ways to train, timed in turns
+    verify      compare, diagnose, faults figures     pictures; only here is matplotlib known
+    training    fit, fit_alone, evaluate; steps at once, in chunks, compiled
+    optim       one optimizer for M models: rules, hyperparameters, schedulers, scaler
+    batch       ModelBatch: stacking, calls, losses, clipping, freezing, checks, saving
+    vmap        what torch.vmap cannot do, or not exactly: rules for operators and layers
+    data        images and batches        models      the networks of the lessons
+    common      what all share: checks, random streams, the machine, tables
+
+To add …
+
+    a batching rule      in the file of its family in vmap/rules/; a row in tests/vmap/exactness_cases.py
+    an optimizer's rule  in optim/rules.py, where its docstring says how; a row in tests/optim/test_optim_rules.py
+    a fault              in verify/faults.py, found by a check in verify/; a row in tests/verify/diagnosis_cases.py
+    a baseline           in benchmark/baselines.py; tests/benchmark/test_suite.py takes it from there
+    a data set           in data/load.py, as an ImageData; tests/data/test_data.py
+"""
 
 import importlib
 
