@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 
 ALONE, BATCHED, WRONG, RIGHT, GRAY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#767676"
-LINES = (BATCHED, ALONE, RIGHT, "#CC79A7", "#56B4E9", "#000000")
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")  # drawn ten times faster than a formula
 CEILING = 1.25  # times the largest first loss: there a loss axis ends, and beyond it a model counts as diverged
 LOWEST = -4  # log10 of the last loss in units of the first: a map's darkest color, and the end of its loss axis

@@ -15,25 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
-from .curves import (
-    ALONE,
-    BATCHED,
-    GRAY,
-    LINES,
-    RAISED,
-    RIGHT,
-    WRONG,
-    LearningRates,
-    Picture,
-    RateMap,
-    label_decades,
-    tidy,
-)
+from .curves import ALONE, BATCHED, GRAY, RAISED, RIGHT, WRONG, LearningRates, Picture, RateMap, label_decades, tidy
 
 __all__ = [
     "LearningRates", "Picture", "accuracy", "benchmark", "combinations", "consistency", "differences", "heat_map",
     "learning_rates", "scaling", "story_figure", "trainability",
 ]  # fmt: skip
+
+LINES = (BATCHED, ALONE, RIGHT, "#CC79A7", "#56B4E9", "#000000")
 
 
 def accuracy(outcome: Any) -> Picture:
@@ -77,8 +66,8 @@ def consistency(outcome: Any) -> Picture:
     picture = Picture(dpi=100)
     left, right = picture.panels(left=0.08, top=0.91, bottom=0.15, wspace=0.32)
     _accuracy(left, outcome)
-    update = max(outcome.demo.learning_rates)  # rounding is seen for what it is beside the size of an update
-    _differences(right, _by_model(outcome), "Parameters: how far from training alone", least_top=update)
+    update = max(outcome.demo.learning_rates)  # beside its size rounding is seen for what it is
+    _differences(right, _by_model(outcome), "Parameters: how far from training alone", top=update)
     return picture
 
 
@@ -236,12 +225,10 @@ def _by_model(outcome: Any) -> dict[str, Tensor]:
     return {f"learning rate {rate:g}": gap for rate, gap in zip(outcome.demo.learning_rates, gaps, strict=True)}
 
 
-def _differences(
-    axes: Axes, named: Mapping[str, Tensor], title: str, quantity: str = "parameter", least_top: float = 0.0
-) -> None:
+def _differences(axes: Axes, named: Mapping[str, Tensor], title: str, what: str = "parameter", top: float = 0) -> None:
     values = {label: gap.double().cpu() for label, gap in named.items()}
     positive = torch.cat([gap[gap.isfinite() & (gap > 0)] for gap in values.values()])
-    bounds = (positive.min().item(), max(positive.max().item(), least_top)) if len(positive) else (0.1, 1.0)
+    bounds = (positive.min().item(), max(positive.max().item(), top)) if len(positive) else (0.1, 1.0)
     low, high = math.floor(math.log10(bounds[0])), math.ceil(math.log10(bounds[1]))
     every = max(1, math.ceil((high - low) / 6))
     zero = 10.0 ** (low - every)  # where exactly zero is drawn, a tick below the smallest number
@@ -251,7 +238,7 @@ def _differences(
         marks = {"marker": "o", "markersize": 3.5, "linewidth": 1.4} if len(gap) <= 60 else style
         axes.plot(range(1, len(gap) + 1), gap.tolist(), color=LINES[n % len(LINES)], label=label, **marks)
     ticks = range(low, high + 1, every)
-    axes.set(yscale="log", xlabel="step", ylabel=f"largest {quantity} difference")
+    axes.set(yscale="log", xlabel="step", ylabel=f"largest {what} difference")
     axes.set_ylim(zero / 10 ** (every / 3), 10.0 ** (high + every / 3))
     axes.yaxis.set_major_locator(FixedLocator([zero, *(10.0**tick for tick in ticks)]))
     axes.yaxis.set_minor_locator(NullLocator())
