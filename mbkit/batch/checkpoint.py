@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,52 +10,123 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.files import describe, read_tree, write_tree
 from ..vmap import Streams
 from .context import context_of
+from .whole_state import snapshot
 
-__all__ = ["load_states", "load_streams", "read_folder", "save_folder", "save_streams", "split_state", "take_streams"]
+__all__ = ["CanSave", "load_streams"]
 
 State = Mapping[str, Tensor]
 
 # In a batch's state_dict: the seeds, and the random streams' states, one entry a device; and which models are frozen.
 _STREAMS = "mbkit_streams."
 _FROZEN = "frozen"
+_FILE = "models.safetensors"
 
 
-def split_state(stacked: dict[str, Tensor], num_models: int) -> list[dict[str, Tensor]]:
-    """Return M state dicts with copies of the models' slices, and with the layers' versions, which torch hides there.
+class CanSave:
+    """The part of a ModelBatch that gives and takes states; whatever is refused changes nothing."""
 
-    Args:
-        stacked: name to tensor `[M, ...]`.
-        num_models: M.
-    """
-    states = [copy.copy(stacked) for _ in range(num_models)]
-    for m, state in enumerate(states):
-        state.update((name, tensor.detach()[m].clone()) for name, tensor in stacked.items())
-    return states
+    num_models: int
+    streams: Streams
+
+    def get_model_states(self) -> list[dict[str, Tensor]]:
+        """Return M state dicts, each what the lone model's `state_dict()` would be, as copies."""
+        stacked = context_of(self).template.state_dict()
+        states = [copy.copy(stacked) for _ in range(self.num_models)]  # with the layers' versions, hidden by torch
+        for m, state in enumerate(states):
+            state.update((name, tensor.detach()[m].clone()) for name, tensor in stacked.items())
+        return states
+
+    def load_model_states(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Put M state dicts into the batch; all are checked before the first tensor is changed.
+
+        Args:
+            states: what `get_model_states()` or M lone models' `state_dict()` return.
+
+        Raises:
+            ValueError: another number of states than models, other names, other shapes, or tensors whose numbers do
+                not fit: sparse, quantized or meta ones, complex ones for real ones, too large ones for the dtype.
+        """
+        _load_states(context_of(self).template.state_dict(), states, self.num_models)
+
+    def save_all(self, folder: str | Path) -> None:
+        """Save all models' states as one file, `folder/models.safetensors`, which replaces an older one in one move.
+
+        It holds the stacked tensors `[M, ...]` under the model's own names, so row m is the lone model m's state (a
+        complex number is two real ones, in a last dimension of 2). It is written without pickle, with a checksum. A
+        process killed at any moment leaves the old file or the new one; of two that save at once, the later stays.
+
+        Raises:
+            OSError: a folder that cannot be written, or a full disk; an older file is as it was.
+
+        Example:
+            >>> import tempfile
+            >>> from safetensors.torch import load_file
+            >>> from torch import nn
+            >>> from mbkit import ModelBatch
+            >>> batch = ModelBatch([nn.Linear(3, 2) for _ in range(4)])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     batch.save_all(folder)
+            ...     stacked = load_file(f"{folder}/models.safetensors")
+            >>> nn.Linear(3, 2).load_state_dict({name: rows[1] for name, rows in stacked.items()})
+            <All keys matched successfully>
+        """
+        write_tree(Path(folder) / _FILE, dict(context_of(self).template.state_dict()), "models")
+
+    def load_all(self, folder: str | Path) -> None:
+        """Load what `save_all` saved; the file is checked to its last bit before the first tensor is changed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a file that has changed since it was saved, or that belongs to other models.
+        """
+        file = Path(folder) / _FILE
+        if not file.is_file():
+            older = " Its model_0.pt is of an older version: load such files with torch.load and load_model_states."
+            raise FileNotFoundError(
+                f"Expected {_FILE} in {folder}, got none: give the folder that save_all() wrote."
+                + older * Path(folder, "model_0.pt").is_file()
+            )
+        stacked = read_tree(file, "models")
+        counts = {len(rows) for rows in stacked.values()}
+        if counts - {self.num_models}:
+            raise ValueError(
+                f"Expected {self.num_models} models in {file}, got {min(counts)}: load them into a batch of as many."
+            )
+        self.load_model_states([{name: t[m] for name, t in stacked.items()} for m in range(self.num_models)])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load as every nn.Module does, but a state that is refused leaves tensors, streams and seeds as they were."""
+        restore = snapshot(self)
+        try:
+            return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
+        except BaseException:
+            restore()
+            raise
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        context_of(self).template._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(_save_streams(self.streams, context_of(self).frozen, prefix))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        self.__dict__["_loading"] = _take_streams(state_dict, prefix, errors=rest[-1])
+        context_of(self).template._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def load_states(stacked: State, states: Sequence[State], num_models: int) -> None:
-    """Copy M state dicts into the stacked tensors, in place.
-
-    Args:
-        stacked: name to tensor `[M, ...]`.
-        states: M state dicts, name to tensor `[...]`.
-        num_models: M.
-
-    Raises:
-        ValueError: another count, other names or other shapes; nothing has been changed then.
-    """
+def _load_states(stacked: State, states: Sequence[State], num_models: int) -> None:
     states = states if isinstance(states, Mapping) else list(states)
     if isinstance(states, Mapping) or len(states) != num_models:
         got = "one dict" if isinstance(states, Mapping) else f"{len(states)}"
         raise ValueError(f"Expected {num_models} states (one per model), got {got}: pass a list of {num_models} dicts.")
     for m, state in enumerate(states):
         _check(m, state, stacked)
+    rows = {name: [state[name].to(tensor) for state in states] for name, tensor in stacked.items()}
     with torch.no_grad():
         for name, tensor in stacked.items():
-            for m, state in enumerate(states):
-                tensor[m].copy_(state[name])
+            for own, row in zip(tensor, rows[name], strict=True):
+                own.copy_(row)
 
 
 def _check(m: int, state: Any, stacked: State) -> None:
@@ -71,10 +141,28 @@ def _check(m: int, state: Any, stacked: State) -> None:
             f"unexpected {_few(foreign)}; build the batch from models like the ones that were saved."
         )
     for name, tensor in stacked.items():
-        got = state[name].shape if isinstance(state[name], Tensor) else type(state[name]).__name__
+        given = state[name]
+        got = given.shape if isinstance(given, Tensor) else type(given).__name__
         if got != tensor.shape[1:]:
             shape = list(got) if isinstance(got, torch.Size) else got
             raise ValueError(f"Expected '{name}' of model {m} as {list(tensor.shape[1:])}, got {shape}.")
+        _check_numbers(f"'{name}' of model {m}", given, tensor.dtype)
+
+
+def _check_numbers(what: str, given: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a tensor whose numbers do not become numbers of another dtype."""
+    wanted = f"Expected {what} as dense numbers that fit {str(dtype).removeprefix('torch.')}, got"
+    dense = given.layout is torch.strided and not given.is_quantized and not given.is_meta
+    if not dense or not torch.can_cast(given.dtype, dtype):
+        raise ValueError(f"{wanted} {describe(given)}: convert it first.")
+    if given.dtype == dtype:
+        return
+    cast, rounds = given.detach().to(dtype), dtype.is_floating_point or dtype.is_complex
+    lost = given.isfinite() & ~cast.isfinite() if rounds else cast != given
+    if lost.any():
+        raise ValueError(
+            f"{wanted} {given[lost][0].item():g}: build the models in another dtype, or give other states."
+        )
 
 
 def _few(names: list[str]) -> str:
@@ -82,60 +170,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + more if names else "nothing"
 
 
-def save_folder(states: Sequence[State], folder: Path) -> None:
-    """Write one file a model; the old files are replaced when all the new ones are complete.
-
-    Raises:
-        ValueError: the folder holds more models than are saved, so that two batches would be mixed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    beyond = folder / f"model_{len(states)}.pt"
-    if beyond.exists():
-        raise ValueError(
-            f"{folder} holds a batch of more than {len(states)} models (there is a {beyond.name}): "
-            "choose another folder, or empty this one."
-        )
-    files = [folder / f"model_{m}.pt" for m in range(len(states))]
-    partial = [file.with_suffix(".pt.part") for file in files]
-    try:
-        for file, state in zip(partial, states, strict=True):
-            torch.save(state, file)
-        for part, file in zip(partial, files, strict=True):
-            os.replace(part, file)
-    finally:  # nothing half-written stays behind, not even after Ctrl-C or on a full disk
-        for part in partial:
-            part.unlink(missing_ok=True)
-
-
-def read_folder(folder: Path, num_models: int) -> list[State]:
-    """Read M states from the files that `save_folder` wrote; weights only, so a foreign file cannot run code.
-
-    Raises:
-        FileNotFoundError: a model's file is missing.
-        ValueError: a file that is not one of weights, or a folder that holds more models.
-    """
-    files = [folder / f"model_{m}.pt" for m in range(num_models)]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"Expected {num_models} files in {folder}, missing {_few(missing)}: "
-            "give the folder that save_all() wrote, to a batch of as many models."
-        )
-    if (folder / f"model_{num_models}.pt").exists():
-        raise ValueError(f"{folder} holds more than {num_models} models: load it into a batch of as many.")
-    states = []
-    for file in files:
-        try:
-            states.append(torch.load(file, map_location="cpu", weights_only=True))
-        except OSError:
-            raise
-        except Exception as error:  # whatever the unpickler makes of bytes that it cannot read
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{file} is not a file of weights that save_all() wrote: {reason}") from error
-    return states
-
-
-def save_streams(streams: Streams, frozen: Tensor | None, prefix: str) -> dict[str, Tensor]:
+def _save_streams(streams: Streams, frozen: Tensor | None, prefix: str) -> dict[str, Tensor]:
     """Return the streams' entries of a state_dict; none before the first draw, when the seeds say everything.
 
     Which models are frozen goes with them, if any are.
@@ -148,10 +183,10 @@ def save_streams(streams: Streams, frozen: Tensor | None, prefix: str) -> dict[s
     return {f"{prefix}{_STREAMS}{name}": rows for name, rows in states.items()}
 
 
-def take_streams(
+def _take_streams(
     state_dict: dict[str, Any], prefix: str, errors: list[str]
 ) -> tuple[dict[str, Tensor], str, list[str]]:
-    """Take what `save_streams` put into a state_dict out of it, and keep it with what `load_streams` has to know."""
+    """Take what `_save_streams` put into a state_dict out of it, and keep it with what `load_streams` has to know."""
     head = prefix + _STREAMS
     return {key[len(head) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(head)}, prefix, errors
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from ..common.checks import check_seeds
 from ..vmap import Streams
-from . import checkpoint
 from .call import call_models
+from .checkpoint import CanSave, load_streams
 from .clip import clip_by_norm_, norm_limits
 from .context import CallContext, context_of
 from .each_model import CanApply, ResetEachModel
@@ -34,7 +33,7 @@ def _known(name: str, doc: str) -> Any:
     return property(lambda batch: getattr(context_of(batch), name), doc=doc)
 
 
-class ModelBatch(CanFreeze, CanApply, nn.Module):
+class ModelBatch(CanFreeze, CanApply, CanSave, nn.Module):
     """M models of one architecture as one module, each computing exactly what it computes alone.
 
     The batch is a module like any other: `.to()`, `.double()`, `train()`, `eval()`, `state_dict()` and
@@ -94,7 +93,7 @@ class ModelBatch(CanFreeze, CanApply, nn.Module):
         self.__dict__ |= {"_context": context, "_version": template._version}
         self.__dict__ |= {name: template.__dict__[name] for name in _TAKEN_OVER}
         self._load_state_dict_post_hooks.update(template._load_state_dict_post_hooks)
-        self.register_load_state_dict_post_hook(checkpoint.load_streams)
+        self.register_load_state_dict_post_hook(load_streams)
         ResetEachModel.set_up(context)
 
     num_models: int = _known("num_models", "M.")
@@ -232,40 +231,6 @@ class ModelBatch(CanFreeze, CanApply, nn.Module):
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         return clip_by_norm_(grads, limits, norm_type) if grads else torch.zeros(self.num_models)
 
-    # ------------------------------------------------------------------ states and files
-
-    def get_model_states(self) -> list[dict[str, Tensor]]:
-        """Return M state dicts, each what the lone model's `state_dict()` would be, as copies."""
-        return checkpoint.split_state(context_of(self).template.state_dict(), self.num_models)
-
-    def load_model_states(self, states: Sequence[dict[str, Tensor]]) -> None:
-        """Put M state dicts into the batch; all are checked before the first tensor is changed.
-
-        Args:
-            states: what `get_model_states()` or M lone models' `state_dict()` return.
-
-        Raises:
-            ValueError: another number of states than models, other names, or other shapes.
-        """
-        checkpoint.load_states(context_of(self).template.state_dict(), states, self.num_models)
-
-    def save_all(self, folder: str | Path) -> None:
-        """Save each model's state as `folder/model_{m}.pt`, loadable by the lone model's `load_state_dict`.
-
-        Raises:
-            ValueError: the folder holds files of a batch with more models.
-        """
-        checkpoint.save_folder(self.get_model_states(), Path(folder))
-
-    def load_all(self, folder: str | Path) -> None:
-        """Load what `save_all` saved; every file is read and checked before the first tensor is changed.
-
-        Raises:
-            FileNotFoundError: a model's file is missing.
-            ValueError: a file that is not a state dict, or one that belongs to another architecture.
-        """
-        self.load_model_states(checkpoint.read_folder(Path(folder), self.num_models))
-
     # ------------------------------------------------------------------ nn.Module's own verbs
 
     def train(self, mode: bool = True) -> ModelBatch:
@@ -290,11 +255,3 @@ class ModelBatch(CanFreeze, CanApply, nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> ModelBatch:
         context_of(self).template._apply(fn)  # .to(), .double() and the rest, through the model's own
         return self
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        context_of(self).template._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(checkpoint.save_streams(self.streams, context_of(self).frozen, prefix))
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        self.__dict__["_loading"] = checkpoint.take_streams(state_dict, prefix, errors=rest[-1])
-        context_of(self).template._load_from_state_dict(state_dict, prefix, *rest)
