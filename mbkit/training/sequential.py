@@ -21,7 +21,7 @@ from .history import History, Step
 from .loop import Pairs, call, check_run, count_steps, detach, first_tensor, make_schedule, part, walk
 from .recorder import Recording
 
-__all__ = ["LoneTrainer", "check_configs", "fit_alone", "fresh", "in_turn", "lone_step", "loss_of_model"]
+__all__ = ["LoneTrainer", "check_configs", "fit_alone", "fresh", "in_turn", "lone_step", "loss_of_model", "refuse_meta"]
 
 
 def fit_alone(
@@ -79,7 +79,8 @@ def fit_alone(
     """
     models = list_of_models(models)
     num_models = len(models)
-    _check_models(models)
+    refuse_meta(models)
+    _refuse_shared(models)
     check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
     configs = check_configs(configs, num_models)
     schedulers = per_model(scheduler, num_models, "schedulers")
@@ -201,25 +202,13 @@ def in_turn(models: Iterable[int]) -> Iterator[int]:
         >>> len({random.random() for _ in in_turn(range(3))})
         1
     """
-    start = None
-    for m in models:
-        if start is not None and not _same_state(start, _global_state()):
+    start = random_state(), random.getstate(), numpy.random.get_state()
+    for turn, m in enumerate(models):
+        if turn:
             set_random_state(start[0])
             random.setstate(start[1])
             numpy.random.set_state(start[2])
-        elif start is None:
-            start = _global_state()
         yield m
-
-
-def _global_state() -> tuple[list[Tensor], Any, Any]:
-    return random_state(), random.getstate(), numpy.random.get_state()
-
-
-def _same_state(a: Any, b: Any) -> bool:
-    return (
-        all(map(torch.equal, a[0], b[0])) and a[1] == b[1] and a[2][2:] == b[2][2:] and bool((a[2][1] == b[2][1]).all())
-    )
 
 
 def fresh(tree: Any) -> Any:
@@ -258,9 +247,8 @@ def check_configs(configs: Any, num_models: int) -> list[dict[str, Any]]:
     return [dict(config) for config in per_model(each, num_models, "configs")]
 
 
-def _check_models(models: Sequence[nn.Module]) -> None:
-    """Refuse models that cannot be trained each by itself."""
-    owners: dict[int, int] = {}
+def refuse_meta(models: Sequence[nn.Module]) -> None:
+    """Refuse models whose parameters hold no numbers (ValueError)."""
     for m, model in enumerate(models):
         for name, p in model.named_parameters():
             if p.is_meta:
@@ -268,6 +256,12 @@ def _check_models(models: Sequence[nn.Module]) -> None:
                     f"Expected parameters with numbers, got '{name}' of model {m} on the meta device: call "
                     "model.to_empty(device='cpu') and initialise it."
                 )
+
+
+def _refuse_shared(models: Sequence[nn.Module]) -> None:
+    owners: dict[int, int] = {}
+    for m, model in enumerate(models):
+        for name, p in model.named_parameters():
             if owners.setdefault(id(p), m) != m:
                 raise ValueError(
                     f"Expected {len(models)} models that share nothing, got '{name}' of model {m} in model "

@@ -6,8 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,14 +18,14 @@ from ..batch.clip import norm_limits
 from ..batch.targets import TargetForms
 from ..common.checks import check_seeds, list_of_models
 from ..training.loop import check_run, part, walk
-from ..training.sequential import LoneTrainer, check_configs, fresh, in_turn, loss_of_model
+from ..training.sequential import LoneTrainer, check_configs, fresh, in_turn, loss_of_model, refuse_meta
 from .report import EquivalenceReport
 from .subject import BatchRecipe, Recipe
 
 __all__ = ["EquivalenceReport", "Precision", "check_arguments", "compare", "endless", "gap"]
 
 # What a lone model is compared with to see how far rounding goes: itself, in another way.
-NOISE = ("one thread", "channels_last", "last bit")
+NOISE = ("channels_last", "last bit")
 # What is allowed whatever the noise floor is, per dtype: relative to the way that the parameters have come.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -49,10 +48,9 @@ def compare(
     """Train copies of the models in a batch and alone, on the same batches, and report how far apart they get.
 
     The models are trained in lockstep, each lone one from its own random state, so nothing but the present
-    parameters is kept. A lone model is also compared with itself on one thread (where torch uses more), in
-    channels_last memory (where the model can be run so, and nothing random is drawn in memory order), and with its
-    start moved by the last bit of the least precise numbers that it computes with, such as bfloat16 under
-    `torch.autocast`: that is the noise floor.
+    parameters is kept. A lone model is also compared with itself in channels_last memory (where the model can be run
+    so, and nothing random is drawn in memory order), and with its start moved by the last bit of the least precise
+    numbers that it computes with, such as bfloat16 under `torch.autocast`: that is the noise floor.
 
     Args:
         models: M modules; they are not changed.
@@ -106,21 +104,19 @@ def compare(
             loss = None if losses is None else losses[m]
             rows.append(crowd[m].step(x, y, loss_fns[m], subject.parameters(m), loss))
 
-    def table(values: list[Any]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).unflatten(0, (-1, num_models))
-
-    kinds = [kind for kind in NOISE if all(kind in row.floors for row in rows)]
+    names = [name for name in rows[0] if all(name in row for row in rows)]
     # A random mask is drawn in memory order: in another format it is another mask, and tells nothing of rounding.
-    if any(each.alone.draws.drew for each in crowd):
-        kinds = [kind for kind in kinds if kind != "channels_last"]
+    if any(each.alone.draws.drew for each in crowd) and "channels_last" in names:
+        names.remove("channels_last")
+    tables = {name: torch.tensor([row[name] for row in rows]).double().unflatten(0, (-1, num_models)) for name in names}
     return EquivalenceReport(
         parameters=[name for name, _ in models[0].named_parameters()],
-        difference=table([row.difference for row in rows]),
-        relative=table([row.relative for row in rows]),
-        loss_difference=table([row.loss for row in rows]),
-        floors={kind: table([row.floors[kind] for row in rows]) for kind in kinds},
+        difference=tables["difference"],
+        relative=tables["relative"],
+        loss_difference=tables["loss"],
+        floors={kind: tables[kind] for kind in NOISE if kind in names},
         tolerance=max(TOLERANCE.get(each.precision, 1e-2) for each in crowd),
-        lost=table([row.lost for row in rows]).bool(),
+        lost=tables["lost"].bool(),
     )
 
 
@@ -135,19 +131,9 @@ def check_arguments(
     models = list_of_models(models)
     if next(models[0].parameters(), None) is None:
         raise ValueError(f"Expected models with parameters, got {type(models[0]).__name__} without any.")
+    refuse_meta(models)
     check_run(batches, loss_fn, steps, "epoch", walks=steps)
     return models, check_configs(configs, len(models)), check_seeds(seeds, len(models))
-
-
-@dataclass
-class _Row:
-    """What one step of one model has shown; see `EquivalenceReport`."""
-
-    difference: list[float]
-    relative: list[float]
-    loss: float
-    floors: dict[str, list[float]]
-    lost: bool
 
 
 class _Crowd:
@@ -158,34 +144,35 @@ class _Crowd:
         self.alone, self.precision = _Lone("alone", model, *how), next(model.parameters()).dtype.to_real()
         self._others: dict[str, _Lone] | None = None
 
-    def step(self, x: Any, y: Any, loss_fn: Callable, mine: Mapping[str, Tensor], loss: Tensor | None) -> _Row:
+    def step(self, x: Any, y: Any, loss_fn: Callable, mine: Mapping[str, Tensor], loss: Tensor | None) -> dict:
         """Make one update of each; compare them, and the parameters `mine`, with the model alone."""
         first = self._others is None
         with Precision() if first else nullcontext() as precision:
             expected, _ = self.alone.step(*fresh((x, y)), loss_fn)
         if first:
             self.precision = coarser(self.precision, precision.coarsest)
-            kinds = [kind for kind in NOISE if kind != "one thread" or torch.get_num_threads() > 1]
-            self._others = {kind: _Lone(kind, self._model, *self._how, last=self.precision) for kind in kinds}
-        floors, reference = {}, self.alone.ways(self.alone.parameters)
+            self._others = {kind: _Lone(kind, self._model, *self._how, last=self.precision) for kind in NOISE}
+        reference = self.alone.ways(self.alone.parameters)
+        numbers = [mine[name].detach() for name in self.alone.names]
+        largest = [gap(a, b).flatten() for a, b in zip(numbers, self.alone.parameters, strict=True)]
+        row = {
+            "difference": [each.max().item() if len(each) else 0.0 for each in largest],
+            "relative": _relative(self.alone.ways(numbers), reference),
+            "loss": math.nan if loss is None else gap(loss, expected).item(),
+            "lost": any(not way.isfinite().all() for way in reference)
+            and not any((way.isfinite() & (way != 0)).any() for way in reference),
+        }
         for kind in in_turn(list(self._others)):
             other = self._others[kind]
             try:
                 other.step(*fresh((x, y)), loss_fn)
-            except RuntimeError:  # such as a view that channels_last memory does not have: no source of noise then
-                del self._others[kind]
-                continue
-            floors[kind] = _relative(other.ways(other.parameters), reference)
-        numbers = [mine[name].detach() for name in self.alone.names]
-        largest = [gap(a, b).flatten() for a, b in zip(numbers, self.alone.parameters, strict=True)]
-        return _Row(
-            difference=[each.max().item() if len(each) else 0.0 for each in largest],
-            relative=_relative(self.alone.ways(numbers), reference),
-            loss=math.nan if loss is None else gap(loss, expected).item(),
-            floors=floors,
-            lost=any(not way.isfinite().all() for way in reference)
-            and not any((way.isfinite() & (way != 0)).any() for way in reference),
-        )
+            except Exception:
+                if kind != "channels_last":
+                    raise
+                del self._others[kind]  # a model may need views that this memory format does not have
+            else:
+                row[kind] = _relative(other.ways(other.parameters), reference)
+        return row
 
 
 class _Lone(LoneTrainer):
@@ -212,8 +199,7 @@ class _Lone(LoneTrainer):
         if self.kind == "channels_last":
             last = torch.channels_last
             x = tree_map_only(Tensor, lambda t: t.contiguous(memory_format=last) if t.dim() == 4 else t, x)
-        with _one_thread(self.kind == "one thread"):
-            made = super().step(x, y, loss_fn)
+        made = super().step(x, y, loss_fn)
         if self.schedule is not None:
             self.schedule.step()
         return made
@@ -257,16 +243,6 @@ def _move(p: Tensor, eps: float) -> None:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-
-
-@contextmanager
-def _one_thread(wanted: bool) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if wanted else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def endless(batches: Any, device: torch.device) -> Iterator[tuple[Any, Any]]:

@@ -65,6 +65,7 @@ REFUSED_BY_FIT_ALONE = {
     "a norm below zero": (ValueError, "positive", lambda: {"max_norm": -1.0}),
     "a norm of zero": (ValueError, "positive", lambda: {"max_norm": [1.0, 1.0, 0.0, 1.0]}),
     "a norm that is no number": (ValueError, "positive", lambda: {"max_norm": float("nan")}),
+    "a norm in words": (TypeError, "number as max_norm", lambda: {"max_norm": "1"}),
     "one model given often": (
         ValueError,
         "'0.weight' of model 1 in model 0",

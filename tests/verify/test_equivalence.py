@@ -356,6 +356,8 @@ def test_bad_input():
         compare(models, torch.optim.SGD, None, data, F.cross_entropy)
     with pytest.raises(ValueError, match="positive"):
         compare(models, torch.optim.SGD, CONFIGS, data, F.cross_entropy, max_norm=0.0)
+    with pytest.raises(ValueError, match="of model 0 on the meta device"):
+        compare([model.to("meta") for model in models], torch.optim.SGD, CONFIGS, data, F.cross_entropy)
     with pytest.raises(ValueError, match="models with parameters, got ReLU"):
         compare([nn.ReLU()] * M, torch.optim.SGD, CONFIGS, data, F.cross_entropy)
     with pytest.raises(TypeError, match="Expected a list of models, got one Sequential"):
