@@ -60,16 +60,9 @@ class GradScaler(torch.amp.GradScaler):
         growth_interval: int = 2000,
         enabled: bool = True,
     ) -> None:
-        whole_number(growth_interval, "growth_interval")
-        for name, factor in (("growth_factor", growth_factor), ("backoff_factor", backoff_factor)):
-            if isinstance(factor, bool) or not isinstance(factor, (int, float)):
-                raise TypeError(f"Expected a number as {name}, got {factor!r}: pass one like 2.0 or 0.5.")
-        if not 1 < growth_factor < math.inf or not 0 < backoff_factor < 1:
-            raise ValueError(
-                f"Expected a growth_factor above 1 and a backoff_factor between 0 and 1, got {growth_factor} and "
-                f"{backoff_factor}: the usual ones are 2.0 and 0.5."
-            )
-        _scales(init_scale, 1, torch.device("cpu"))
+        if enabled:
+            _check_factors(growth_factor, backoff_factor, growth_interval)
+            _scales(init_scale, 1, torch.device("cpu"))
         # To torch's class "cpu" means any device that exists; tensors are made on the losses'.
         super().__init__("cpu", init_scale, growth_factor, backoff_factor, growth_interval, enabled)
         self._frozen: Tensor | None = None  # what the optimizer's batch says, for update()
@@ -78,7 +71,7 @@ class GradScaler(torch.amp.GradScaler):
         """Return the losses `[M]`, each times its model's scale.
 
         Raises:
-            ValueError: a tensor that is not one loss a model.
+            ValueError: a tensor that is not one loss per model.
         """
         if not self._enabled:
             return losses
@@ -153,11 +146,12 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return
         scale, tracker = self._check_scale_growth_tracker("update")
-        states = list(self._per_optimizer_states.values())
-        self._per_optimizer_states.clear()
         if new_scale is not None:
             scale.copy_(_scales(new_scale, len(scale), scale.device))
+            self._per_optimizer_states.clear()
             return
+        states = list(self._per_optimizer_states.values())
+        self._per_optimizer_states.clear()
         if not any(state["found_inf_per_device"] for state in states):
             raise RuntimeError("Expected scaler.step(optimizer) before update(), got none: no gradient was looked at.")
         found, done = self._found(states), tracker + 1
@@ -186,21 +180,34 @@ class GradScaler(torch.amp.GradScaler):
 
         Raises:
             RuntimeError: the state is that of a disabled scaler.
-            ValueError: it has the scales of another number of models.
+            ValueError: it is not whole, has the scales of another number of models, or none to train with.
         """
-        if state_dict and self._enabled:  # all is checked before anything is changed
-            scale, tracker = state_dict["scale"], state_dict["_growth_tracker"]
-            count = len(self._scale) if self._scale is not None else len(scale) if isinstance(scale, list) else 1
-            cpu = torch.device("cpu")
-            scale, tracker = _scales(scale, count, cpu), _column(tracker, count, torch.int32, cpu)
-        kept, self._scale, self._growth_tracker = (self._scale, self._growth_tracker), None, None
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            self._scale, self._growth_tracker = kept
-        if self._scale is not None and self._enabled:
-            self._scale.copy_(scale)
-            self._growth_tracker.copy_(tracker)
+        if not self._enabled or not state_dict:
+            return super().load_state_dict(state_dict)  # which knows what to say
+        names = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+        if not set(names) <= state_dict.keys():
+            raise ValueError(f"Expected {', '.join(names)}, got {sorted(state_dict)}: pass what state_dict() returned.")
+        scale, *factors, tracker = (state_dict[name] for name in names)
+        _check_factors(*factors)
+        count, cpu = len(scale) if isinstance(scale, list) else 1, torch.device("cpu")
+        count = count if self._scale is None else len(self._scale)
+        _scales(scale, count, cpu), _column(tracker, count, torch.int32, cpu)
+        self._init_scale, self._init_growth_tracker = scale, tracker
+        self._growth_factor, self._backoff_factor, self._growth_interval = factors
+        if self._scale is not None:
+            self._start(count, self._scale.device)
+
+
+def _check_factors(growth_factor: Any, backoff_factor: Any, growth_interval: Any) -> None:
+    for name, factor in (("growth_factor", growth_factor), ("backoff_factor", backoff_factor)):
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            raise TypeError(f"Expected a number as {name}, got {factor!r}: pass one like 2.0 or 0.5.")
+    if not 1 < growth_factor < math.inf or not 0 < backoff_factor < 1:
+        raise ValueError(
+            f"Expected a growth_factor above 1 and a backoff_factor between 0 and 1, got {growth_factor} and "
+            f"{backoff_factor}: the usual ones are 2.0 and 0.5."
+        )
+    whole_number(growth_interval, "growth_interval")
 
 
 def _scales(value: Any, num_models: int, device: torch.device) -> Tensor:

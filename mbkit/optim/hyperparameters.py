@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -86,12 +86,9 @@ class Columns:
         self.flags: dict[str, bool | None] = {}
         self._values: dict[str, Tensor] = {}
         self._devices: dict[torch.device, dict[str, Tensor]] = {}
-        self._spread: dict[tuple, Hyperparameters] = {}
 
     def refresh(self) -> None:
         """Take over what was written into the groups since the last call."""
-        if self.changed - {"lr"}:
-            self._spread.clear()
         for name in self.changed.intersection(self.names):
             values = [group[name] for group in self.groups]
             self._values[name] = _to_column(name, values)
@@ -109,12 +106,9 @@ class Columns:
         device = params[0].device
         if device not in self._devices:
             self._devices[device] = {name: _move(column, device) for name, column in self._values.items()}
-        key = (device, rows.start, rows.stop, params[0].dtype, *(p.dim() for p in params))
         columns = self._devices[device]
-        found = self._spread.setdefault(key, Hyperparameters(columns, self.flags, params))
-        found.columns = columns if rows == ALL else {name: column[rows] for name, column in columns.items()}
-        found.params = params
-        return found
+        columns = columns if rows == ALL else {name: column[rows] for name, column in columns.items()}
+        return Hyperparameters(columns, self.flags, params)
 
 
 class Hyperparameters:
@@ -128,7 +122,6 @@ class Hyperparameters:
 
     def __init__(self, columns: dict[str, Tensor], flags: dict[str, bool | None], params: list[Tensor]) -> None:
         self.columns, self.flags, self.params = columns, flags, params
-        self._fixed: dict[Any, list[Any]] = {}
         # torch rounds a Python number to float32 even where the parameters are shorter.
         self._dtype = torch.promote_types(params[0].dtype, torch.float32)
 
@@ -139,16 +132,6 @@ class Hyperparameters:
         """Return whether `name` is nonzero: one bool where all models agree (no work at all), else a tensor `[M]`."""
         agreed = self.flags[name]
         return self.columns[name] != 0 if agreed is None else agreed
-
-    def fixed(self, compute: Callable[[Hyperparameters], Sequence[Tensor]]) -> list[list[Any]]:
-        """Return the spread columns that `compute` makes of this, worked out once for as long as none but lr changes.
-
-        Args:
-            compute: a function that reads no "lr"; it is known again by its identity.
-        """
-        if compute not in self._fixed:
-            self._fixed[compute] = [self.spread(column) for column in compute(self)]
-        return self._fixed[compute]
 
     def spread(self, column: bool | Tensor) -> list[Any]:
         """Return the column for each of the P parameters, rounded once to their dtype.

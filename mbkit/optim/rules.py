@@ -64,8 +64,9 @@ def adam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) ->
     grads = _decay(params, _ascend(grads, h), h, h.on("decoupled_weight_decay"))
     correction1, correction2 = (1 - h["betas"].T.unsqueeze(1) ** steps).unbind(0)
     amsgrad = h.spread(h.on("amsgrad"))
-    columns = zip(*h.fixed(_averages), h.spread(correction2.sqrt()), h.spread(-(h["lr"] / correction1)), strict=True)
-    for i, (take1, keep2, take2, eps, root, step_size) in enumerate(columns):
+    beta1, beta2 = h["betas"].unbind(-1)
+    columns = (1 - beta1, beta2, 1 - beta2, h["eps"], correction2.sqrt(), -(h["lr"] / correction1))
+    for i, (take1, keep2, take2, eps, root, step_size) in enumerate(zip(*map(h.spread, columns), strict=True)):
         param, grad, state = params[i], grads[i], states[i]
         second = state["exp_avg_sq"]
         _lerp(state["exp_avg"], grad, take1)
@@ -75,11 +76,6 @@ def adam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) ->
             second = _choose(amsgrad[i], largest, second)
         denominator = _shift_((second.sqrt() / root).to(param.dtype), eps)
         param.addcdiv_(state["exp_avg"] * step_size, denominator)
-
-
-def _averages(h: Hyperparameters) -> Tensors:
-    beta1, beta2 = h["betas"].unbind(-1)
-    return [1 - beta1, beta2, 1 - beta2, h["eps"]]
 
 
 def rmsprop(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
