@@ -203,7 +203,7 @@ def load_streams(batch: Any, keys: Any) -> None:
     if errors or (not saved and any(key.startswith(prefix) for key in keys.missing_keys)):
         return
     frozen = saved.pop(_FROZEN, None)
-    context_of(batch).frozen = None if frozen is None else frozen.clone()
+    context_of(batch).frozen = None if frozen is None or not frozen.any() else frozen.clone()
     if "seeds" in saved:
         batch.streams.seeds = saved.pop("seeds").tolist()
     # Where there is no GPU its streams cannot be kept; should there be one again, they start from the seeds.

@@ -21,7 +21,8 @@ class BatchOptimizer(torch.optim.Optimizer):
     "params" lists the stacked parameters and the other groups' lists are empty, because a stacked parameter belongs
     to all models at once: so all groups together hold each parameter once. torch's own tools that walk over them see
     `[M, ...]`. Where a tool takes norms over them, it mixes the models: clip by `batch.clip_grad_norm_` and scale by
-    mbkit's `GradScaler`, not by torch's.
+    mbkit's `GradScaler`, not by torch's. So does a ReduceLROnPlateau that gets one number for all models: make one per
+    model by `OptimizerFactory.create_lr_scheduler`.
 
     Where each model's parameters are in G groups, `param_groups` holds model 0's G groups, then model 1's, and so on;
     `groups_of(m)` are model m's, and model 0's list the stacked parameters.
@@ -279,6 +280,6 @@ def construct(
     if len(lone.param_groups) != len(params):
         raise TypeError(
             f"Expected {optimizer_cls.__name__} to keep a model's parameters in {len(params)} group(s), got "
-            f"{len(lone.param_groups)}: train with one optimizer a model, over batch.models."
+            f"{len(lone.param_groups)}: train with one optimizer per model, over batch.models."
         )
     return lone

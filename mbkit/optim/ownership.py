@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..common.random_streams import random_state
 from .base import BatchOptimizer
 from .schedulers import ModelOptimizer
 
@@ -53,11 +55,36 @@ def check_trains(optimizer: Any, batch: nn.Module) -> None:
                 f"more, M. {create}groups=[{{'params': lambda name, p: p.ndim < 2, ...}}, ...]) shows them as alone.",
                 stacklevel=3,
             )
+        if isinstance(optimizer, torch.optim.Optimizer):
+            _look_for_noise(optimizer, create)
         return
     raise ValueError(
         f"Expected an optimizer of this batch's parameters, got {name} over others, so nothing would be trained: after "
         "a new ModelBatch, create the optimizer anew, by OptimizerFactory(...).create_optimizer(batch, ...)."
     )
+
+
+def _look_for_noise(optimizer: torch.optim.Optimizer, create: str) -> None:
+    """Warn in the first step if it draws random numbers: over `[M, ...]` these are not those of each model's stream."""
+
+    def before(*_: Any) -> None:
+        states.append(random_state())
+
+    def after(*_: Any) -> None:
+        state = states.pop()
+        if states:  # a step within a step, of a class that calls its parent's
+            return
+        for handle in handles:
+            handle.remove()
+        if not all(map(torch.equal, state, random_state())):
+            warnings.warn(
+                f"{type(optimizer).__name__} draws random numbers for all models at once, so none has those that it "
+                f"has alone. {create}...) draws from each model's own stream.",
+                stacklevel=2,
+            )
+
+    states: list[list[torch.Tensor]] = []
+    handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
 
 def check_scheduler(scheduler: Any, optimizer: Any) -> None:

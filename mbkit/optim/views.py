@@ -23,7 +23,8 @@ class ViewsOptimizer(BatchOptimizer):
 
     Each lone optimizer owns one model's slices of the stacked parameters, as views. During a step, and only then,
     each view's gradient is a view of the stacked gradient, and torch's default generators are model m's random stream.
-    `param_groups` can be read and written as in any optimizer of a batch; model m's state is in `lone[m].state`.
+    `param_groups` can be read and written as in any optimizer of a batch; model m's state is in `lone[m].state`, and a
+    class's own verbs are called on each of `lone` (`for one in optimizer.lone: one.train()`).
 
     One optimizer with M groups would do for torch's own classes. But some people's optimizers reckon over all groups
     at once (a global norm, a common step size), and would mix the models without a word.
@@ -81,6 +82,13 @@ class ViewsOptimizer(BatchOptimizer):
             for view, grad in zip(views, grads, strict=True):
                 view.grad = grad
             lone.step()
+        except TypeError as error:
+            if "'NoneType' object is not callable" not in str(error):
+                raise
+            raise TypeError(
+                f"{self.optimizer_cls.__name__} needs a closure that computes one model's loss anew, and the models of "
+                "a batch have theirs in common: make one optimizer per model, over batch.models."
+            ) from error
         finally:
             for view in views:
                 view.grad = None

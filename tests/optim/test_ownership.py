@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -114,6 +115,24 @@ def test_norms_over_whole_tensors_are_warned_of(cls):
     plain.param_groups[0]["params"][:] = batch.parameters()
     with pytest.warns(UserWarning, match=rf"{cls.__name__} takes norms or means .* OptimizerFactory\({cls.__name__}\)"):
         train_steps(batch, plain, batches(own=False), MSE)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_noise_over_all_models_at_once_is_warned_of(noise):
+    class Langevin(optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"] if noise else []:
+                    p.add_(torch.randn_like(p), alpha=noise)
+
+    batch = ModelBatch(build())
+    optimizer = Langevin(batch.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(batch, optimizer, batches(own=False), MSE, progress=False)
+    told = [str(warning.message) for warning in caught if "Langevin draws random numbers" in str(warning.message)]
+    assert len(told) == (1 if noise else 0)
 
 
 def test_the_factorys_optimizers_and_elementwise_ones_train_as_alone_without_a_word():
