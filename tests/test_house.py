@@ -37,13 +37,8 @@ FLOORS = [
     {"common"},
 ]
 KNOWN_ARROWS: set[str] = set()
-KNOWN_CIRCLES: list[set[str]] = [
-    {"vmap.mode", "vmap.operator_loop"}
-    | {
-        f"vmap.rules.{name}"
-        for name in "convolution data_dependent embedding linear losses randomness recurrent".split()
-    },
-]
+RULES = "convolution data_dependent embedding linear losses randomness recurrent".split()
+KNOWN_CIRCLES: list[set[str]] = [{"vmap.mode", "vmap.operator_loop", *(f"vmap.rules.{name}" for name in RULES)}]
 KNOWN_PRIVATE: dict[str, set[str]] = {}
 
 

@@ -49,7 +49,9 @@ PRIVATE = {
     "torch._C._dispatch_get_all_op_names": "which operators autocast casts; the list is only in the documentation",
     "torch._C._dispatch_has_kernel_for_dispatch_key": "likewise",
     "torch._C._nn": "functions that torch.nn.functional calls, under the names that a mode is given",
-    "torch._foreach_add_": "one addition for many small tensors; torch.optim has it inside",
+    "torch._fused_adam_": "the kernel behind torch.optim.Adam(fused=True), over tensors of M models; the class has one "
+    "learning rate a group",
+    "torch._fused_adamw_": "likewise",
     "torch.nn.modules.dropout._DropoutNd": "every dropout layer; the public classes have no public parent",
     "torch.nn.modules.module._global_backward_hooks": "notice hooks on all modules; there is no public question",
     "torch.nn.modules.module._global_backward_pre_hooks": "likewise",
