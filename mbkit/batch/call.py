@@ -17,9 +17,10 @@ from torch._functorch.vmap import lazy_load_decompositions
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..common.checks import check_inputs, check_output
+from ..common.checks import check_inputs, check_numbers, check_output, open_mappings
 from ..vmap import (
     BatchingError,
+    Failure,
     Interception,
     LayoutMatters,
     State,
@@ -65,6 +66,7 @@ def call_models(context: CallContext, args: tuple, kwargs: dict, shared: bool) -
     Returns:
         The model's own nested output, each tensor `[M, ...]`.
     """
+    check_numbers(tree_leaves(open_mappings((args, kwargs))), context.template)
     with held(context):
         return _call(context, args, kwargs, shared)
 
@@ -95,6 +97,9 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool) -> Any:
             slow.add(unit)
             reasons[unit] = str(error).strip().split("\n")[0]
     memory.learn()
+    if isinstance(output, Failure):  # the user's own error, so what the calls have changed before it stays, as alone
+        slow.difference_update(reasons)
+        raise _named(output.error, context.num_models) from output.error
     made = [*tree_leaves(output), *context.attributes]
     watch_backward(made, (*before.values(), *tree_leaves((args, kwargs))), context.num_models, bool(slow))
     for path, reason in reasons.items():
@@ -183,7 +188,8 @@ def attempt(
             output, after, new = call_in_turn(
                 template, before, args, kwargs, turns, lambda run, tensors: run(tensors, flags), whole=True
             )
-        check_output(output, template)
+        if not isinstance(output, Failure):
+            check_output(output, template)
     else:
         origins = {id(t): t for t in kept}
         kept = [t for t in kept if id(t) in stacked]
@@ -277,8 +283,10 @@ class Memory:
         self.streams()
         undone = True
         for tensor, version, copied in self.tensors:
-            if copied is not None:
+            if copied is not None and copied.shape == tensor.shape:
                 tensor.data.copy_(copied)
+            elif copied is not None:  # a call has given it another size
+                tensor.data = copied
             else:
                 undone = undone and _version(tensor) == version
         if not undone and isinstance(error, (RuntimeError, LayoutMatters)):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import check_seeds
+from ..common.checks import check_seeds, flag
 from ..vmap import Streams
 from .call import call_models
 from .checkpoint import CanSave, load_streams
@@ -81,12 +81,13 @@ class ModelBatch(CanFreeze, CanApply, CanSave, nn.Module):
     ) -> None:
         super().__init__()
         models, settings = check_models(models)
+        shared_input, paths = flag(shared_input, "shared_input"), check_paths(models[0], model_by_model)
         streams = Streams(check_seeds(seeds, len(models)))
         # The template is the user's own module, holding the stacked tensors. The batch takes over its tensors and
         # children instead of becoming their parent, so that every name is the user's own.
         template, attributes = stack_models(models, settings)
         context = CallContext(template, attributes, len(models), streams, shared_input, bool(settings))
-        context.model_by_model = check_paths(template, model_by_model)
+        context.model_by_model = paths
         context.folding = any(isinstance(m, nn.Conv2d) for m in template.modules())  # see vmap/rules
         self.training = template.training
         # Past nn.Module.__setattr__ here and below: the user's own names, whatever they are, stay the user's.
@@ -166,7 +167,7 @@ class ModelBatch(CanFreeze, CanApply, CanSave, nn.Module):
             TypeError: a model that returns something that is not made of tensors.
             BatchingError: a layer that cannot do for M models at once what it does for one.
         """
-        shared = self.shared_input if shared_input is None else shared_input
+        shared = self.shared_input if shared_input is None else flag(shared_input, "shared_input")
         return call_models(context_of(self), inputs, kwargs, shared)
 
     def compute_loss(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils._pytree import keystr, register_pytree_node, tree_flatten_with_path, tree_leaves
 
 __all__ = [
-    "check_inputs", "check_output", "check_seeds", "did_you_mean", "list_of_models", "memory_of", "per_model",
-    "whole_number",
+    "check_inputs", "check_numbers", "check_output", "check_seeds", "did_you_mean", "flag", "list_of_models",
+    "memory_of", "open_mappings", "per_model", "whole_number",
 ]  # fmt: skip
 
 _MAX_SEED = 2**63 - 1
@@ -168,13 +168,66 @@ def check_output(output: Any, template: nn.Module) -> None:
         raise TypeError(f"Expected {type(template).__name__} to return at least one tensor, got {output!r}.")
 
 
+def flag(value: Any, name: str) -> bool:
+    """Return `value`, or refuse it as neither True nor False: "no" would count as True.
+
+    Raises:
+        TypeError: something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"Expected True or False as {name}, got {value!r}: choose one of them.")
+    return value
+
+
+def open_mappings(tree: Any) -> Any:
+    """Return `tree`, once torch's tree functions know how to walk through the mappings in it that are not dicts.
+
+    To them a `UserDict`, which a tokenizer's output is, would be one opaque object, and the tensors in it nobody's.
+    """
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Mapping):
+            kind = type(leaf)
+            try:
+                kind(dict(leaf))
+            except Exception:  # it cannot be made anew from a dict
+                continue
+            register_pytree_node(
+                kind,
+                lambda mapping: (list(mapping.values()), tuple(mapping)),
+                lambda values, names, kind=kind: kind(dict(zip(names, values, strict=True))),
+            )
+            return open_mappings(tree)
+    return tree
+
+
+def check_numbers(leaves: list[Any], model: nn.Module) -> None:
+    """Refuse inputs without numbers: tensors on the meta device, where the model is elsewhere.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+        weight = next(iter(model.parameters()), None)
+        if weight is None or not weight.is_meta:
+            raise ValueError(
+                "Expected inputs with numbers, got a tensor on the meta device, which has none: make it on the models'."
+            )
+
+
 def check_inputs(leaves: list[Any], num_models: int) -> None:
     """Refuse per-model inputs whose first dimension is not M.
 
     Raises:
         ValueError: there is one.
+        TypeError: an object that hides tensors, which would be the same for all models.
     """
     for tensor in leaves:
+        hidden = vars(tensor).values() if hasattr(tensor, "__dict__") and not callable(tensor) else ()
+        if not isinstance(tensor, Tensor) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(list(hidden))):
+            raise TypeError(
+                f"Expected per-model inputs made of lists, tuples and dicts, got a {type(tensor).__name__}, whose "
+                "tensors would be the same for all models: pass them as a dict, or pass shared_input=True."
+            )
         if isinstance(tensor, Tensor) and (tensor.dim() == 0 or tensor.shape[0] != num_models):
             raise ValueError(
                 f"Expected per-model input [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}: "

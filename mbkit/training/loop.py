@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from ..common.checks import whole_number
+from ..common.checks import open_mappings, whole_number
 
 __all__ = [
     "Pairs", "arguments", "call", "check_run", "check_schedule", "count_steps", "detach", "first_tensor",
@@ -103,6 +103,7 @@ def walk(batches: Pairs, epoch: int, device: torch.device) -> Iterator[tuple[Any
     """
 
     def move(tree: Any) -> Any:  # a PackedSequence is no tensor, but it can be moved
+        open_mappings(tree)
         return tree_map(lambda leaf: leaf.to(device, non_blocking=True) if hasattr(leaf, "to") else leaf, tree)
 
     if hasattr(batches, "set_epoch"):

@@ -7,7 +7,7 @@ of last resort: exact for any operator, at the speed of a loop.
 
 from .errors import BatchingError, module_path, running_modules
 from .gradients import mark_rows, models_with_gradient, note_models_with_gradient, separate_gradients, watch_backward
-from .layer_loop import call_in_turn, loop_inside, tensors_in
+from .layer_loop import Failure, call_in_turn, loop_inside, tensors_in
 from .mode import Interception
 from .module_copy import (
     HOOKS,
@@ -35,6 +35,7 @@ __all__ = [
     "HOOKS",
     "OUTPUT",
     "BatchingError",
+    "Failure",
     "Interception",
     "LayoutMatters",
     "PerModel",

@@ -10,14 +10,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .errors import BatchingError
-from .module_copy import copy_module, flattened, materialize, merge, outcome, read_state, write_state
+from .module_copy import OUTPUT, copy_module, flattened, materialize, merge, outcome, read_state, write_state
 from .rules.convolution import check_order
 from .unwrap import on_stacks, stack_alike
 
 if TYPE_CHECKING:
     from .mode import Interception
 
-__all__ = ["call_in_turn", "loop_inside", "tensors_in"]
+__all__ = ["Failure", "call_in_turn", "loop_inside", "tensors_in"]
+
+
+class Failure:
+    """Stands for the output of models whose forward has raised an error of its own."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -62,12 +69,14 @@ def call_in_turn(
         whole: whether the module is the whole model.
 
     Returns:
-        The output, the state after the calls, and the new tensors `[M, ...]` in plain attributes.
+        The output, the state after the calls, and the new tensors `[M, ...]` in plain attributes. If calls of the whole
+        model have raised, the first error as a `Failure`: each model has got as far as it gets alone.
     """
     leaves, spec = tree_flatten((args, kwargs))
     inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     kept = tensors_in(before)
     merged: list[dict] = []
+    failures: list[Exception] = []
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor, ...]:
         grad = torch.is_grad_enabled()
@@ -77,6 +86,7 @@ def call_in_turn(
         ]
         rows = [_rows(t, s, c) for t, s, c in zip(stacks, stacked, copied, strict=True)]
         records, known, alive, anything = [], [], [], set()
+        resized: dict[int, list[Tensor]] = {}
         edited_inputs: dict[int, list[Tensor]] = {i: [] for i in range(len(kept), len(stacks)) if copied[i]}
         for m in turns:
             own = [row(m) for row in rows]
@@ -88,10 +98,18 @@ def call_in_turn(
             alive.append(twin)  # for as long as other copies are made, so that none gets its id
             given = flattened(twin)
             my_args, my_kwargs = tree_unflatten(mine, spec)
-            output = twin(*my_args, **my_kwargs)
+            try:
+                output = twin(*my_args, **my_kwargs)
+            except Exception as error:
+                if not whole:
+                    raise
+                output = None
+                failures.append(error)
             edited = set()
             for i, (tensor, (version, pointer)) in enumerate(zip(own, marks, strict=True)):
-                if not copied[i] and tensor.data_ptr() != pointer:  # w.data = …
+                if not copied[i] and tensor.shape != stacks[i].shape[1:]:
+                    resized.setdefault(i, []).append(tensor.data.clone())
+                elif not copied[i] and tensor.data_ptr() != pointer:  # w.data = …
                     stacks[i].data[m].copy_(tensor.data)
                 elif copied[i] and _version(tensor) != version:
                     edited.add(id(tensor))
@@ -101,6 +119,13 @@ def call_in_turn(
             origins = {id(t): t for t in kept}
             known.append(origins | {id(o): t for t, o in zip(kept, own, strict=False) if id(o) not in edited})
             anything |= edited
+        if failures:
+            for record in records:
+                record[OUTPUT] = None
+        for i, tensors in resized.items():
+            if len({tensor.shape for tensor in tensors}) > 1 or len(tensors) < len(records):
+                raise BatchingError("a call gives a buffer another size, and not the same to each model's")
+            stacks[i].data = stack_alike(tensors)
         for i, tensors in edited_inputs.items():
             if anything.isdisjoint(map(id, tensors)):
                 continue
@@ -113,7 +138,8 @@ def call_in_turn(
         return tuple(stack_alike(column) for column in fresh)
 
     new = on(run, [*kept, *(leaves[i] for i in inputs)])
-    return materialize(merged[0], new)
+    output, after, attributes = materialize(merged[0], new)
+    return (Failure(failures[0]) if failures else output), after, attributes
 
 
 def _rows(stack: Tensor, stacked: bool, copied: bool) -> Callable[[int], Tensor]:
