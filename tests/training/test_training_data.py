@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+import weakref
 
 import numpy
 import pytest
@@ -281,3 +282,15 @@ def test_several_inputs_and_nested_outputs(pack):
     torch.testing.assert_close(alone.loss[0], first, rtol=0, atol=1e-12)
     assert together.accuracy is None
     assert alone.accuracy is None
+
+
+def test_no_models_graph_outlives_its_turn():
+    alive = []
+
+    def loss_fn(outputs, targets):
+        assert not any(reference() is not None for reference in alive)  # of the models before, and of earlier steps
+        alive.append(weakref.ref(outputs))
+        return cross_entropy(outputs, targets)
+
+    fit_alone(classifiers(), SGD, CONFIGS, points(), loss_fn, 2, seeds=SEEDS)
+    assert len(alive) == 8 * M

@@ -1,6 +1,7 @@
 """diagnose: every planted fault is found by its own name, with its evidence; without a fault nobody is named."""
 
 import functools
+import io
 import itertools
 import json
 import os
@@ -392,6 +393,17 @@ def test_the_report_prints_displays_and_serializes():
     assert saved["guilty"] == ["stale-gradients", "mean-loss"]
     assert saved["findings"]["stale-gradients"]["step"] == 2
     assert len(report.plot().axes) == M + 1
+
+
+@pytest.mark.parametrize(("encoding", "mark"), [("utf-8", "✗"), ("cp1252", "x"), ("ascii", "x")])
+def test_it_prints_wherever_the_terminal_has_no_such_signs(monkeypatch, encoding, mark):
+    report = found(["mean-loss"], GRID[0], seed=1)
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
+    print(report, flush=True)
+    lines = written.getvalue().decode(encoding).splitlines()
+    assert lines[3].split()[:2] == [mark, "mean-loss"]
+    assert "✗" in report._repr_html_()
 
 
 def test_the_map_shows_which_model_is_off_and_by_how_much():
