@@ -23,6 +23,7 @@ from ..vmap import (
     Failure,
     Interception,
     LayoutMatters,
+    SharedDraw,
     State,
     call_in_turn,
     copy_module,
@@ -88,6 +89,9 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool) -> Any:
         except LayoutMatters as error:
             memory.undo(error)
             context.folding = False
+        except SharedDraw as error:
+            memory.undo(error)
+            slow.add("")
         except Exception as error:
             undone = memory.undo(error)
             unit = _next_slower(error, slow) if undone and not isinstance(error, NO_FAULT_OF_VMAP) else None
@@ -249,7 +253,8 @@ def at_once(
     level = functorch._vmap_increment_nesting(context.num_models, "error")
     try:
         dims = zip((index, *tensors), (0, *in_dims), strict=True)
-        outputs = with_rules(*(t if d is None else functorch._add_batch_dim(t, d, level) for t, d in dims))
+        with context.streams.shared_draws_refused():
+            outputs = with_rules(*(t if d is None else functorch._add_batch_dim(t, d, level) for t, d in dims))
         return tuple(functorch._remove_batch_dim(t, level, context.num_models, 0) for t in outputs)
     finally:
         functorch._vmap_decrement_nesting()

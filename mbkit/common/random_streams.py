@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from .python_random import PYTHON_GENERATORS, PythonGenerator, generator_marks, moved_generators
 
 __all__ = ["GENERATOR", "OwnDraws", "random_state", "seeded", "set_random_state"]
 
@@ -35,11 +38,15 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+_QUIET = 3  # uses after which nobody swaps Python's and numpy's states any longer, which takes half a millisecond
+
+
 class OwnDraws:
     """The random state that a lone model has to itself, while others draw in between; `drew` says whether it moved.
 
     Args:
-        seed: from which it starts, as after `torch.manual_seed(seed)`.
+        seed: from which it starts, as after `torch.manual_seed(seed)`; Python's and numpy's generators, if they are
+            drawn from, as after `random.seed(seed)` and `numpy.random.seed(seed % 2**32)`.
     """
 
     drew = False
@@ -48,15 +55,29 @@ class OwnDraws:
         with _kept():
             torch.manual_seed(seed)
             self._state = random_state()
+        self._python = {name: PythonGenerator(name).manual_seed(seed) for name in PYTHON_GENERATORS}
+        self._quiet = 0  # how often in a row Python's and numpy's generators stayed where they were
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Draw from it in a `with` block; afterwards torch's generators stand where they stood."""
+        """Draw from it in a `with` block; afterwards torch's and Python's generators stand where they stood."""
+        mine = {} if self._quiet > _QUIET else self._python
+        before = {name: PYTHON_GENERATORS[name].get_state() for name in mine}
         with _kept():
             set_random_state(self._state)
-            yield
-            before, self._state = self._state, random_state()
-        self.drew |= any(not torch.equal(a, b) for a, b in zip(before, self._state, strict=True))
+            for name, own in mine.items():
+                PYTHON_GENERATORS[name].set_state(own.get_state())
+            marks = generator_marks()
+            try:
+                yield
+            finally:
+                moved = moved_generators(marks)
+                for name, own in mine.items():
+                    own.set_state(PYTHON_GENERATORS[name].get_state())
+                    PYTHON_GENERATORS[name].set_state(before[name])
+            torch_state, self._state = self._state, random_state()
+        self._quiet = -math.inf if moved else self._quiet + 1
+        self.drew |= bool(moved) or any(not torch.equal(a, b) for a, b in zip(torch_state, self._state, strict=True))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice, zip_longest
 from typing import Any
@@ -179,6 +180,9 @@ class _Draws:
         raise CannotCompile("an operator runs model by model")
 
     on = take_turns
+
+    def shared_draws_refused(self) -> Any:
+        return nullcontext()  # the guards refuse them
 
 
 class _Program:

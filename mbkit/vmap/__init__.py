@@ -27,7 +27,7 @@ from .module_copy import (
 )
 from .per_model import PerModel
 from .rules.convolution import LayoutMatters, is_folded
-from .rules.randomness import Streams
+from .rules.randomness import SharedDraw, Streams
 from .snapshot import Snapshot, has_grad_hooks, place
 from .unwrap import stack_alike
 
@@ -40,6 +40,7 @@ __all__ = [
     "LayoutMatters",
     "PerModel",
     "PerModelValue",
+    "SharedDraw",
     "Snapshot",
     "State",
     "Streams",

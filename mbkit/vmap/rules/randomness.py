@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ...common.python_random import PYTHON_GENERATORS, PythonGenerator, generator_marks, moved_generators
 from ...common.random_streams import GENERATOR
+from ..errors import BatchingError
 from ..operator_loop import model_by_model
 from ..per_model import PerModel
 from ..unwrap import on_stacks
@@ -18,7 +21,16 @@ from .convolution import check_order
 if TYPE_CHECKING:
     from ..mode import Interception
 
-__all__ = ["RULES", "Streams"]
+__all__ = ["RULES", "SharedDraw", "Streams"]
+
+
+def _named(generators: Collection[str]) -> str:
+    names = {"random": "Python's random", "numpy.random": "numpy.random"}
+    return " and ".join(name for key, name in names.items() if key in generators)
+
+
+class SharedDraw(BatchingError):
+    """All models at once have drawn one and the same number from Python's or numpy's generator."""
 
 
 class Streams:
@@ -28,8 +40,14 @@ class Streams:
     as well, whatever draws runs model by model with that generator in the default's place, and so the bits are expected
     to be the lone ones too: same kernels, same seed, same offsets. That has not been run, for want of a GPU.
 
+    Models that draw from Python's `random` or from `numpy.random` get a generator each there too, in the state that
+    `random.seed(seeds[m])` and `numpy.random.seed(seeds[m] % 2**32)` give.
+
     Args:
         seeds: M integers.
+
+    Attributes:
+        from_python: whether calls draw from Python's or numpy's generators; None while that is not known.
 
     Example:
         >>> streams = Streams([3, 4])
@@ -38,29 +56,42 @@ class Streams:
         True
     """
 
+    _all_at_once = False  # whether a call is under way that can be made again
+
     def __init__(self, seeds: Sequence[int]) -> None:
         self.seeds = list(seeds)
-        self._generators: dict[torch.device, list[torch.Generator]] = {}
+        self.from_python: bool | None = None
+        self._generators: dict[torch.device | str, list[Any]] = {}
 
-    def on(self, device: torch.device | str) -> list[torch.Generator]:
-        """Return the M generators of a device, seeded at their first use."""
-        device = torch.device(device)
+    def on(self, device: torch.device | str) -> list[Any]:
+        """Return the M generators of a device, or of one of Python's generators, seeded at their first use."""
+        python = device in PYTHON_GENERATORS
+        device = device if python else torch.device(device)
         if device not in self._generators:
-            self._generators[device] = [torch.Generator(device).manual_seed(seed) for seed in self.seeds]
+            make = PythonGenerator if python else torch.Generator
+            self._generators[device] = [make(device).manual_seed(seed) for seed in self.seeds]
         return self._generators[device]
 
     @contextmanager
     def take_turns(self, device: torch.device) -> Iterator[Iterator[int]]:
-        """Give out 0 … M-1; while m is out, torch's default generators stand where model m's streams stand."""
-        defaults = {torch.device("cpu"): torch.default_generator}
+        """Give out 0 … M-1; while m is out, the default generators stand where model m's streams stand.
+
+        Warns once, as soon as a model draws from Python's or numpy's generators.
+        """
+        defaults: dict[Any, Any] = {torch.device("cpu"): torch.default_generator}
         if device.type == "cuda":
             defaults[device] = torch.cuda.default_generators[device.index or 0]
+        if self.from_python is not False:
+            defaults |= PYTHON_GENERATORS
+        moved: set[str] = set()
 
         def turns() -> Iterator[int]:
             for m in range(len(self.seeds)):
                 for place, default in defaults.items():
                     default.set_state(self.on(place)[m].get_state())
+                start = generator_marks()
                 yield m
+                moved.update(moved_generators(start))
                 for place, default in defaults.items():
                     self.on(place)[m].set_state(default.get_state())
 
@@ -71,6 +102,51 @@ class Streams:
             finally:
                 for place, default in defaults.items():
                     default.set_state(before[place])
+        if not self.from_python:
+            self._learn(moved)
+
+    def _learn(self, moved: Collection[str]) -> None:
+        """Note whether the models drew from Python's generators."""
+        late = self.from_python is False
+        if late and self._all_at_once:
+            return  # the whole call is made again
+        self.from_python = bool(moved)
+        if not moved:
+            self._drop_python_generators()
+            return
+        warnings.warn(
+            f"The models draw from {_named(moved)}, which torch.manual_seed does not seed. "
+            f"{'From the next call on model' if late else 'Model'} m draws from a generator of its own, which starts "
+            "as random.seed(seeds[m]) and numpy.random.seed(seeds[m] % 2**32) leave it, and the models run one after "
+            "the other, no faster than alone: torch's own random functions, such as torch.rand(()), need neither.",
+            stacklevel=2,
+        )
+
+    def _drop_python_generators(self) -> None:
+        for name in PYTHON_GENERATORS:
+            self._generators.pop(name, None)
+
+    @contextmanager
+    def shared_draws_refused(self) -> Iterator[None]:
+        """Let all models run at once in a `with` block, where a number from Python's generators would be one for all.
+
+        Raises:
+            SharedDraw: a generator has moved. In a first call it is put back to where it was.
+        """
+        before, expected = generator_marks(), self.from_python is not False
+        states = {name: generator.get_state() for name, generator in PYTHON_GENERATORS.items()} if expected else {}
+        self._all_at_once = True
+        try:
+            yield
+        finally:
+            self._all_at_once = False
+        moved = moved_generators(before)
+        for name in moved if states else ():
+            PYTHON_GENERATORS[name].set_state(states[name])
+        if moved:
+            self.from_python = self.from_python or None
+            raise SharedDraw(f"it draws from {_named(moved)}, whose numbers would be the same for all models")
+        self.from_python = bool(self.from_python)
 
     @property
     def in_use(self) -> bool:
@@ -119,6 +195,7 @@ class Streams:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put the streams where `state()` found them; those it does not name start again from their seeds."""
         self._generators.clear()
+        self.from_python = bool(PYTHON_GENERATORS.keys() & state.keys()) or None
         for device, states in state.items():
             for generator, row in zip(self.on(device), states, strict=True):
                 generator.set_state(row.cpu().clone())
@@ -140,10 +217,21 @@ class _Part(Streams):
         self.seeds, self._whole, self._rows = whole.seeds[rows], whole, rows
 
     @property
-    def _generators(self) -> dict[torch.device, list[torch.Generator]]:  # type: ignore[override]
+    def from_python(self) -> bool | None:  # type: ignore[override]
+        return self._whole.from_python
+
+    @from_python.setter
+    def from_python(self, value: bool | None) -> None:
+        self._whole.from_python = value
+
+    @property
+    def _generators(self) -> dict[torch.device | str, list[Any]]:  # type: ignore[override]
         return {device: generators[self._rows] for device, generators in self._whole._generators.items()}
 
-    def on(self, device: torch.device | str) -> list[torch.Generator]:
+    def _drop_python_generators(self) -> None:
+        self._whole._drop_python_generators()
+
+    def on(self, device: torch.device | str) -> list[Any]:
         return self._whole.on(device)[self._rows]
 
 
