@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -43,6 +42,7 @@ from ..vmap import (
 from .context import CallContext
 from .freeze import held
 from .kept import kept_by, turns_in_parts
+from .memory import Memory
 from .stack import may_keep
 
 __all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models", "kept_attributes"]
@@ -259,59 +259,3 @@ def at_once(
     finally:
         functorch._vmap_decrement_nesting()
         functorch._set_vmap_fallback_warning_enabled(True)
-
-
-class Memory:
-    """What a call may change in place, to undo it when the call has to start again.
-
-    Only tensors that calls have been seen to edit are copied, once the first call has shown which those are.
-    """
-
-    def __init__(self, context: CallContext, before: State) -> None:
-        flags = tuple(module.training for module in context.template.modules())
-        self.steady: dict[int, weakref.ref] = context.steady.setdefault(flags, {})
-        self.streams = context.streams.remember()
-        self.tensors = [
-            (t, _version(t), None if self._is_steady(t) else t.detach().clone()) for t in tensors_in(before)
-        ]
-
-    def _is_steady(self, tensor: Tensor) -> bool:
-        known = self.steady.get(id(tensor))  # an id may be that of a tensor long gone
-        return known is not None and known() is tensor
-
-    def undo(self, error: Exception) -> bool:
-        """Put everything back, or say that an error of the user's own came after an edit, which stays, as alone.
-
-        Raises:
-            RuntimeError: an edit cannot be undone, and the error may not be the user's own.
-        """
-        self.streams()
-        undone = True
-        for tensor, version, copied in self.tensors:
-            if copied is not None and copied.shape == tensor.shape:
-                tensor.data.copy_(copied)
-            elif copied is not None:  # a call has given it another size
-                tensor.data = copied
-            else:
-                undone = undone and _version(tensor) == version
-        if not undone and isinstance(error, (RuntimeError, LayoutMatters)):
-            raise RuntimeError(
-                f"A call failed after it had edited a tensor that no call before had ({error}): "
-                "load the last checkpoint, and name the layer in model_by_model."
-            ) from error
-        return undone
-
-    def learn(self) -> None:
-        for tensor, version, copied in self.tensors:
-            if _version(tensor) != version:
-                self.steady.pop(id(tensor), None)
-            elif copied is not None and _can_compare(tensor) and torch.equal(tensor, copied):
-                self.steady[id(tensor)] = weakref.ref(tensor)  # compared, for BatchNorm's kernels count no versions
-
-
-def _can_compare(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

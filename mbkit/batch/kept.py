@@ -8,29 +8,23 @@ a counter, is kept once, and counts once for all of them, whether they are calle
 from __future__ import annotations
 
 import operator
-import sys
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._C import _functorch as functorch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..vmap import BatchingError, PerModel, named_modules, stack_alike
+from ..vmap.unwrap import as_one_model_sees, as_stacked
 from .context import CallContext
+from .places import Places, at_hand, mapped, methods_of, same
 
 __all__ = ["Kept", "kept_by", "turns_in_parts"]
 
-_TRUSTED = {*sys.stdlib_module_names, "torch", "numpy", "mbkit"} - {"__main__"}  # they keep nothing of the user's
-_PLAIN = (int, float, complex, str, bytes, type(None))
-_MOST = 10_000  # objects; a loss that can reach more of them is looked at in part
-_LONGEST = 100_000  # of a list; longer ones are data, and to look at one takes milliseconds
 _MARK = "mbkit_kept"  # on a tensor that is kept: its first dimension is the models'
 
 
@@ -39,7 +33,7 @@ def kept_by(context: CallContext, loss_fn: Callable | None = None) -> Kept:
     known = context.kept
     if known is None or (loss_fn is not None and not known.is_for(loss_fn)):
         classes = {type(module) for _, module in named_modules(context.template)}
-        known = context.kept = Kept([method for kind in classes for method in _methods(kind)], loss_fn)
+        known = context.kept = Kept([method for kind in classes for method in methods_of(kind)], loss_fn)
     return known
 
 
@@ -52,77 +46,24 @@ class Kept:
     """
 
     def __init__(self, functions: Iterable[Any], loss_fn: Callable | None) -> None:
-        self._functions, self._loss = list(functions), (loss_fn, *_bound(loss_fn))
+        self._functions, self._loss = list(functions), (loss_fn, *at_hand(loss_fn))
         self._steady: dict[int, weakref.ref] = {}  # the tensors that calls do not edit
         self._inside = 0  # how many calls of `in_parts` go on
         self._renew()
 
     def is_for(self, loss_fn: Callable) -> bool:
         """Say whether a loss function is the same: one object, or one code with the same objects at hand."""
-        (mine, *held), others = self._loss, _bound(loss_fn)
+        (mine, *held), others = self._loss, at_hand(loss_fn)
         alike = mine is loss_fn or getattr(mine, "__code__", 0) is getattr(loss_fn, "__code__", 1)
         return alike and len(others) == len(held) and all(map(operator.is_, others, held))
 
     def _renew(self) -> None:
-        self._places: list[tuple[Any, tuple[str, ...] | None]] = []  # where, and which names; None for all
-        self._caches: list[Any] = []  # of functools.lru_cache
-        self._seen: dict[int, Any] = {}
-        for function in (*self._functions, self._loss[0]):
-            self._visit(function)
-
-    def _visit(self, value: Any) -> None:
-        if isinstance(value, (*_PLAIN, Tensor, type, ModuleType)) or id(value) in self._seen:
-            return
-        if len(self._seen) >= _MOST or _is_trusted(value) or hasattr(value, "stacked_params"):
-            return
-        self._seen[id(value)] = value
-        inside: Iterable[Any] = ()
-        if isinstance(value, FunctionType):
-            inside = self._visit_function(value)
-        elif isinstance(value, MethodType):
-            inside = (value.__func__, value.__self__)
-        elif isinstance(value, partial):
-            inside = (value.func, *value.args, *value.keywords.values())
-        elif isinstance(value, tuple):
-            inside = value
-        elif isinstance(value, (list, dict, set, deque)) and len(value) <= _LONGEST:
-            self._places.append((value, None))
-            inside = list(value.values() if isinstance(value, dict) else value)
-        elif hasattr(value, "cache_clear") and hasattr(value, "__wrapped__"):
-            self._caches.append(value)
-            inside = (value.__wrapped__,)
-        elif isinstance(value, nn.Module):
-            self._places += [(vars(value)[store], None) for store in ("_parameters", "_buffers")]
-            inside = list(value._modules.values())
-        is_function = isinstance(value, (FunctionType, MethodType, partial))
-        if hasattr(value, "__dict__") and not is_function and _methods(type(value)):
-            self._places.append((vars(value), None))
-            inside = (*inside, *vars(value).values(), *_methods(type(value)))
-        for one in inside:
-            self._visit(one)
-
-    def _visit_function(self, function: FunctionType) -> list[Any]:
-        self._places += [(cell, None) for cell in function.__closure__ or ()]
-        found = function.__globals__
-        values = {name: found[name] for name in sorted(_names(function.__code__)) if name in found}
-        rebound = tuple(n for n, v in values.items() if not isinstance(v, (type, ModuleType, FunctionType)))
-        self._places += [(found, rebound)] if rebound else []
-        return [*_bound(function), *values.values()]
-
-    def read(self) -> list[Any]:
-        """Return what is at each place now: names and values, or a copy of a list, dict or set."""
-        return [_read(*place) for place in self._places]
-
-    def write(self, contents: list[Any]) -> None:
-        """Put contents back."""
-        for place, wanted in zip(self._places, contents, strict=True):
-            if not _same(_read(*place), wanted):
-                _write(*place, wanted)
+        self._places = Places((*self._functions, self._loss[0]))
 
     def trained(self) -> dict[int, str]:
         """Return the names of the tensors at the places that can be trained, by their ids."""
         names = {}
-        for contents in self.read():
+        for contents in self._places.read():
             for name, value in contents.items() if isinstance(contents, dict) else ():
                 if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
                     names[id(value)] = str(name)
@@ -155,47 +96,47 @@ class Kept:
 
         After an error everything that is kept is what it was before.
         """
-        if not self._places and not self._caches:
+        if not self._places and not self._places.caches:
             yield
             return
-        level, before = functorch.maybe_current_level(), self.read()
-        misses = [cache.cache_info().misses for cache in self._caches]
+        before = self._places.read()
+        misses = [cache.cache_info().misses for cache in self._places.caches]
         known: dict[int, tuple[Tensor, Tensor]] = {}  # what a model sees of a tensor, and the tensor
 
         def wrap(leaf: Any) -> Any:
             if not hasattr(leaf, _MARK):
                 return leaf
-            seen = functorch._add_batch_dim(leaf, 0, level)
+            seen = as_one_model_sees(leaf)
             known[id(seen)] = (seen, leaf)
             return seen
 
         def unwrap(leaf: Any, once: bool) -> Any:
             if id(leaf) in known:
                 return known[id(leaf)][1]
-            if not isinstance(leaf, Tensor) or not functorch.is_batchedtensor(leaf):
+            whole = as_stacked(leaf) if isinstance(leaf, Tensor) else None
+            if whole is None:
                 return leaf
-            whole = functorch.get_unwrapped(leaf).movedim(functorch.maybe_get_bdim(leaf), 0)
             if once and not whole.requires_grad and all(torch.equal(row, whole[0]) for row in whole):
                 return whole[0].clone()
             return _marked(whole)
 
-        self.write([_mapped(contents, wrap) for contents in before])
+        self._places.write([mapped(contents, wrap) for contents in before])
         try:
             yield
         except BaseException:
-            self.write(before)
+            self._places.write(before)
             raise
         finally:
-            for cache, count in zip(self._caches, misses, strict=True):
+            for cache, count in zip(self._places.caches, misses, strict=True):
                 if cache.cache_info().misses != count:
                     cache.cache_clear()  # it has got tensors of this call, of no use after it
         # A dict may be a cache of tables that others use as well, so what is the same for all models stays as alone.
         after = [
-            _mapped(contents, partial(unwrap, once=isinstance(place, dict) and names is None))
-            for (place, names), contents in zip(self._places, self.read(), strict=True)
+            mapped(contents, partial(unwrap, once=is_dict))
+            for is_dict, contents in zip(self._places.are_dicts(), self._places.read(), strict=True)
         ]
-        self.write(after)
-        self._renew_if(not all(map(_same, before, after)))
+        self._places.write(after)
+        self._renew_if(not all(map(same, before, after)))
 
     @contextmanager
     def in_parts(self, num_models: int) -> Iterator[Callable]:
@@ -206,7 +147,7 @@ class Kept:
         if not self._places:
             yield lambda models: nullcontext()
             return
-        start, self._inside = self.read(), self._inside + 1
+        start, self._inside = self._places.read(), self._inside + 1
         parts: list[int | slice] = []
         ends: list[list[Any]] = []
         sources: dict[int, tuple[Tensor, Tensor]] = {}  # what a part had of a tensor, and the tensor
@@ -232,15 +173,15 @@ class Kept:
                 source = sources[id(leaf)][1] if id(leaf) in sources else leaf
                 return source if source is not leaf and torch.equal(*memo[id(source)]) else leaf
 
-            self.write([_mapped(contents, give) for contents in start])
+            self._places.write([mapped(contents, give) for contents in start])
             yield
             parts.append(models)
-            ends.append([_mapped(contents, take) for contents in self.read()])
+            ends.append([mapped(contents, take) for contents in self._places.read()])
 
         try:
             yield part
         finally:
-            self.write(start)
+            self._places.write(start)
             self._inside -= 1
         if parts:
             join = partial(_joined, parts=parts, sources=sources)
@@ -249,8 +190,8 @@ class Kept:
             for leaf in _tensors([start]):
                 if id(leaf) not in edited and not hasattr(leaf, _MARK):
                     self._steady[id(leaf)] = weakref.ref(leaf)
-            self.write(joined)
-            self._renew_if(not all(map(_same, start, joined)))
+            self._places.write(joined)
+            self._renew_if(not all(map(same, start, joined)))
 
     def _renew_if(self, changed: bool) -> None:
         """Look for places again once a call has kept something new, unless its end is to be joined with others'."""
@@ -335,71 +276,3 @@ def _joined_tensors(values: list[Tensor], parts: list[int | slice], sources: dic
 
 def _size(part: int | slice) -> int:
     return 1 if isinstance(part, int) else part.stop - part.start
-
-
-def _read(place: Any, names: tuple[str, ...] | None) -> Any:
-    if isinstance(place, CellType):
-        return {} if place == CellType() else {"": place.cell_contents}
-    if isinstance(place, dict):
-        return dict(place) if names is None else {name: place[name] for name in names if name in place}
-    return set(place) if isinstance(place, set) else list(place)
-
-
-def _write(place: Any, names: tuple[str, ...] | None, wanted: Any) -> None:
-    if isinstance(place, CellType):
-        if wanted:
-            place.cell_contents = wanted[""]
-        else:
-            del place.cell_contents
-    elif isinstance(place, dict):
-        for name in [name for name in (place if names is None else names) if name in place and name not in wanted]:
-            del place[name]
-        place.update(wanted)
-    elif isinstance(place, list):
-        place[:] = wanted
-    else:
-        place.clear()
-        (place.update if isinstance(place, set) else place.extend)(wanted)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Say whether two contents hold the very same objects."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(a[name] is b[name] for name in a)
-    return a == b if isinstance(a, set) else len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-
-
-def _mapped(contents: Any, function: Callable[[Any], Any]) -> Any:
-    """Return contents with a function applied to the tensors and numbers in them; a list inside is a place itself."""
-    if isinstance(contents, dict):
-        return {name: _inside(value, function) for name, value in contents.items()}
-    return contents if isinstance(contents, set) else [_inside(value, function) for value in contents]
-
-
-def _inside(value: Any, function: Callable[[Any], Any]) -> Any:
-    return tree_map(function, value) if isinstance(value, tuple) else function(value)
-
-
-def _is_trusted(value: Any) -> bool:
-    module = value.__module__ if isinstance(value, FunctionType) else None
-    return module is not None and module.partition(".")[0] in _TRUSTED
-
-
-def _bound(function: Any) -> tuple:
-    """Return the objects that a function has at hand."""
-    if isinstance(function, FunctionType):
-        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
-        return (*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    return ()
-
-
-def _methods(kind: type) -> list[FunctionType]:
-    """Return the functions of a class of the user's and of its bases."""
-    own = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in _TRUSTED]
-    return [value for base in own for value in vars(base).values() if isinstance(value, FunctionType)]
-
-
-def _names(code: CodeType) -> set[str]:
-    """Return the names that a code may read from its globals."""
-    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return set(code.co_names).union(*inner)

@@ -12,7 +12,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from .errors import BatchingError
 from .gradients import mark_rows
 
-__all__ = ["on_stacks", "stack_alike"]
+__all__ = ["as_one_model_sees", "as_stacked", "on_stacks", "stack_alike"]
 
 
 def on_stacks(
@@ -28,13 +28,28 @@ def on_stacks(
     """
     level = functorch.maybe_get_level(index)
     if functorch.maybe_current_level() != level:
-        raise BatchingError("mbkit met an operator inside a transform of the model's own (torch.func.grad, vmap, …)")
+        raise BatchingError(
+            "an operator with a rule of mbkit's is called inside torch.func (grad, vmap, …) in the model, where the "
+            "models' tensors cannot be taken apart: name the layer in ModelBatch(..., model_by_model=[…])"
+        )
     dims = [functorch.maybe_get_bdim(t) if functorch.is_batchedtensor(t) else None for t in tensors]
     stacks = [t if d is None else functorch.get_unwrapped(t) for t, d in zip(tensors, dims, strict=True)]
     stacks = [t if not d else t.movedim(d, 0) for t, d in zip(stacks, dims, strict=True)]
     with temporarily_pop_interpreter_stack():  # below vmap, where random numbers may be drawn
         outputs = function(stacks, [d is not None for d in dims])
     return tuple(functorch._add_batch_dim(t, 0, level) for t in outputs)
+
+
+def as_one_model_sees(stack: Tensor) -> Tensor:
+    """Return a tensor `[M, ...]` as each model sees its own of it, inside of vmap."""
+    return functorch._add_batch_dim(stack, 0, functorch.maybe_current_level())
+
+
+def as_stacked(tensor: Tensor) -> Tensor | None:
+    """Return a tensor that each model sees its own of as one of `[M, ...]`; None where all see the same."""
+    if not functorch.is_batchedtensor(tensor):
+        return None
+    return functorch.get_unwrapped(tensor).movedim(functorch.maybe_get_bdim(tensor), 0)
 
 
 def stack_alike(tensors: Sequence[Tensor]) -> Tensor:

@@ -243,22 +243,31 @@ def test_an_error_of_the_users_own_leaves_what_it_leaves_alone() -> None:
             torch.testing.assert_close(batch.stacked_buffers[name][m], buffer, rtol=1e-5, atol=1e-6)
 
 
+class Late(nn.Module):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.fc, self.error = nn.Linear(3, 2), error
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, late: bool = False) -> Tensor:
+        if late:
+            self.calls += 1
+            raise self.error
+        return self.fc(x)
+
+
+def test_a_change_that_cannot_be_undone_is_named() -> None:
+    error = RuntimeError("late")  # what torch.vmap says of what it cannot run is such an error too
+    batch, x = ModelBatch([Late(error) for _ in range(M)]), torch.randn(4, 3)
+    batch(x), batch(x)
+    with pytest.raises(RuntimeError, match=r"had changed 'calls', which earlier calls did not change.*by_model=\[''\]"):
+        batch(x, late=True)
+
+
 def test_an_error_after_an_edit_is_still_the_users_own() -> None:
     """Of a tensor that no call before edited, so that no copy of it was made: what happens alone happens here."""
-
-    class Late(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, x: Tensor, late: bool = False) -> Tensor:
-            if late:
-                self.calls += 1
-                raise ValueError("late")
-            return self.fc(x)
-
-    models = [Late() for _ in range(M)]
+    error = ValueError("late")
+    models = [Late(error) for _ in range(M)]
     batch, x = ModelBatch(models), torch.randn(4, 3)
     batch(x), batch(x)
     with pytest.raises(ValueError, match=r"the model itself \(Late\): late"):
