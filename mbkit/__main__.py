@@ -55,7 +55,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("consistency", help="train the demo's models alone and in a batch, and compare")
     check.add_argument("--preset", default="published", help=f"one of {', '.join(PRESETS)} (%(default)s)")
-    check.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="learning rates, one a model")
+    check.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="learning rates, one per model")
     check.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each seed")
     check.add_argument("--epochs", type=int, help="how often each point is seen")
     check.add_argument("--samples", type=int, help="number of points")
@@ -71,7 +71,7 @@ def _build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--dataset", default="auto", choices=["auto", "cifar10", "digits"], help="(%(default)s)")
     bench.add_argument("--images", type=int, help="train on that many of them only")
     bench.add_argument("--batch-size", type=int, default=128, help="images in a batch (%(default)s)")
-    bench.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="learning rates, one a model")
+    bench.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="learning rates, one per model")
     bench.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
     bench.add_argument("--batch-only", action="store_true", help="leave out the models alone")
     bench.add_argument("--save", type=Path, metavar="FILE", help="write the raw runs as JSON")

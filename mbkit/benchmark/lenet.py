@@ -24,14 +24,14 @@ __all__ = ["BenchmarkResult", "Timing", "learning_rate_grid", "run_benchmark"]
 
 # Adam's useful range for a LeNet on CIFAR-10 in batches of 128: about 0.003 is best, both ends train, and worse.
 MIN_LR, MAX_LR = 3e-4, 1e-2
-BLOCK = 10  # steps that a model or the batch makes before it is another's turn
+BLOCK = 10  # steps that each model, or the batch, makes in one turn
 _Block = list[tuple[Tensor, Tensor]]
 _TIMING = "batches are fetched outside the clock, which waits for the device"
 _TURNS = f"; the sides take turns every {BLOCK} steps"
 
 
 def learning_rate_grid(num_models: int, min_lr: float = MIN_LR, max_lr: float = MAX_LR) -> tuple[list, list]:
-    """Return M learning rates on a logarithmic grid, and M seeds: two models a rate, one where M is odd or 2.
+    """Return M learning rates on a logarithmic grid, and M seeds: two models per rate, or one where M is odd or 2.
 
     Example:
         >>> learning_rate_grid(4, 0.001, 0.1)
@@ -120,7 +120,7 @@ def run_benchmark(
     given = [each.to(device, dtype) for each in built], optimizer_cls, configs, seeds
     names = ["sequential", "mbkit"] if alone else ["mbkit"]
     first = next(iter(_blocks(batches, 1, 1, 1, device)))
-    for name in names:  # what is loaded and compiled once in a process is no memory of either side
+    for name in names:  # what is loaded once in a process does not count as memory of either side
         BASELINES[name](given[0][:1], optimizer_cls, configs[:1], seeds[:1]).run(first)
     sides: dict[str, Side] = {}
     memory, sizes = {}, []

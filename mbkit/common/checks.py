@@ -1,4 +1,4 @@
-"""Checks that several rooms share: of models, inputs, outputs, one value or one a model; a guess at what was meant."""
+"""Checks that several rooms share: of models, inputs, outputs, a value for all or one per model; a guess at a name."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def per_model(value: Any, num_models: int, name: str) -> list[Any]:
 
 
 def check_seeds(seeds: Sequence[int] | None, num_models: int) -> list[int]:
-    """Return one seed a model, drawing them from torch's default generator where none are given.
+    """Return one seed per model, drawing them from torch's default generator where none are given.
 
     Args:
         seeds: M integers from 0 to 2**63 - 1, or None.
@@ -231,5 +231,5 @@ def check_inputs(leaves: list[Any], num_models: int) -> None:
         if isinstance(tensor, Tensor) and (tensor.dim() == 0 or tensor.shape[0] != num_models):
             raise ValueError(
                 f"Expected per-model input [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}: "
-                "stack one input a model, or pass shared_input=True for one input to all."
+                "stack one input per model, or pass shared_input=True for one input to all."
             )

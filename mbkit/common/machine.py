@@ -54,7 +54,7 @@ def keep_pages() -> bool:
 
     By default it hands large tensors back to the system in every step and takes them anew, which on a CPU costs tens of
     thousands of page faults a step: 64 LeNets at once take 1.6 times as long. It is a setting of the process, which
-    from then on keeps the memory that it needed at its worst. Who has set malloc by the environment has it their way.
+    from then on keeps the memory that it needed at its worst. If the environment configures malloc, nothing is changed.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False

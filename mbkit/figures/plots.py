@@ -154,7 +154,7 @@ def scaling(measured: Mapping[str, Mapping[int, Any]]) -> Picture:
 
 
 def heat_map(report: Any) -> Picture:
-    """Draw how far each parameter of each model is from the same model alone, step by step: one panel a model.
+    """Draw how far each parameter of each model is from the same model alone, step by step: one panel per model.
 
     Args:
         report: from `compare`; what its noise floors explain is white or light, what they don't is dark.

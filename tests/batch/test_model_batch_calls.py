@@ -82,7 +82,7 @@ def test_shared_input_holds_for_one_call() -> None:
 @pytest.mark.parametrize("shape", [(M + 1, 5, 3), (5, 3), ()])
 def test_a_per_model_input_has_one_slice_a_model(shape: tuple) -> None:
     batch = ModelBatch([Many() for _ in range(M)], shared_input=False)
-    said = f"Expected per-model input [{M}, B, …] (one slice per model), got {list(shape)}: stack one input a model"
+    said = f"Expected per-model input [{M}, B, …] (one slice per model), got {list(shape)}: stack one input per model"
     with pytest.raises(ValueError, match=re.escape(said)):
         batch(torch.zeros(shape))
     good = torch.zeros(M, 4, 3)
