@@ -258,9 +258,9 @@ def construct(
     configs: Sequence[dict[str, Any]],
     m: int,
 ) -> torch.optim.Optimizer:
-    """Return a lone optimizer over G groups; what its class has against model m's numbers is told with its name."""
+    """Return a lone optimizer over G groups; where its class refuses the numbers, the error names model m."""
     groups = []
-    for group, config in zip(params, configs, strict=True):  # one by one: torch checks no numbers but the keywords
+    for group, config in zip(params, configs, strict=True):  # one by one: torch checks the numbers in keywords only
         try:
             lone = optimizer_cls(list(group), **config)
         except (ValueError, TypeError, AssertionError) as error:

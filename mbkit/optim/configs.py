@@ -1,4 +1,4 @@
-"""What people say about hyperparameters: checked, and brought to one form, M dicts of plain values."""
+"""Hyperparameters as users give them: checked, and merged into M dicts of plain values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["check_names", "create_adam_configs", "create_lr_sweep_configs", "cre
 def create_sgd_configs(
     learning_rates: Sequence[float], momentum: float = 0.9, weight_decay: float = 1e-4
 ) -> list[dict[str, Any]]:
-    """Return configs for SGD, one a learning rate.
+    """Return configs for SGD, one per learning rate.
 
     Args:
         learning_rates: M numbers.
@@ -37,7 +37,7 @@ def create_sgd_configs(
         >>> create_sgd_configs([0.1, 0.01], momentum=0.5)[1]
         {'lr': 0.01, 'momentum': 0.5, 'weight_decay': 0.0001}
     """
-    return _one_config_a_rate(learning_rates, momentum=momentum, weight_decay=weight_decay)
+    return _one_config_per_rate(learning_rates, momentum=momentum, weight_decay=weight_decay)
 
 
 def create_adam_configs(
@@ -46,7 +46,7 @@ def create_adam_configs(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Return configs for Adam or AdamW, one a learning rate.
+    """Return configs for Adam or AdamW, one per learning rate.
 
     Args:
         learning_rates: M numbers.
@@ -65,7 +65,7 @@ def create_adam_configs(
         >>> create_adam_configs([0.1, 0.01])[0]
         {'lr': 0.1, 'betas': (0.9, 0.999), 'eps': 1e-08, 'weight_decay': 0.0}
     """
-    return _one_config_a_rate(learning_rates, betas=betas, eps=eps, weight_decay=weight_decay)
+    return _one_config_per_rate(learning_rates, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
 def create_lr_sweep_configs(
@@ -107,11 +107,11 @@ def create_lr_sweep_configs(
         rates = [min_lr * (max_lr / min_lr) ** part for part in parts]
     else:
         rates = [min_lr + (max_lr - min_lr) * part for part in parts]
-    rates[-1:] = [max_lr] if num_models > 1 else rates[-1:]  # exactly, not but for the last bit
+    rates[-1:] = [max_lr] if num_models > 1 else rates[-1:]  # to the last bit
     return [{"lr": float(lr)} for lr in rates]
 
 
-def _one_config_a_rate(learning_rates: Sequence[float], **others: Any) -> list[dict[str, Any]]:
+def _one_config_per_rate(learning_rates: Sequence[float], **others: Any) -> list[dict[str, Any]]:
     rates = learning_rates.tolist() if hasattr(learning_rates, "tolist") else learning_rates
     if isinstance(rates, str) or not isinstance(rates, Sequence):
         raise TypeError(f"Expected a list of learning rates (one per model), got {learning_rates!r}: put it in a list.")
@@ -136,12 +136,12 @@ def merge_configs(
     """Return M dicts of plain values: `base_config`, overridden by `configs` and by the keywords.
 
     Raises:
-        TypeError: `configs` is not a list of dicts; a value that is no number where one is needed.
+        TypeError: `configs` is not a list of dicts; a value that is not a number where one is needed.
         ValueError: another number of configs or values than of models; a name that `optimizer_cls` does not know,
             that comes twice, or that belongs to torch's implementation; a learning rate that is negative or not
             finite; NaN anywhere.
     """
-    # 1. One dict a model.
+    # 1. One dict per model.
     if configs is None:
         configs = [{}] * num_models
     if not isinstance(configs, (list, tuple)):
@@ -154,9 +154,7 @@ def merge_configs(
             f"Expected {num_models} configs (one per model), got {len(configs)}: pass a list of {num_models} dicts."
         )
     for m, config in enumerate(configs):
-        if not isinstance(config, dict):
-            raise TypeError(f"Expected a dict as config of model {m}, got {config!r}: write {{'lr': …}}.")
-        check_names(optimizer_cls, config, f" in the config of model {m}")
+        check_names(optimizer_cls, config, f"the config of model {m}")
     # 2. The keywords, none of them said twice.
     check_names(optimizer_cls, hyperparameters, "")
     twice = [name for name in hyperparameters if any(name in config for config in configs)]
@@ -182,12 +180,16 @@ def check_names(
     Args:
         callee: an optimizer class (or a scheduler class, with its own `skip`).
         config: keyword arguments for it.
-        where: said in the error after the name.
+        where: what the config is, said in the errors; "" for keywords.
         skip: arguments that are not for the config.
 
     Raises:
+        TypeError: not a dict.
         ValueError: an unknown name, "params", or an implementation switch that is on.
     """
+    if not isinstance(config, dict):
+        raise TypeError(f"Expected a dict as {where}, got {config!r}: write {{'lr': …}}.")
+    where = f" in {where}" if where else ""
     name_of = getattr(callee, "__name__", repr(callee))
     taken = _arguments(callee)
     known = [name for name in taken if name not in skip]
@@ -236,7 +238,7 @@ def _check_values(optimizer_cls: type[torch.optim.Optimizer], config: dict[str, 
                 )
 
 
-@functools.lru_cache(maxsize=64)  # asked once a model; 16,384 answers took 3 seconds
+@functools.lru_cache(maxsize=64)  # asked once per model; 16,384 answers took 3 seconds
 def _arguments(callee: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(callee).parameters
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..common.checks import per_model
 from .base import BatchOptimizer
 from .configs import check_names, merge_configs
 from .groups import split_groups
@@ -27,7 +28,7 @@ class OptimizerFactory:
 
     Args:
         optimizer_cls: a class from torch.optim, or your own.
-        base_config: hyperparameters for all models, which a model's own override.
+        base_config: hyperparameters for all models; a model's own come before them.
 
     Raises:
         TypeError: `optimizer_cls` is not an optimizer class, or its step needs a closure (LBFGS).
@@ -51,9 +52,7 @@ class OptimizerFactory:
 
     def __init__(self, optimizer_cls: type[torch.optim.Optimizer], base_config: dict[str, Any] | None = None) -> None:
         _check_class(optimizer_cls)
-        if base_config is not None and not isinstance(base_config, dict):
-            raise TypeError(f"Expected a dict as base_config, got {base_config!r}: write {{'lr': …}}.")
-        check_names(optimizer_cls, base_config or {}, " in base_config")
+        check_names(optimizer_cls, {} if base_config is None else base_config, "base_config")
         self.optimizer_cls = optimizer_cls
         self.base_config = dict(base_config or {})
 
@@ -79,7 +78,7 @@ class OptimizerFactory:
                 `betas=(0.9, 0.99)` is for all models, `betas=[(0.9, 0.99), (0.8, 0.99)]` for two.
 
         Returns:
-            A `torch.optim.Optimizer` with one `param_groups` entry a model (with groups: model 0's G entries, then
+            A `torch.optim.Optimizer` with one `param_groups` entry per model (with groups: model 0's G entries, then
             model 1's …; `groups_of(m)` are model m's). torch's lr_schedulers work on it as they are. Its `unstack(m)`
             gives an `optimizer_cls`, with the same groups, for going on alone with model m.
 
@@ -114,7 +113,7 @@ class OptimizerFactory:
     def create_lr_scheduler(
         optimizer: BatchOptimizer, scheduler_cls: Callable[..., Any], configs: Sequence[dict[str, Any]] | dict[str, Any]
     ) -> ModelSchedulers:
-        """Return one scheduler a model, each moving its own model's learning rate only.
+        """Return one scheduler per model; each changes the learning rate of its own model only.
 
         One schedule for all models needs none of this: `torch.optim.lr_scheduler.StepLR(optimizer, 10)` does it.
 
@@ -129,7 +128,7 @@ class OptimizerFactory:
             `[M]` numbers for ReduceLROnPlateau; with `state_dict()`, `load_state_dict()` and `get_last_lr()`.
 
         Raises:
-            TypeError: not an optimizer of a batch, or not a scheduler class.
+            TypeError: not an optimizer of a batch, not a scheduler class, or a config that is not a dict.
             ValueError: another number of configs than models, or an argument that the scheduler does not know.
 
         Example:
@@ -153,16 +152,9 @@ class OptimizerFactory:
             )
         if not callable(scheduler_cls):
             raise TypeError(f"Expected a scheduler class, got {scheduler_cls!r}: pass the class, not an instance.")
-        if isinstance(configs, dict):
-            configs = [configs] * optimizer.num_models
-        if not isinstance(configs, (list, tuple)) or len(configs) != optimizer.num_models:
-            got = len(configs) if isinstance(configs, (list, tuple)) else repr(configs)
-            raise ValueError(
-                f"Expected {optimizer.num_models} configs (one per model), got {got}: "
-                f"pass one dict for all models or a list of {optimizer.num_models}."
-            )
+        configs = per_model(list(configs) if isinstance(configs, tuple) else configs, optimizer.num_models, "configs")
         for m, config in enumerate(configs):
-            check_names(scheduler_cls, config, f" in the config of model {m}", skip=("self", "optimizer"))
+            check_names(scheduler_cls, config, f"the config of model {m}", skip=("self", "optimizer"))
         return ModelSchedulers(optimizer, scheduler_cls, configs)
 
 

@@ -1,4 +1,4 @@
-"""GradScaler: torch.amp's, with a scale, a growth count and a skip decision of each model's own."""
+"""GradScaler: torch.amp's, with a scale, a growth count and a decision to skip for each model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..batch.context import context_of
 from ..batch.freeze import nonfinite_models
 from ..common.checks import whole_number
-from .base import BatchOptimizer
+from .base import BatchOptimizer, parameters_of
 
 __all__ = ["GradScaler"]
 
@@ -95,24 +95,21 @@ class GradScaler(torch.amp.GradScaler):
     ) -> dict[torch.device, Tensor]:
         if not isinstance(optimizer, BatchOptimizer) or optimizer.num_models != len(inv_scale):
             raise TypeError(
-                f"Expected an optimizer of OptimizerFactory's for {len(inv_scale)} models, got "
+                f"Expected an optimizer from OptimizerFactory for {len(inv_scale)} models, got "
                 f"{type(optimizer).__name__}: create one by OptimizerFactory(...).create_optimizer(batch, ...)."
             )
         self._frozen = context_of(optimizer.batch).frozen
-        devices: dict[torch.device, list[Tensor]] = {}
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    if param.grad.dtype == torch.float16 and not allow_fp16:
-                        raise ValueError("Expected float32 gradients, got float16: keep the parameters in float32.")
-                    devices.setdefault(param.grad.device, []).append(param.grad)
-        if not devices:
+        all_grads = [p.grad for p in parameters_of(optimizer.param_groups) if p.grad is not None]
+        if not allow_fp16 and any(grad.dtype == torch.float16 for grad in all_grads):
+            raise ValueError("Expected float32 gradients, got float16: keep the parameters in float32.")
+        if not all_grads:
             raise RuntimeError(
                 "Expected gradients for the optimizer's batch, got none: the losses are those of another batch, or "
                 "backward() was not called. Create an optimizer for the batch that is trained."
             )
         found = {}
-        for device, grads in devices.items():
+        for device in {grad.device for grad in all_grads}:
+            grads = [grad for grad in all_grads if grad.device == device]
             found[device] = nonfinite_models(grads, len(inv_scale))
             own = inv_scale.to(device)
             with torch.no_grad():

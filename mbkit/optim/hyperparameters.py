@@ -1,4 +1,4 @@
-"""M models' hyperparameters: plain numbers to people and schedulers, columns `[M]` to the update rules."""
+"""M models' hyperparameters: plain numbers for users and schedulers, columns `[M]` for the update rules."""
 
 from __future__ import annotations
 

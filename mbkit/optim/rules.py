@@ -6,7 +6,7 @@ Every rule is a function `rule(params, grads, states, h)` that works in place:
 - states: P dicts of tensors, `[M, ...]` like the parameter, or `[M]` for a count.
 - h: a `Hyperparameters`; `h["lr"]` is a float64 tensor `[M]`.
 
-They follow the for-loop implementations of torch.optim (`_single_tensor_adam` and its kin). There a hyperparameter is
+They follow the for-loop implementations of torch.optim (`_single_tensor_adam` and the like). There a hyperparameter is
 a Python number, a double that a kernel rounds once; here it is a float64 column, rounded once by `h.spread`. Kernels
 that take a number but no tensor are written so that the bits stay:
 
@@ -231,7 +231,7 @@ def _choose(flag: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 
 def _add(x: Tensor, y: Tensor, a: Tensor) -> Tensor:
-    """Return x + a*y. torch's add, alone among the kernels, rounds its number to the dtype of x (think of bfloat16)."""
+    """Return x + a*y. torch's add, unlike the other kernels, rounds its number to x's dtype (think of bfloat16)."""
     return torch.addcmul(x, y, a.to(x.dtype))
 
 
@@ -246,7 +246,7 @@ def _shift_(x: Tensor, a: Tensor) -> Tensor:
 
 
 def _lerp(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """Move x in place toward y. lerp is alone in refusing a weight of another dtype (float32 for bfloat16 tensors)."""
+    """Move x in place toward y. lerp, unlike the others, refuses a weight of another dtype (float32 for bfloat16)."""
     if x.dtype == weight.dtype:
         return x.lerp_(y, weight)
     return x.copy_(x.to(weight.dtype).lerp_(y.to(weight.dtype), weight))

@@ -1,4 +1,4 @@
-"""One learning rate scheduler a model, over one optimizer of a batch."""
+"""One learning rate scheduler per model, over one optimizer of a batch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ModelSchedulers(list):
         """Step every scheduler once.
 
         Args:
-            metrics: for ReduceLROnPlateau: `[M]`, a list or a tensor with one number a model (or one for all).
+            metrics: for ReduceLROnPlateau: `[M]`, a list or a tensor with one number per model (or one for all).
 
         Raises:
             ValueError: another number of metrics than models.

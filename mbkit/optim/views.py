@@ -26,8 +26,8 @@ class ViewsOptimizer(BatchOptimizer):
     `param_groups` can be read and written as in any optimizer of a batch; model m's state is in `lone[m].state`, and a
     class's own verbs are called on each of `lone` (`for one in optimizer.lone: one.train()`).
 
-    One optimizer with M groups would do for torch's own classes. But some people's optimizers reckon over all groups
-    at once (a global norm, a common step size), and would mix the models without a word.
+    One optimizer with M groups would be enough for torch's own classes. But some users' classes compute over all groups
+    at once (a global norm, a common step size), and would mix the models silently.
     """
 
     lone: list[torch.optim.Optimizer]

@@ -173,7 +173,7 @@ def test_refusals():
     scaler.scale(torch.ones(M))
     with pytest.raises(ValueError, match=r"Expected the losses \[4\], one per model, got \[3\]"):
         scaler.scale(torch.ones(3))
-    with pytest.raises(TypeError, match="Expected an optimizer of OptimizerFactory's for 4 models, got SGD"):
+    with pytest.raises(TypeError, match="Expected an optimizer from OptimizerFactory for 4 models, got SGD"):
         scaler.step(optim.SGD(batch.parameters(), lr=0.1))
     with pytest.raises(RuntimeError, match="before update"):
         GradScaler.update(scaler)

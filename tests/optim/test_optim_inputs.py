@@ -74,7 +74,7 @@ REFUSALS = [
     ({"configs": [{"lr": 0.1}] * 2}, ValueError, r"Expected 3 configs \(one per model\), got 2"),
     ({"configs": []}, ValueError, r"Expected 3 configs \(one per model\), got 0"),
     ({"configs": {"lr": 0.1}}, TypeError, "Expected a list of 3 configs .* got dict: .* as keywords"),
-    ({"configs": [{"lr": 0.1}, 0.1, {}]}, TypeError, "Expected a dict as config of model 1, got 0.1"),
+    ({"configs": [{"lr": 0.1}, 0.1, {}]}, TypeError, "Expected a dict as the config of model 1, got 0.1"),
     ({"configs": [{"lr": 0.1}, {}, {}], "lr": 0.2}, ValueError, "Got 'lr' both in configs and as a keyword"),
     ({"learning_rate": 0.1}, ValueError, "Adam has no argument 'learning_rate'"),
     ({"weight_decy": 0.1}, ValueError, "Adam has no argument 'weight_decy'. Did you mean 'weight_decay'?"),
