@@ -6,7 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ from .context import CallContext
 from .freeze import held
 from .kept import kept_by, turns_in_parts
 from .memory import Memory
+from .places import at_hand
 from .stack import may_keep
 
 __all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models", "kept_attributes"]
@@ -135,10 +136,8 @@ def _keeps(hook: Any) -> bool:
     owner, function = getattr(hook, "__self__", hook), getattr(hook, "__func__", hook)
     if may_keep(owner):
         return True
-    held = []
+    held = list(at_hand(function))
     if isinstance(function, FunctionType):
-        held += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
-        held += [*(function.__defaults__ or ())]
         held += [function.__globals__.get(name) for name in function.__code__.co_names]
     return any(map(_holds, held))
 

@@ -72,7 +72,8 @@ class Places:
             self._visit(one)
 
     def _visit_function(self, function: FunctionType) -> list[Any]:
-        self._places += [(cell, None) for cell in function.__closure__ or ()]
+        cells = function.__closure__ or ()
+        self._places += [(cell, None) for cell in cells if not isinstance(_read(cell, None).get(""), type)]
         found = function.__globals__
         values = {name: found[name] for name in sorted(_names(function.__code__)) if name in found}
         rebound = tuple(n for n, v in values.items() if not isinstance(v, (type, ModuleType, FunctionType)))

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Comparison", "Names", "held_by"]
+from .places import at_hand
+
+__all__ = ["Comparison", "Names"]
 
 Names = dict[int, str]  # from the id of a module or tensor that a model registers to its dotted name
 
@@ -70,23 +72,13 @@ class Comparison:
         return alike and all(again(mine[name], others[name]) for name in methods)
 
     def _same_function(self, a: Any, b: Any, again: Any) -> bool:
-        if a.__code__ != b.__code__:
+        mine, others = at_hand(a), at_hand(b)
+        if a.__code__ != b.__code__ or len(mine) != len(others):
             return False
-        for x, y in zip(held_by(a), held_by(b), strict=True):
+        for x, y in zip(mine, others, strict=True):
             if not again(x, y) or (self.strict and x is not y and isinstance(x, (list, dict, set, deque))):
                 return False
         return again(vars(a), vars(b))
-
-
-def held_by(function: Any) -> list[Any]:
-    """The values that a function closes over or has as defaults; an empty cell is of a name not assigned yet."""
-    contents = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    for cell in function.__closure__ or ():
-        try:
-            contents.append(cell.cell_contents)
-        except ValueError:
-            contents.append(None)
-    return contents
 
 
 def _same_object(a: Any, b: Any, again: Any) -> bool:

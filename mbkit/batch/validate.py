@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 from collections.abc import Iterable
 from itertools import pairwise
@@ -11,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..common.checks import did_you_mean, list_of_models, memory_of
 from .reference_cycles import refuse_circles
 from .stack import may_keep
-from .structural_equality import Comparison, Names, held_by
+from .structural_equality import Comparison, Names
 
 __all__ = ["Settings", "check_models", "check_paths"]
 
@@ -124,7 +121,6 @@ def _refuse_what_vmap_ignores(model: nn.Module) -> None:
                     f"{where} keeps in {name!r} a tensor that carries the gradient of an earlier computation: "
                     "compute it in forward, detach it, or set it to None before making the batch."
                 )
-    _refuse_what_no_copy_follows(model)
     for name, parameter in model.named_parameters():
         _refuse_late_hook(name, parameter)
         if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
@@ -137,40 +133,6 @@ def _refuse_late_hook(name: str, parameter: Tensor) -> None:
             f"parameter '{name}' has a hook that runs once its gradient is there, which would see all models at once: "
             "use register_hook, which sees each model's own."
         )
-
-
-def _refuse_what_no_copy_follows(model: nn.Module) -> None:
-    """Refuse functions that hold on to the model itself, and generators, which are no model's own stream."""
-    own = set(map(id, (*model.modules(), *model.parameters(), *model.buffers())))
-
-    def holds_the_model(function: Any) -> bool:
-        if isinstance(function, functools.partial):
-            held = [function.func, *function.args, *function.keywords.values()]
-        elif inspect.isfunction(function):
-            held = held_by(function)
-        else:
-            return False
-        return any(id(getattr(value, "__self__", value)) in own or holds_the_model(value) for value in held)
-
-    attributes = [
-        (f"module '{path}'" if path else "the model", name, value)
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if name not in _KEPT_BY_TORCH
-    ]
-    hooks = [(f"parameter '{name}'", "_backward_hooks", p._backward_hooks) for name, p in model.named_parameters()]
-    for where, name, value in (*attributes, *hooks):
-        for leaf in tree_leaves(value):
-            if isinstance(leaf, torch.Generator):
-                raise ValueError(
-                    f"{where} keeps a torch.Generator in {name!r}, which the models would share: draw from the default "
-                    "generator, which is each model's own, seeded with seeds[m]."
-                )
-            if holds_the_model(leaf):
-                raise ValueError(
-                    f"{where} keeps in {name!r} a function that holds on to the model itself (a lambda over self, "
-                    "say), and would do so in every copy: make it a method, or pass what it needs as an argument."
-                )
 
 
 def _recomputed(module: nn.Module, name: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -41,10 +43,13 @@ def a_dict(_):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (a_list, "got 'kept' of 'inner', a list that contains itself: keep a copy"),
-        (a_dict, "got 'kept' of 'inner', a dict that contains itself: keep a copy"),
+        (a_list, "'inner' keeps in 'kept' a list that contains itself: keep a copy"),
+        (a_dict, "'inner' keeps in 'kept' a dict that contains itself: keep a copy"),
         (lambda model: Plain(owner=model), "an object that refers to the model itself .* set the reference to None"),
         (lambda model: [Plain(deep=Plain(call=model.forward))], "an object that refers to the model itself"),
+        (lambda model: functools.partial(torch.add, model.fc.weight), "'kept' a function that holds on to the model"),
+        (lambda model: Plain(call=lambda x: model.fc(x)), "'kept' a function that holds on to the model"),
+        (lambda model: [torch.Generator()], "keeps in 'kept' a torch.Generator, which the models would share: draw"),
     ],
 )
 def test_attributes(make, words):
