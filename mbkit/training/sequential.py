@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from ..batch.clip import norm_limits
 from ..batch.targets import TargetForms, targets_at
 from ..common.checks import check_seeds, list_of_models, per_model
+from ..common.python_random import generator_marks
 from ..common.random_streams import OwnDraws, random_state, set_random_state
 from .evaluation import batch_accuracy
 from .history import History, Step
@@ -44,9 +45,9 @@ def fit_alone(
     """Train each model in place by plain PyTorch, as if it were alone: what a batch of them is judged by.
 
     The models take turns: on each batch model 0 makes a step, then model 1, and so on. None notices the others:
-    model m draws from a random state of its own, which begins as after `torch.manual_seed(seeds[m])`; the data, and the
-    callback, draw what they would draw for one model, so that all models see the batches that `fit`, called from the
-    same state of torch's global generator, would see.
+    model m draws from a random state of its own, which begins as after `torch.manual_seed(seeds[m])` (and Python's and
+    NumPy's generators as after seeding them so); the data, and the callback, draw what they would draw for one model,
+    so that all models see the batches that `fit`, called from the same state of the global generators, would see.
 
     Args:
         models: M modules, trained in place.
@@ -195,17 +196,18 @@ def lone_step(
 def in_turn(models: Iterable[int]) -> Iterator[int]:
     """Yield the models' numbers, each from the same state of the global random generators of torch, Python and NumPy.
 
-    So what is drawn while a model has its turn is what would be drawn if it were the only one, and afterwards the
-    generators stand as if it had been.
+    So what is drawn while a model has its turn, in a callback for instance, is what would be drawn if it were the only
+    one, and afterwards the generators stand as if it had been.
 
     Example:
         >>> len({random.random() for _ in in_turn(range(3))})
         1
     """
-    start = random_state(), random.getstate(), numpy.random.get_state()
+    start, marks = (random_state(), random.getstate(), numpy.random.get_state()), generator_marks()
     for turn, m in enumerate(models):
         if turn:
             set_random_state(start[0])
+        if generator_marks() != marks:  # to set them takes a while
             random.setstate(start[1])
             numpy.random.set_state(start[2])
         yield m
