@@ -33,14 +33,14 @@ from .data import Batches, ImageData, load_cifar10, load_digits, load_images
 from .models import MLP, LeNet5, TinyMLP
 from .optim import OptimizerFactory, create_adam_configs, create_lr_sweep_configs, create_sgd_configs
 from .optim.grad_scaler import GradScaler
-from .training import History, Step, evaluate, fit, fit_alone, train_steps
+from .training import History, Step, evaluate, fit, fit_alone, load_run, save_run, train_steps
 from .vmap import BatchingError
 
 __all__ = [
     "MLP", "Batches", "BatchingError", "Diagnosis", "EquivalenceReport", "GradScaler", "History", "ImageData",
     "LeNet5", "ModelBatch", "OptimizerFactory", "Step", "TinyMLP", "compare", "create_adam_configs",
     "create_lr_sweep_configs", "create_sgd_configs", "diagnose", "evaluate", "fit", "fit_alone", "load_cifar10",
-    "load_digits", "load_images", "train_steps",
+    "load_digits", "load_images", "load_run", "save_run", "train_steps",
 ]  # fmt: skip
 
 

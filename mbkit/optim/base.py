@@ -60,6 +60,11 @@ class BatchOptimizer(torch.optim.Optimizer):
         """M."""
         return self.batch.num_models
 
+    @property
+    def configs(self) -> list[list[dict[str, Any]]]:
+        """The hyperparameters that it was made with: M lists with a dict for each group of a model's parameters."""
+        return [[dict(config) for config in own] for own in self._configs]
+
     def groups_of(self, m: int) -> list[dict[str, Any]]:
         """Return model m's entries of `param_groups`: one, or one for each group of its parameters."""
         size = len(self._names)

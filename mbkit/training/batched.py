@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,10 +14,12 @@ from ..batch.clip import norm_limits
 from ..batch.context import context_of
 from ..batch.freeze import check_on_nonfinite
 from ..optim.ownership import check_scheduler, check_trains
+from .checkpoint import Checkpoint
 from .evaluation import batch_accuracy, evaluate
 from .history import History, Step
 from .loop import Pairs, check_run, check_schedule, count_steps, make_schedule, walk
-from .recorder import Recording
+from .position import PositionedBatches
+from .recorder import Recording, whole_update
 from .sequential import fit_alone
 from .step import Stepper, batch_step, check_chunk_size
 
@@ -38,13 +42,21 @@ def fit(
     chunk_size: int | str | None = "auto",
     compile: bool = False,
     callback: Callable[[Step], bool | None] | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | str = "epoch",
     progress: bool = True,
 ) -> History:
     """Train a ModelBatch: clear the gradients, forward, backward, clip, update; batch after batch, epoch after epoch.
 
-    Ctrl-C lets the step under way end and returns the History so far, with `interrupted` set (pressed twice it raises
-    at once). An exception, say from the data, carries the History so far as its attribute `history`. Either way the
-    batch holds what was trained.
+    Ctrl-C, or SIGTERM, lets the step under way end and returns the History so far, with `interrupted` set. A second one
+    raises KeyboardInterrupt at once, which says so where it may have left an update half done. Any exception, say from
+    the data, carries the History so far as its attribute `history`, and the batch holds what was trained.
+
+    With `checkpoint=folder` the run is saved as it goes, and the same call again goes on where it ended: killed,
+    interrupted, after an exception or a callback's False. The batch, optimizer, scheduler and data are made as before,
+    and then everything is restored to the same bits: models, states, random streams and generators, the place within
+    the epoch, and the History, of which the whole is returned. A run that is done is not trained further, but may be
+    given more epochs. Another run's folder is refused, and changes nothing. `load_run` and `save_run` do it by hand.
 
     Args:
         batch: a ModelBatch of M models. It is put into train mode unless it is, so parts in eval mode stay so.
@@ -69,7 +81,10 @@ def fit(
         compile: make each step as one function compiled by torch.compile: after half a minute of compilation at most
             far ahead for small models, and ahead for convolutional ones. Where that cannot be, or would not fit into
             memory without chunks, a warning says why and the steps run uncompiled.
-        callback: called with each Step; returning False ends the training.
+        callback: called with each Step; returning False ends the training. The scheduler's step has been made by then
+            (that of an epoch only if the batches know their number).
+        checkpoint: a folder to save the run in, and to take it up again from. checkpoint_every: "epoch", or a number of
+            steps, after which it is saved; also at the end, and when Ctrl-C or the callback ends it.
         progress: show a bar on a terminal or in a notebook.
 
     Returns:
@@ -91,24 +106,39 @@ def fit(
         >>> tuple(history.loss.shape), tuple(history.accuracy.shape)
         ((10, 3), (10, 3))
     """
-    steps = train_steps(
-        batch,
-        optimizer,
-        batches,
-        loss_fn,
-        epochs,
-        first_epoch=first_epoch,
-        scheduler=scheduler,
-        scheduler_every=scheduler_every,
-        max_norm=max_norm,
-        shared_targets=shared_targets,
-        on_nonfinite=on_nonfinite,
-        chunk_size=chunk_size,
-        compile=compile,
-    )
-    with Recording(batch.num_models, count_steps(batches, epochs), progress=progress) as run:
-        for step in steps:
-            if not run.keep(step, callback):
+    total, saver = count_steps(batches, epochs), None
+    if checkpoint is not None:
+        check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
+        scheduler = scheduler if hasattr(scheduler, "step") else make_schedule(scheduler, optimizer)
+        settings = {"scheduler_every": scheduler_every, "max_norm": repr(max_norm), "on_nonfinite": on_nonfinite}
+        settings["len(batches)"] = count_steps(batches, 1)
+        saver = Checkpoint(checkpoint, checkpoint_every, batch, optimizer, scheduler, batches, settings, first_epoch)
+        batches, end = saver.batches, first_epoch + epochs
+        first_epoch, epochs = batches.epoch, end - batches.epoch
+    before = (saver.steps, saver.seconds) if saver else ((), 0.0)
+    with Recording(batch.num_models, total, progress=progress, steps=before[0], seconds=before[1]) as run:
+        if saver:
+            saver.watch(run, end)
+        steps = train_steps(
+            batch,
+            optimizer,
+            batches,
+            loss_fn,
+            max(epochs, 1),
+            first_epoch=first_epoch,
+            scheduler=scheduler,
+            scheduler_every=scheduler_every,
+            max_norm=max_norm,
+            shared_targets=shared_targets,
+            on_nonfinite=on_nonfinite,
+            chunk_size=chunk_size,
+            compile=compile,
+        )
+        for step in steps if epochs > 0 else ():
+            go_on = run.keep(replace(step, index=len(run.steps)) if before[0] else step, callback)
+            if saver:
+                saver.after_step(go_on)
+            if not go_on:
                 break
     return run.history
 
@@ -167,18 +197,27 @@ def train_steps(
         device = next(batch.parameters()).device
         index = 0
         for epoch in range(first_epoch, first_epoch + epochs):
+            count, done = count_steps(batches, 1), 0
             for x, y in walk(batches, epoch, device):
                 if not batch.training:
                     batch.train()
                 start = time.perf_counter()
-                losses, outputs = run.step(x, y)
-                seconds = time.perf_counter() - start
-                if schedule and scheduler_every == "step":
-                    schedule.step()
+                with whole_update():
+                    losses, outputs = run.step(x, y)
+                    seconds, done = time.perf_counter() - start, done + 1
+                    if schedule and (scheduler_every == "step" or done == count):
+                        schedule.step()
                 frozen = context_of(batch).frozen
                 yield Step(index, epoch, losses, batch_accuracy(outputs, y), seconds, frozen=frozen, how=run.how)
                 index += 1
-            if schedule and scheduler_every == "epoch":
+            if schedule and scheduler_every == "epoch" and done != count:
+                if count is not None and done > count:
+                    raise ValueError(
+                        f"Expected {count} batches in epoch {epoch}, as len(batches) says, got {done}: correct the "
+                        "length, which says when the scheduler's step of an epoch is due."
+                    )
                 schedule.step()
+            if isinstance(batches, PositionedBatches):
+                batches.at_end()
 
     return steps()

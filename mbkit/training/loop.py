@@ -108,7 +108,7 @@ def walk(batches: Pairs, epoch: int, device: torch.device) -> Iterator[tuple[Any
 
     if hasattr(batches, "set_epoch"):
         batches.set_epoch(epoch)
-    empty = True
+    empty = not getattr(batches, "resumed", False)  # after a run was saved with the epoch's last batch
     for item in batches:
         empty = False
         if not isinstance(item, (tuple, list)) or len(item) != 2:

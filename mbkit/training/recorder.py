@@ -6,7 +6,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,64 +17,114 @@ from torch.nn.utils.rnn import pad_sequence
 from ..common.progress import Progress
 from .history import History, Step
 
-__all__ = ["Recording"]
+__all__ = ["HalfUpdated", "Recording", "whole_update"]
+
+
+class _PressedTwice(KeyboardInterrupt):
+    """Ctrl-C for the second time."""
+
+
+class HalfUpdated(KeyboardInterrupt):
+    """Ctrl-C that did not wait for the end of an update."""
+
+
+@contextmanager
+def whole_update() -> Iterator[None]:
+    """Say of a KeyboardInterrupt in a `with` block around an update that the models may be left half updated."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise HalfUpdated(
+            "The training was ended in the middle of an update, so the models may be half updated: go on from a "
+            "checkpoint (fit(..., checkpoint=folder) writes one), or build the models again."
+        ) from error
 
 
 class Recording:
     """A `with` block around a training loop; when it is left, `history` holds the steps so far.
 
-    Ctrl-C inside the block waits for the step under way, so that no model is left half updated; the block then ends
-    as if the training were done, with `history.interrupted` set. Pressed twice it does not wait. An exception goes
-    on its way and carries the History as its attribute `history`.
+    Ctrl-C or SIGTERM inside the block waits for the step under way, so that no model is left half updated; the block
+    then ends as if the training were done, with `history.interrupted` set, were it in the last moment. The second one
+    does not wait: it raises KeyboardInterrupt. An exception goes on its way with the History as its attribute
+    `history`.
 
     Args:
         num_models: M. total: number of steps to come, or None, for the progress bar.
         alone: False where each Step is one of all models, True where each is one of the model it names.
+        steps: those made before, when a run goes on. seconds: how long they took.
+
+    Attributes:
+        interrupted: whether Ctrl-C was pressed.
     """
 
     history: History
 
-    def __init__(self, num_models: int, total: int | None, *, alone: bool = False, progress: bool = True):
+    def __init__(
+        self,
+        num_models: int,
+        total: int | None,
+        *,
+        alone: bool = False,
+        progress: bool = True,
+        steps: Sequence[Step] = (),
+        seconds: float = 0.0,
+    ):
         self._alone = alone
         self._width = 1 if alone else num_models
         self._columns: list[list[Step]] = [[] for _ in range(num_models if alone else 1)]
+        self._columns[0] += steps
         self._bar = Progress(total, "training", progress)
-        self._pressed = False
-        self._handler: Any = None
-        self._start = time.perf_counter()
+        self._bar.advance(steps=len(steps))
+        self._handlers: dict[int, Any] = {}
+        self._start = time.perf_counter() - seconds
+        self.interrupted = False
+
+    @property
+    def steps(self) -> list[Step]:
+        """The Steps of all models together, so far."""
+        return self._columns[0]
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken."""
+        return time.perf_counter() - self._start
 
     def keep(self, step: Step, callback: Callable[[Step], bool | None] | None = None) -> bool:
         """Keep a step, show it to the callback, and say whether to go on."""
         self._columns[step.model or 0].append(step)
         self._bar.advance(lambda: f"median loss {step.losses.nanmedian().item():.4g}")
         go_on = callback is None or callback(step) is not False
-        if self._pressed:
-            raise KeyboardInterrupt
-        return go_on
+        return go_on and not self.interrupted
 
     def __enter__(self) -> Recording:
-        # Only the main thread gets signals, and whoever handles Ctrl-C in a way of their own goes on doing so.
-        main = threading.current_thread() is threading.main_thread()
-        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._handler = signal.signal(signal.SIGINT, self._press)
+        # Only the main thread gets signals, and whoever handles them in a way of their own goes on doing so.
+        if threading.current_thread() is threading.main_thread():
+            for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+                if signal.getsignal(number) is usual:
+                    self._handlers[number] = signal.signal(number, self._press)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> bool:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-        self._bar.close()
-        interrupted = isinstance(error, KeyboardInterrupt)
-        self.history = self._history(interrupted)
-        if isinstance(error, Exception):
-            error.history = self.history
-        return interrupted
+        try:
+            self._bar.close()
+            # A second press ends all at once; only a first one, or one from the data, has left whole models.
+            swallowed = isinstance(error, KeyboardInterrupt) and not isinstance(error, HalfUpdated | _PressedTwice)
+            self.interrupted |= swallowed
+            self.history = self._history()
+        finally:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+        self.history.interrupted = self.interrupted  # were it while the History was put together
+        if error is not None and not swallowed:
+            error.history = self.history  # type: ignore[attr-defined]
+        return swallowed
 
     def _press(self, number: int, frame: Any) -> None:
-        if self._pressed:
-            signal.default_int_handler(number, frame)
-        self._pressed = True
+        if self.interrupted:
+            raise _PressedTwice("Ctrl-C was pressed twice.")
+        self.interrupted = True
 
-    def _history(self, interrupted: bool) -> History:
+    def _history(self) -> History:
         columns = self._columns
         loss = _table([[s.losses for s in column] for column in columns], self._width)
         known = any(columns) and all(s.accuracy is not None for column in columns for s in column)
@@ -86,11 +137,11 @@ class Recording:
         return History(
             loss=loss,
             accuracy=accuracy,
-            seconds=time.perf_counter() - self._start,
+            seconds=self.seconds,
             step_seconds=step_seconds if self._alone else step_seconds[:, 0],
             epoch=torch.tensor([s.epoch for s in max(columns, key=len)], dtype=torch.int64),
             steps_done=last,
-            interrupted=interrupted,
+            interrupted=self.interrupted,
             frozen=frozen,
             how=columns[0][-1].how if columns[0] else "",
         )

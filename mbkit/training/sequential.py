@@ -20,7 +20,7 @@ from ..common.random_streams import OwnDraws, random_state, set_random_state
 from .evaluation import batch_accuracy
 from .history import History, Step
 from .loop import Pairs, call, check_run, count_steps, detach, first_tensor, make_schedule, part, walk
-from .recorder import Recording
+from .recorder import Recording, whole_update
 
 __all__ = ["LoneTrainer", "check_configs", "fit_alone", "fresh", "in_turn", "lone_step", "loss_of_model", "refuse_meta"]
 
@@ -96,25 +96,30 @@ def fit_alone(
     with Recording(num_models, total, alone=True, progress=progress) as run:
         going, index = list(range(num_models)), 0
         for epoch in range(epochs):
+            count, done = count_steps(batches, 1), 0
             for pair in walk(batches, epoch, device):
+                done += 1
                 for m in in_turn(list(going)):
                     x, y = fresh(pair) if len(going) > 1 else pair
                     lone = lones[m]
-                    with lone.draws.current():
+                    with whole_update(), lone.draws.current():
                         start = time.perf_counter()
                         loss, outputs = lone.update(x if shared_input else part(x, m), y, losses[m])
                         seconds = time.perf_counter() - start
-                    if lone.schedule and scheduler_every == "step":
+                    if lone.schedule and (scheduler_every == "step" or done == count):
                         lone.schedule.step()
                     y = own_targets(y, outputs, m, num_models, forms)
                     accuracy = batch_accuracy(outputs.unsqueeze(0), y) if isinstance(outputs, Tensor) else None
                     if not run.keep(Step(index, epoch, loss.reshape(1), accuracy, seconds, m), callback):
                         going.remove(m)
+                    if run.interrupted:
+                        going.clear()
+                        break
                 if not going:
                     break
                 index += 1
             for m in going:
-                if lones[m].schedule and scheduler_every == "epoch":
+                if lones[m].schedule and scheduler_every == "epoch" and done != count:
                     lones[m].schedule.step()
             if not going:
                 break

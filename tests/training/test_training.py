@@ -270,8 +270,9 @@ def test_a_second_signal_does_not_wait():
         signal.raise_signal(signal.SIGINT)
         return cross_entropy(outputs, targets)
 
-    history = fit_alone(models, SGD, CONFIGS, pairs, loss_fn)
-    assert (history.interrupted, history.steps) == (True, 0)
+    with pytest.raises(KeyboardInterrupt, match="half updated") as caught:
+        fit_alone(models, SGD, CONFIGS, pairs, loss_fn)
+    assert (caught.value.history.interrupted, caught.value.history.steps) == (True, 0)
     assert_same_parameters(models, before, tolerance=0)
 
 

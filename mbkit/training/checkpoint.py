@@ -1,0 +1,247 @@
+"""A whole run in one file: saved at any step, restored to the same bits, or refused without a trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..batch.whole_state import load_whole, save_whole, snapshot
+from ..common.checks import whole_number
+from ..common.files import read_tree, write_tree
+from .history import Step
+from .loop import Pairs
+from .position import PositionedBatches
+from .recorder import Recording
+
+__all__ = ["Checkpoint", "load_run", "save_run"]
+
+_FILE = "run.safetensors"
+
+
+def save_run(
+    folder: str | Path,
+    batch: Any,
+    optimizer: Any,
+    *,
+    scheduler: Any = None,
+    scaler: Any = None,
+    batches: Any = None,
+    notes: Any = None,
+) -> None:
+    """Save all that a run's further course depends on as one file, `folder/run.safetensors`, for `load_run`.
+
+    `fit(..., checkpoint=folder)` does this by itself; call it in a training loop of your own. Saved are the models with
+    their random streams and which are frozen, the optimizer, the scheduler, the scaler, and the global random
+    generators of torch, Python and NumPy. The file replaces an older one in one move: a process killed at any moment
+    leaves the old run or the new one. It is written without pickle, with a checksum.
+
+    Args:
+        folder: made if need be.
+        batch, optimizer: the ModelBatch and its optimizer.
+        scheduler, scaler: what else has a state_dict(), or None.
+        batches: a `PositionedBatches` to go on with in the middle of an epoch; without it, save between epochs.
+        notes: numbers, texts and tensors of your own, in lists and dicts, that `load_run` returns: the epoch, say.
+
+    Raises:
+        TypeError: a state with something else than tensors, numbers and texts, which is named.
+        OSError: a folder that cannot be written, or a full disk; an older file is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from mbkit import ModelBatch, OptimizerFactory
+        >>> batch = ModelBatch([nn.Linear(4, 2) for _ in range(3)])
+        >>> optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=0.1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_run(folder, batch, optimizer, notes={"epoch": 3})
+        ...     load_run(folder, batch, optimizer)
+        {'epoch': 3}
+    """
+    position = batches if isinstance(batches, PositionedBatches) else PositionedBatches(())
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    tree = {
+        "kinds": {name: _kind(part) for name, part in parts.items()},
+        "batch": save_whole(batch),
+        "parts": {name: part.state_dict() for name, part in parts.items() if part is not None},
+        "data": position.state(),
+        "notes": notes,
+    }
+    write_tree(Path(folder) / _FILE, tree, "run")
+
+
+def load_run(
+    folder: str | Path,
+    batch: Any,
+    optimizer: Any,
+    *,
+    scheduler: Any = None,
+    scaler: Any = None,
+    batches: Any = None,
+) -> Any:
+    """Restore what `save_run` saved, to the same bits, into a batch, an optimizer and so on that were made alike.
+
+    All is checked first; what is refused changes nothing.
+
+    Args: as for `save_run`.
+
+    Returns:
+        The notes that were saved.
+
+    Raises:
+        FileNotFoundError: there is no run in the folder.
+        ValueError: a file that has changed since it was saved, or a run of other models, another optimizer or data.
+    """
+    return _restore(read_tree(Path(folder) / _FILE, "run"), folder, batch, optimizer, scheduler, scaler, batches)
+
+
+def _restore(
+    saved: Mapping[str, Any], folder: Any, batch: Any, optimizer: Any, scheduler: Any, scaler: Any, batches: Any
+) -> Any:
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    for name, part in parts.items():
+        if saved["kinds"][name] != _kind(part):
+            raise ValueError(
+                f"Expected the {name} {saved['kinds'][name]}, which the run in {folder} was saved with, got "
+                f"{_kind(part)}: make the same one, or choose another folder."
+            )
+    position = batches if isinstance(batches, PositionedBatches) else PositionedBatches(())
+    here = {name: part for name, part in parts.items() if part is not None}
+    restore, data = snapshot(batch), position.state()
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in here.items()}
+    try:
+        load_whole(batch, saved["batch"])
+        for name, part in here.items():
+            part.load_state_dict(saved["parts"][name])
+        position.load_state(saved["data"])
+    except BaseException as error:
+        restore()
+        for name, part in here.items():
+            part.load_state_dict(before[name])
+        position.load_state(data)
+        if isinstance(error, (RuntimeError, KeyError, TypeError)):
+            raise ValueError(
+                f"Expected the state of this run in {folder}, got one that does not fit: {error}. Make the same "
+                "batch, optimizer and scheduler, or choose another folder."
+            ) from error
+        raise
+    return saved["notes"]
+
+
+def _kind(part: Any) -> str:
+    """Return what a part is, in words: its class, and the classes of what it is made for or of."""
+    of = getattr(part, "optimizer_cls", None)
+    inner = sorted({type(one).__name__ for one in part}) if isinstance(part, list) else [of.__name__] if of else []
+    name = "no one" if part is None else type(part).__name__
+    return f"{name} of {', '.join(inner)}" if inner else name
+
+
+class Checkpoint:
+    """Saves a run of `fit` as it goes, and takes up again what is in its folder.
+
+    Args:
+        folder: where the run is, or will be.
+        every: how many steps there are from one save to the next, or "epoch".
+        batch, optimizer, scheduler: what is trained and by what.
+        batches: the data; walk through `self.batches` instead.
+        settings: the settings on which the run's course depends, by name: to go on with others is refused.
+        first_epoch: where a new run begins.
+
+    Attributes:
+        steps: the Steps made so far. seconds: how long they took. batches: the data, from where the run stands.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        every: int | str,
+        batch: Any,
+        optimizer: Any,
+        scheduler: Any,
+        batches: Pairs,
+        settings: Mapping[str, Any],
+        first_epoch: int,
+    ) -> None:
+        if every != "epoch":
+            whole_number(every, "checkpoint_every (or 'epoch')")
+        self.batches = PositionedBatches(batches)
+        self.batches.epoch = first_epoch
+        self._folder, self._every = folder, every
+        self._parts = {"batch": batch, "optimizer": optimizer, "scheduler": scheduler}
+        configs = getattr(optimizer, "configs", getattr(optimizer, "defaults", None))
+        self._settings = {**settings, "hyperparameters": repr(configs), "first_epoch": first_epoch}
+        self._saved_at = 0
+        self.steps: list[Step] = []
+        self.seconds = 0.0
+        if Path(folder, _FILE).exists():
+            self._take_up(read_tree(Path(folder, _FILE), "run"))
+
+    def _take_up(self, saved: Mapping[str, Any]) -> None:
+        notes = saved["notes"]
+        if not isinstance(notes, dict) or "settings" not in notes:
+            raise ValueError(f"Expected a run of fit in {self._folder}, got one of save_run: use load_run for it.")
+        for name, value in self._settings.items():
+            if notes["settings"].get(name) != value:
+                raise ValueError(
+                    f"Expected {name}={notes['settings'].get(name)}, as in the run saved in {self._folder}, got "
+                    f"{value}: call fit as before, or choose another folder for another run."
+                )
+        _restore(saved, self._folder, *self._parts.values(), None, self.batches)
+        device = next(self._parts["batch"].parameters()).device
+        self.steps, self.seconds = _steps(notes["steps"], device), notes["seconds"]
+        self._saved_at = len(self.steps)
+
+    def watch(self, run: Recording, end: int) -> None:
+        """Save what a Recording holds from now on, at the end of each epoch or of the last one, before epoch `end`."""
+
+        def at_end() -> None:
+            if self._every == "epoch" or self.batches.epoch >= end:
+                self.save(run)
+
+        self._run, self.batches.at_end = run, at_end
+
+    def after_step(self, go_on: bool) -> None:
+        """Save if it is time, or if the run ends here."""
+        due = self._every != "epoch" and len(self._run.steps) - self._saved_at >= self._every
+        if due or not go_on:
+            self.save(self._run)
+
+    def save(self, run: Recording) -> None:
+        """Save the run as it is now, unless it is saved already."""
+        if len(run.steps) > self._saved_at:
+            notes = {"settings": self._settings, "steps": _columns(run.steps), "seconds": run.seconds}
+            save_run(self._folder, **self._parts, batches=self.batches, notes=notes)
+            self._saved_at = len(run.steps)
+
+
+def _columns(steps: Sequence[Step]) -> dict[str, Any]:
+    """Return Steps as columns, rows of one length in one tensor."""
+
+    def rows(values: list[Any]) -> Any:
+        known = [value for value in values if value is not None]
+        return {"which": [value is not None for value in values], "rows": torch.stack(known) if known else None}
+
+    return {
+        "epoch": [step.epoch for step in steps],
+        "seconds": [step.seconds for step in steps],
+        "how": [step.how for step in steps],
+        "losses": rows([step.losses for step in steps]),
+        "accuracy": rows([step.accuracy for step in steps]),
+        "frozen": rows([step.frozen for step in steps]),
+    }
+
+
+def _steps(columns: Mapping[str, Any], device: torch.device) -> list[Step]:
+    def values(column: Mapping[str, Any]) -> list[Any]:
+        rows = iter(() if column["rows"] is None else column["rows"].to(device))
+        return [next(rows) if known else None for known in column["which"]]
+
+    own = [values(columns[name]) for name in ("losses", "accuracy", "frozen")]
+    each = zip(columns["epoch"], *own, columns["seconds"], columns["how"], strict=True)
+    return [
+        Step(i, epoch, losses, accuracy, seconds, frozen=frozen, how=how)
+        for i, (epoch, losses, accuracy, frozen, seconds, how) in enumerate(each)
+    ]

@@ -1,0 +1,185 @@
+"""Where a run stands in its data: batches that can be gone on with in the middle of an epoch, in the same order."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..common.random_streams import random_state, set_random_state
+from .loop import Pairs
+
+__all__ = ["PositionedBatches"]
+
+_HOLDERS = ("sampler", "batch_sampler", "dataset", "transform", "transforms", "collate_fn")
+
+
+class PositionedBatches:
+    """Somebody's batches, with the epoch and the number of batches drawn in it; `state()` can be loaded later.
+
+    To go on in the middle of an epoch, the random generators are put back to where they were when it began, and the
+    batches that were done are drawn again and dropped. These are the global generators of torch, Python and NumPy, and
+    those that the batches, their samplers, datasets and transforms hold as attributes. What workers of a DataLoader
+    draw depends on torch's generator only, unless they are persistent ones that draw from generators of their own.
+
+    Args:
+        batches: an iterable of pairs that can be walked through again.
+
+    Attributes:
+        epoch: the one that the next walk is, or the present one. step: how many batches were drawn in it.
+
+    Example:
+        >>> batches = PositionedBatches([(torch.ones(1), torch.ones(1))] * 3)
+        >>> _ = next(iter(batches))
+        >>> batches.epoch, batches.step
+        (0, 1)
+    """
+
+    def __init__(self, batches: Pairs) -> None:
+        self.batches, self.epoch, self.step = batches, 0, 0
+        self._start = self._before = self._now = None  # the generators: at the epoch's start, before the last batch
+        self._last: Any = None
+        self.resumed = False  # whether the next walk begins where the loaded state says
+        self.at_end: Callable[[], None] = lambda: None  # called when an epoch is over, its scheduler's step made
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "batches":
+            raise AttributeError(name)
+        return getattr(self.batches, name)  # set_epoch, sampler, …
+
+    def __len__(self) -> int:
+        return len(self.batches) - (self.step if self.resumed else 0)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        done, self.step = (self.step if self.resumed else 0), 0
+        if done:
+            self._set_generators(self._start)
+        else:
+            self._start = self._generators()
+        items = iter(self.batches)
+        for i in range(1, done + 1):
+            if i == done:
+                self._set_generators(self._before)
+            item = next(items, None)
+            self.step = i
+            if item is None or (i == done and _digest(item) != self._last):
+                raise ValueError(
+                    f"Expected batch {i} of epoch {self.epoch} as in the saved run, got "
+                    f"{'no more batches' if item is None else 'other numbers'}: pass the same data, in an order that "
+                    "depends on nothing but seeds (a seed of Batches, or a DataLoader's generator)."
+                )
+        if done:
+            self._set_generators(self._now)
+        self.resumed = False
+        while True:
+            before = self._generators()
+            try:
+                item = next(items)
+            except StopIteration:
+                break
+            self._before, self._last = before, item
+            self.step += 1
+            yield item
+        self.epoch, self.step = self.epoch + 1, 0
+
+    def state(self) -> dict[str, Any]:
+        """Return where the walk is, for `load_state`; at an epoch's end it is the beginning of the next."""
+        try:
+            over = self.step == len(self.batches) and not self.resumed  # type: ignore[arg-type]
+        except TypeError:
+            over = False
+        if over or self.step == 0:
+            return {"epoch": self.epoch + over, "step": 0, "now": self._generators()}
+        last = self._last if isinstance(self._last, str) else _digest(self._last)
+        state = {"epoch": self.epoch, "step": self.step, "start": self._start, "before": self._before}
+        return {**state, "now": self._generators(), "last": last}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Let the next walk begin where `state()` was called, and put all generators to where they were then."""
+        self.epoch, self.step, self._now = state["epoch"], state["step"], state["now"]
+        self._start, self._before, self._last = (state.get(name) for name in ("start", "before", "last"))
+        self.resumed = self.step > 0
+        self._set_generators(self._now)
+
+    def _generators(self) -> dict[str, Any]:
+        name, keys, *rest = np.random.get_state()
+        own = {path: _get(generator) for path, generator in _held(self.batches).items()}
+        return {"torch": random_state(), "python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "own": own}
+
+    def _set_generators(self, state: dict[str, Any]) -> None:
+        held = _held(self.batches)
+        if held.keys() != state["own"].keys():
+            raise ValueError(
+                f"Expected batches with the random generators {sorted(state['own'])}, as in the saved run, got "
+                f"{sorted(held)}: pass the same data."
+            )
+        set_random_state(state["torch"])
+        random.setstate(state["python"])
+        np.random.set_state(tuple(state["numpy"]))
+        for path, generator in held.items():
+            _set(generator, state["own"][path])
+
+
+def _held(batches: Any) -> dict[str, Any]:
+    """Return the generators that a loader, its samplers, its dataset and their like hold, each once, by their paths."""
+    owners, found, seen = [("", batches)], {}, set()
+    for path, owner in owners:
+        for name, value in getattr(owner, "__dict__", {}).items():
+            if isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
+                if id(value) not in seen:
+                    found[path + name] = value
+            elif name in _HOLDERS and id(value) not in seen:
+                owners += [(f"{path}{name}.{i}." if i else f"{path}{name}.", v) for i, v in enumerate(_parts(value))]
+            else:
+                continue
+            seen.add(id(value))
+    return found
+
+
+def _parts(value: Any) -> list[Any]:
+    return [value, *value] if type(value) in (list, tuple) and len(value) < 100 else [value]
+
+
+def _get(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        name, keys, *rest = generator.get_state()
+        return [name, keys.tolist(), *rest]
+    return _listed(generator.bit_generator.state)
+
+
+def _set(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(tuple(state))
+    else:
+        generator.bit_generator.state = state
+
+
+def _listed(state: Any) -> Any:
+    """Return a bit generator's state with lists for arrays."""
+    if isinstance(state, dict):
+        return {name: _listed(value) for name, value in state.items()}
+    return state.tolist() if isinstance(state, np.ndarray) else state
+
+
+def _digest(item: Any) -> str:
+    """Return a checksum of the numbers in a batch."""
+    digest = hashlib.sha256()
+    for leaf in tree_leaves(item):
+        leaf = getattr(leaf, "data", leaf) if not isinstance(leaf, Tensor) else leaf  # a PackedSequence
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
