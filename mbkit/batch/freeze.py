@@ -103,19 +103,21 @@ def held(context: CallContext) -> Iterator[None]:
     shared = {id(t) for key, value in before.items() if key[1] == "__dict__" for t in tree_leaves(value)}
     shared -= set(map(id, (*context.attributes, *template.parameters(), *template.buffers())))
     copies = {id(t): t.detach().clone() for t in tensors_in(before) if id(t) not in shared}
-    yield
-    if context.streams.in_use:
-        streams(frozen.nonzero().flatten().tolist())
-    for tensor in tensors_in(before):
-        if id(tensor) in copies and tensor.shape == copies[id(tensor)].shape:
-            tensor.data.copy_(rows_where(frozen, copies[id(tensor)], tensor.data))  # kernels count not all their edits
-    after, replaced = read_state(template), {}
-    now = dict(after)
-    for key, value in after.items():
-        if value is not before.get(key):
-            now[key] = _put_back(key, before.get(key), value, copies, frozen, replaced)
-    write_state(template, after, now)
-    context.attributes = [replaced.get(id(t), t) for t in context.attributes]
+    try:
+        yield
+    finally:  # after an error as well, which leaves with the others what it leaves alone
+        if context.streams.in_use:
+            streams(frozen.nonzero().flatten().tolist())
+        for tensor in tensors_in(before):
+            if id(tensor) in copies and tensor.shape == copies[id(tensor)].shape:
+                tensor.data.copy_(rows_where(frozen, copies[id(tensor)], tensor.data))
+        after, replaced = read_state(template), {}
+        now = dict(after)
+        for key, value in after.items():
+            if value is not before.get(key):
+                now[key] = _put_back(key, before.get(key), value, copies, frozen, replaced)
+        write_state(template, after, now)
+        context.attributes = [replaced.get(id(t), t) for t in context.attributes]
 
 
 def _put_back(key: tuple, before: Any, after: Any, copies: dict, frozen: Tensor, replaced: dict[int, Tensor]) -> Any:

@@ -186,3 +186,20 @@ def test_a_last_batch_of_one_row_counts_as_it_does_alone(momentum: float | None)
     for m, model in enumerate(alone):
         for name, buffer in model.named_buffers():
             torch.testing.assert_close(batch.stacked_buffers[name][m], buffer, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("frozen", [[1], [0, 3]])
+def test_such_an_error_changes_nothing_of_a_frozen_model(frozen: list[int]) -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 8), nn.BatchNorm1d(8)).double() for _ in range(M)]
+    alone, batch = copy.deepcopy(models), ModelBatch(models, seeds=SEEDS)
+    batch.freeze(frozen)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            batch(torch.randn(1, 4, dtype=torch.float64))
+    for m, model in enumerate(alone):
+        assert batch[m][2].num_batches_tracked == (0 if m in frozen else 2)
+        torch.manual_seed(SEEDS[m])
+        for _ in range(0 if m in frozen else 2):
+            model[0](torch.randn(1, 4, dtype=torch.float64, generator=torch.Generator()))
+        assert torch.equal(batch.streams.on("cpu")[m].get_state(), torch.get_rng_state())

@@ -18,6 +18,7 @@ from mbkit.vmap import PerModel
 ROADS = [{"chunk_size": None}, {"chunk_size": 2}, {"chunk_size": 3}, {"chunk_size": 1}, {}]
 STEPS = 5
 T = {"steps": 0}
+COUNT = 0
 
 
 class Annealed:
@@ -105,6 +106,18 @@ def in_a_global() -> Callable:
     return loss_fn
 
 
+def in_a_rebound_global() -> Callable:
+    global COUNT
+    COUNT = 0
+
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        global COUNT
+        COUNT += 1
+        return F.cross_entropy(out, y) * COUNT
+
+    return loss_fn
+
+
 def as_a_partial() -> Callable:
     return functools.partial(Annealed().__call__)
 
@@ -118,6 +131,7 @@ LOSSES = {
     "closure": in_a_closure,
     "list": in_a_list,
     "global": in_a_global,
+    "rebound global": in_a_rebound_global,
     "partial": as_a_partial,
 }
 
@@ -171,6 +185,17 @@ def test_what_a_loss_keeps_is_each_models_own(name: str, road: dict, alone: dict
     if name == "list":
         (logs,) = loss_fn.__defaults__
         assert [tuple((log + 0).shape) for log in logs] == [(M,)] * STEPS
+
+
+@pytest.mark.filterwarnings("ignore:compile=True", "ignore:The loss function runs model by model")
+@pytest.mark.parametrize("name", ["number", "buffer", "center", "list", "rebound global"])
+def test_a_compiled_step_does_not_lose_what_a_loss_keeps(name: str, alone: dict) -> None:
+    batch = ModelBatch(made())
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.2)
+    fit(batch, optimizer, data(), LOSSES[name](), progress=False, compile=True)
+    for m, model in enumerate(alone[name]):
+        for path, p in model.named_parameters():
+            torch.testing.assert_close(batch.stacked_params[path][m], p.detach(), rtol=1e-9, atol=1e-12)
 
 
 class Weighted(nn.Module):
