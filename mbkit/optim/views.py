@@ -136,19 +136,19 @@ class ViewsOptimizer(BatchOptimizer):
         return [str(param.dtype) for param in self._params()]  # as words, which torch.load takes from strangers
 
     def _check_state(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
-        expected = self._shapes()
-        shapes = [tuple(shape) for shape in state.get("shapes", ())]
+        if not {"models", "shapes", "dtypes", "forms"} <= state.keys():
+            raise self._foreign("'models', 'shapes', 'dtypes' and 'forms'", sorted(map(str, state)))
+        expected, shapes = self._shapes(), [tuple(shape) for shape in state["shapes"]]
         if shapes != expected:
             raise self._foreign(f"parameters of shapes {expected}", f"one for {shapes}")
-        models, mine = state.get("models", ()), [group["params"] for group in self.lone[0].state_dict()["param_groups"]]
+        models, mine = state["models"], [group["params"] for group in self.lone[0].state_dict()["param_groups"]]
         numbered = [[list(group["params"]) for group in one["param_groups"]] for one in models]
         if numbered != [mine] * self.num_models:
             raise self._foreign(f"{self.num_models} models with parameters numbered {mine}", numbered)
         # A class keeps what it likes, so its state is whole if it has the form that was noted when it was saved.
-        forms = _forms(models)
-        for m, (form, noted) in enumerate(zip(forms, state.get("forms") or [None] * len(forms), strict=True)):
-            if form != noted:
-                raise self._foreign(f"a model that keeps {noted}", f"{form} for model {m}")
+        for m, form in enumerate(_forms(models)):
+            if state["forms"][m : m + 1] != [form]:
+                raise self._foreign(f"model {m} that keeps {state['forms'][m : m + 1]}", form)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "state": self._gather()}

@@ -222,7 +222,10 @@ def test_a_damaged_state_changes_nothing(case: tuple[type, dict], kind: str) -> 
     step_batch(optimizer, batch, range(3, 4))
 
 
-@pytest.mark.parametrize("kind", ["a name less", "swapped numbers", "another shape", "a model less", "no such keys"])
+@pytest.mark.parametrize(
+    "kind",
+    ["a name less", "swapped numbers", "another shape", "a model less", "no such keys", "nothing noted", "no state"],
+)
 @pytest.mark.parametrize("case", [case for case in VIEWED if case[0] in (optim.ASGD, optim.Adafactor)], ids=str)
 def test_a_damaged_state_of_lone_optimizers_changes_nothing(case: tuple[type, dict], kind: str) -> None:
     _, batch, optimizer = start(*case)
@@ -237,6 +240,8 @@ def test_a_damaged_state_of_lone_optimizers_changes_nothing(case: tuple[type, di
         "another shape": lambda: own.update({name: own[name][:1]}),
         "a model less": lambda: models.pop(),
         "no such keys": lambda: damaged.clear(),
+        "nothing noted": lambda: damaged["state"]["forms"].clear(),
+        "no state": lambda: damaged["state"].clear(),
     }[kind]()
     step_batch(optimizer, batch, range(2, 3))
     before = copy.deepcopy(optimizer.state_dict())
