@@ -24,6 +24,7 @@ from ..batch.model_batch import ModelBatch
 from ..common.machine import synchronize
 from ..models import MLP, LeNet5
 from ..optim import OptimizerFactory
+from ..training.options import StepOptions
 from ..training.sequential import LoneTrainer
 from ..training.step import Stepper
 
@@ -98,9 +99,8 @@ def _sequential(
 def _own(models: _Models, optimizer_cls: type, configs: _Configs, seeds: Sequence[int], **how: Any) -> Side:
     """mbkit, its steps as `fit` makes them."""
     batch = ModelBatch(models, seeds=seeds)
-    stepper = Stepper(
-        batch, OptimizerFactory(optimizer_cls).create_optimizer(batch, list(configs)), cross_entropy, **how
-    )
+    optimizer = OptimizerFactory(optimizer_cls).create_optimizer(batch, list(configs))
+    stepper = Stepper(batch, optimizer, StepOptions(cross_entropy, **how))
     read = lambda m, name: batch.stacked_params[name].detach()[m]  # noqa: E731
     return Side([lambda x, y: stepper.step(x, y)[0]], len(models), read, batch, stepper=stepper)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..batch.clip import norm_limits
 from ..batch.context import context_of
 from ..batch.freeze import check_on_nonfinite
 from ..optim.ownership import check_scheduler, check_trains
@@ -18,10 +17,11 @@ from .checkpoint import Checkpoint
 from .evaluation import batch_accuracy, evaluate
 from .history import History, Step
 from .loop import Pairs, check_run, check_schedule, count_steps, make_schedule, walk
+from .options import StepOptions
 from .position import PositionedBatches
 from .recorder import Recording, whole_update
 from .sequential import fit_alone
-from .step import Stepper, batch_step, check_chunk_size
+from .step import Stepper, batch_step
 
 __all__ = ["History", "Step", "batch_step", "evaluate", "fit", "fit_alone", "train_steps"]
 
@@ -74,10 +74,10 @@ def fit(
         on_nonfinite: what to do with a model whose loss or gradient is not finite, before that update is made:
             "freeze" stops it (see ModelBatch.freeze; the History says when), "raise" ends the run, None does nothing.
         chunk_size: how many models are trained at once, which changes no result; None for all. "auto" keeps their
-            activations within half of the free memory, and on a CPU within 128 MiB, past which they gain little.
-            Models that keep more than 128 KiB each for their backward pass are also tried in smaller chunks and one by
-            one, on the first steps, and go on in the fastest way, which the History names. Two such runs can differ in
-            float32's last bits; with a number or None they don't. Up to three smaller models go one by one untried.
+            activations within 96 MiB on a CPU, past which larger chunks gain nothing, and within 4 GiB elsewhere. The
+            first step finds out what a model keeps for its backward pass; the History names the size. It depends on
+            sizes only, so two equal runs end in the same bits, unless half of the free memory is less than that: then
+            chunks are smaller, and the History says so. A single model, or one that fills a chunk, runs without vmap.
         compile: make each step as one function compiled by torch.compile: after half a minute of compilation at most
             far ahead for small models, and ahead for convolutional ones. Where that cannot be, or would not fit into
             memory without chunks, a warning says why and the steps run uncompiled.
@@ -186,12 +186,10 @@ def train_steps(
     check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
     check_trains(optimizer, batch)
     check_on_nonfinite(on_nonfinite, optimizer)
-    if max_norm is not None:
-        norm_limits(max_norm, batch.num_models)
-    check_chunk_size(chunk_size)
+    options = StepOptions(loss_fn, max_norm, shared_targets, on_nonfinite, chunk_size, compile)
     schedule = check_schedule(scheduler) if hasattr(scheduler, "step") else make_schedule(scheduler, optimizer)
     check_scheduler(schedule, optimizer)
-    run = Stepper(batch, optimizer, loss_fn, max_norm, shared_targets, on_nonfinite, chunk_size, compile)
+    run = Stepper(batch, optimizer, options)
 
     def steps() -> Iterator[Step]:
         device = next(batch.parameters()).device

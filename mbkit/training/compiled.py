@@ -28,13 +28,13 @@ from ..batch.call import attempt
 from ..batch.clip import clip_by_norm_, norm_limits
 from ..batch.context import context_of
 from ..batch.loss import call_losses
-from ..batch.targets import TargetForms
 from ..optim.hyperparameters import Hyperparameters
 from ..vmap import LayoutMatters, copy_module, read_state, tensors_in
 from .compilable import CannotCompile, check_memory, check_module, check_step
 from .graph_passes import improve
 from .guards import Guards
 from .loop import arguments
+from .options import StepOptions
 
 __all__ = ["CannotCompile", "CompiledStep"]
 
@@ -53,24 +53,11 @@ class CompiledStep:
     Args:
         batch: a ModelBatch of M models.
         optimizer: from OptimizerFactory, of a class that has a stacked rule.
-        loss_fn: one model's outputs and targets to one number.
-        max_norm: clip each model's gradient to this norm; one number, M, or None.
-        shared_targets: as in ModelBatch.compute_loss.
-        on_nonfinite: as for `fit`.
+        options: what the steps have in common.
     """
 
-    def __init__(
-        self,
-        batch: Any,
-        optimizer: Any,
-        loss_fn: Callable[[Any, Any], Tensor],
-        max_norm: float | Sequence[float] | None = None,
-        shared_targets: bool | TargetForms | None = None,
-        on_nonfinite: str | None = None,
-    ) -> None:
-        self._on_nonfinite = on_nonfinite
-        self.batch, self.optimizer, self.loss_fn = batch, optimizer, loss_fn
-        self.max_norm, self.forms = max_norm, TargetForms.made_of(shared_targets)
+    def __init__(self, batch: Any, optimizer: Any, options: StepOptions) -> None:
+        self.batch, self.optimizer, self.options = batch, optimizer, options
         self.reason = ""
         self._programs: dict[Any, _Program] = {}
         self._guards: Guards | None = None
@@ -104,7 +91,7 @@ class CompiledStep:
         Raises:
             CannotCompile: there is none, or another one would be needed over and over.
         """
-        if self._on_nonfinite is not None:
+        if self.options.on_nonfinite is not None:
             raise CannotCompile("on_nonfinite looks at each gradient before its update")
         self._keep_up()
         if any(p.grad is not None for p in self._kept if isinstance(p, nn.Parameter)):
@@ -134,7 +121,7 @@ class CompiledStep:
         before, self._guards = self._guards, None
         check_module(template)
         self._kept = tensors_in(read_state(template))
-        guards = Guards(template, self.loss_fn, self._kept)
+        guards = Guards(template, self.options.loss_fn, self._kept)
         if before is not None:
             pairs = zip_longest(before.marks, guards.marks, fillvalue=("", None))
             self._changed = next((new[0] or old[0] for old, new in pairs if old != new), "")
@@ -277,12 +264,12 @@ class _Program:
             outputs, after, _ = attempt(context, before, args, kwargs, whole.shared_input)
             for path, _, name in before.keys() ^ after.keys() | {k for k in after if after[k] is not before.get(k)}:
                 raise CannotCompile(f"a call assigns '{path}.{name}' anew".replace("'.", "'"))
-            losses = call_losses(context, outputs, y, step.loss_fn, step.forms)
+            losses = call_losses(context, outputs, y, step.options.loss_fn, step.options.forms)
             trained = [i for i, t in enumerate(self._kept) if t.requires_grad]
             grads = torch.autograd.grad(losses.sum(), [own[i] for i in trained], allow_unused=True)
         reached = {i: grad for i, grad in zip(trained, grads, strict=True) if grad is not None}
-        if step.max_norm is not None:
-            clip_by_norm_(list(reached.values()), norm_limits(step.max_norm, whole.num_models), 2.0)
+        if step.options.max_norm is not None:
+            clip_by_norm_(list(reached.values()), norm_limits(step.options.max_norm, whole.num_models), 2.0)
         place = {id(self._kept[i]): i for i in reached}
         for params, states, columns, flags in lots:
             places = [place[id(p)] for p in params]

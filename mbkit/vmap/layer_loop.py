@@ -90,7 +90,7 @@ def call_in_turn(
         edited_inputs: dict[int, list[Tensor]] = {i: [] for i in range(len(kept), len(stacks)) if copied[i]}
         for m in turns:
             own = [row(m) for row in rows]
-            marks = [(_version(t), t.data_ptr()) for t in own]
+            marks = [(_version(t), _address(t)) for t in own]
             mine = list(leaves)
             for place, tensor in zip(inputs, own[len(kept) :], strict=True):
                 mine[place] = tensor
@@ -109,7 +109,7 @@ def call_in_turn(
             for i, (tensor, (version, pointer)) in enumerate(zip(own, marks, strict=True)):
                 if not copied[i] and tensor.shape != stacks[i].shape[1:]:
                     resized.setdefault(i, []).append(tensor.data.clone())
-                elif not copied[i] and tensor.data_ptr() != pointer:  # w.data = …
+                elif not copied[i] and _address(tensor) != pointer:  # w.data = …
                     stacks[i].data[m].copy_(tensor.data)
                 elif copied[i] and _version(tensor) != version:
                     edited.add(id(tensor))
@@ -157,3 +157,7 @@ def _rows(stack: Tensor, stacked: bool, copied: bool) -> Callable[[int], Tensor]
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout is torch.strided else 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from mbkit import ModelBatch, OptimizerFactory, fit
+from mbkit.training.options import StepOptions
 
 M, B = 4, 6
 RATES = [0.01 * (m + 1) for m in range(M)]
@@ -412,7 +413,7 @@ def test_an_error_while_tracing_undoes_what_the_call_had_changed(compiled):
     batch = ModelBatch([nn.Linear(3, 2).double() for _ in range(M)])
     from mbkit.training.compiled import CompiledStep
 
-    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1), loss_fn)
+    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1), StepOptions(loss_fn))
     assert step.attempt(*batches(1)[0]) is None
     assert step.reason
     assert criterion.calls == 0

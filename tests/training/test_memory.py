@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from mbkit import ModelBatch, OptimizerFactory, evaluate, fit
 from mbkit.models import MLP, LeNet5
 from mbkit.optim.stacked import _BLOCK
+from mbkit.training.chunks import _ENOUGH
 
 FLOAT = 4  # bytes
 LENET = 62_006  # parameters
@@ -104,7 +105,7 @@ def test_evaluate_takes_one_chunk_of_activations(monkeypatch):
     model, x, y = LeNet5(), torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
     with torch.no_grad(), Live() as alone:
         model(x)
-    monkeypatch.setattr("mbkit.training.chunks._ENOUGH", 8 * alone.peak)
+    monkeypatch.setitem(_ENOUGH, "cpu", 8 * alone.peak)
     batch = ModelBatch([LeNet5() for _ in range(64)])
     with Live(list(batch.parameters())) as live:
         evaluate(batch, [(x, y)] * 2)

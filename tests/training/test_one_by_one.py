@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_flatten
 
 from mbkit import ModelBatch, OptimizerFactory, fit
 from mbkit.batch.context import context_of
-from mbkit.batch.targets import TargetForms
 from mbkit.common.random_streams import GENERATOR
 from mbkit.training import train_steps
-from mbkit.training.one_by_one import OneByOne
-from mbkit.training.step import batch_step
+from mbkit.training.chunks import Chunks
+from mbkit.training.options import StepOptions
+from mbkit.training.step import make_update
 
 M, B, K, STEPS = 3, 8, 3, 6
 RATES = [0.01, 0.02, 0.03]
@@ -122,13 +122,12 @@ def assert_as_alone(
     """Train one by one and alone, do to the batch and to each lone model what `between` does, and compare."""
     lone, batch = copy.deepcopy(models), ModelBatch(models, not each, seeds=range(M))
     optimizer = OptimizerFactory(cls).create_optimizer(batch, lr=RATES)
-    way, made = OneByOne(batch), []
-    assert OneByOne.fits(batch)
-    graph = compiled and compiled(batch, optimizer, loss_fn)
+    way, made = Chunks(batch, 1), []
+    graph = compiled and compiled(batch, optimizer, StepOptions(loss_fn))
     for step, (x, y) in enumerate(pairs):
         between(batch, step)
         done = graph and graph.attempt(x, y)
-        made.append(done or batch_step(batch, optimizer, x, y, loss_fn, chunks=way))
+        made.append(done or make_update(optimizer, way, x, y, StepOptions(loss_fn)))
     for m, model in enumerate(lone):
         expected = train_alone(model, m, pairs, between, each, loss_fn, cls)
         for (losses, outputs), (loss, out) in zip(made, expected, strict=True):
@@ -194,7 +193,7 @@ def test_a_step_that_was_cut_short_leaves_no_gradient_and_no_state_behind(last):
     models, pairs = models_of(Counts) + models_of(Counts), data()
     batch, calls = ModelBatch(models, seeds=range(2 * M)), itertools.count(1)
     optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
-    way = OneByOne(batch.eval())
+    way = Chunks(batch.eval(), 1)
 
     def loss_fn(outputs, targets):
         if next(calls) == last:
@@ -203,11 +202,11 @@ def test_a_step_that_was_cut_short_leaves_no_gradient_and_no_state_behind(last):
 
     before = {name: p.detach().clone() for name, p in batch.named_parameters()}
     with pytest.raises(RuntimeError, match="full"):
-        batch_step(batch, optimizer, *pairs[0], loss_fn, chunks=way)
+        make_update(optimizer, way, *pairs[0], StepOptions(loss_fn))
     torch.testing.assert_close(dict(batch.named_parameters()), before, rtol=0, atol=0)
     assert all(p.grad is None for p in batch.parameters())
     lone = batch.models
-    batch_step(batch, optimizer, *pairs[1], loss_fn, chunks=way)
+    make_update(optimizer, way, *pairs[1], StepOptions(loss_fn))
     for m, model in enumerate(lone):
         cross_entropy(model(pairs[1][0]), pairs[1][1]).backward()
         for name, p in model.named_parameters():
@@ -238,12 +237,12 @@ def test_a_frozen_model_keeps_everything():
     models, pairs = models_of(Keeps), data()
     batch = ModelBatch(models, seeds=range(M))
     optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES)
-    way = OneByOne(batch)
-    batch_step(batch, optimizer, *pairs[0], cross_entropy, chunks=way)
+    way = Chunks(batch, 1)
+    make_update(optimizer, way, *pairs[0], StepOptions(cross_entropy))
     before, drawn = copy.deepcopy(batch[1].state_dict()), batch.streams.on("cpu")[1].get_state()
     batch.freeze(1)
     for x, y in pairs[1:]:
-        batch_step(batch, optimizer, x, y, cross_entropy, chunks=way)
+        make_update(optimizer, way, x, y, StepOptions(cross_entropy))
     torch.testing.assert_close(batch[1].state_dict(), before, rtol=0, atol=0)
     assert torch.equal(batch.streams.on("cpu")[1].get_state(), drawn)
     train_alone(models[2], 2, pairs)
@@ -260,7 +259,7 @@ def test_a_frozen_model_keeps_everything():
 def test_a_loss_that_is_none_is_refused(loss_fn, error, text):
     batch = ModelBatch(models_of())
     with pytest.raises(error, match=text):
-        OneByOne(batch).backward(*data()[0], loss_fn, TargetForms())
+        Chunks(batch, 1).backward(*data()[0], StepOptions(loss_fn))
 
 
 def test_casts_of_weights_are_not_kept_over_an_update():
@@ -268,9 +267,9 @@ def test_casts_of_weights_are_not_kept_over_an_update():
     models, pairs = [nn.Sequential(nn.Linear(4, 16), nn.Linear(16, K)) for _ in range(2)], data()
     batch = ModelBatch(models, seeds=range(2))
     optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.5)
-    way = OneByOne(batch)
+    way = Chunks(batch, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = [batch_step(batch, optimizer, x.float(), y, cross_entropy, chunks=way)[0] for x, y in pairs]
+        losses = [make_update(optimizer, way, x.float(), y, StepOptions(cross_entropy))[0] for x, y in pairs]
     for m, model in enumerate(models):
         alone = torch.optim.SGD(model.parameters(), lr=0.5)
         for (x, y), loss in zip(pairs, losses, strict=True):
@@ -280,46 +279,6 @@ def test_casts_of_weights_are_not_kept_over_an_update():
             expected.backward()
             alone.step()
             assert torch.equal(loss[m], expected.detach())
-
-
-def test_adam_goes_one_by_one_too():
-    models, pairs = [model.float() for model in models_of()], [(x.float(), y) for x, y in data()]
-    batch = ModelBatch(models, seeds=range(M))
-    optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES)
-    batch_step(batch, optimizer, *pairs[0], cross_entropy)
-    for x, y in pairs[1:]:
-        batch_step(batch, optimizer, x, y, cross_entropy, chunks=OneByOne(batch))
-    for m, model in enumerate(models):
-        train_alone(model, m, pairs)
-        for name, p in model.named_parameters():
-            if name != "second.bias":  # before BatchNorm: no gradient but rounding
-                torch.testing.assert_close(batch.stacked_params[name][m], p, rtol=0, atol=1e-5)
-
-
-class Sub(ModelBatch):
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        return 2 * super().compute_loss(*args, **kwargs)
-
-
-class Table(nn.Module):
-    """Holds a sparse constant, whose rows are copies."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.out, self.table = nn.Linear(4, K), torch.eye(B).to_sparse()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sparse.mm(self.table, self.out(x))
-
-
-def test_what_it_would_pass_over_is_left_to_the_other_ways():
-    hooked, patched = ModelBatch(models_of()), ModelBatch(models_of())
-    hooked.register_forward_hook(lambda *_: None)
-    watched = ModelBatch(models_of())
-    next(watched.parameters()).register_hook(lambda gradient: None)
-    patched.forward = lambda x: x
-    assert OneByOne.fits(ModelBatch(models_of()))
-    assert not any(map(OneByOne.fits, (hooked, patched, watched, Sub(models_of()), ModelBatch([Table(), Table()]))))
 
 
 def test_who_begins_to_look_on_sees_the_whole_batch():
@@ -378,8 +337,8 @@ def test_two_threads_do_not_take_turns_at_once_and_an_error_ends_them():
     assert torch.equal(torch.get_rng_state(), state), error  # the error is held, and its frames with it
 
 
-@pytest.mark.parametrize(("num_models", "how"), [(1, "one by one"), (2, "one by one"), (4, "all models at once")])
-def test_fit_trains_few_small_models_one_by_one_and_names_it(num_models, how):
+@pytest.mark.parametrize(("num_models", "how"), [(1, "one by one"), (2, "all models at once")])
+def test_fit_trains_a_single_model_without_vmap_and_names_it(num_models, how):
     models, pairs = [nn.Linear(4, K).double() for _ in range(num_models)], data()
     batch = ModelBatch(models)
     rates = [RATES[m % M] for m in range(num_models)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 
 import pytest
@@ -13,10 +14,9 @@ from torch.nn.functional import cross_entropy
 from mbkit import ModelBatch, OptimizerFactory, fit
 from mbkit.batch.call import call_models as plain
 from mbkit.batch.context import context_of
-from mbkit.batch.targets import TargetForms
 from mbkit.training import train_steps
-from mbkit.training.chunks import Chunks
-from mbkit.training.one_by_one import OneByOne
+from mbkit.training.chunks import _ENOUGH, Chunks
+from mbkit.training.options import StepOptions
 from mbkit.training.step import Stepper
 
 M, B, K, STEPS = 5, 8, 3, 4
@@ -62,6 +62,10 @@ def data(each: bool = False, dtype: torch.dtype = torch.float64) -> list[tuple[T
     return [(x, torch.randint(K, (*lead, B), generator=generator)) for x in x]
 
 
+def options() -> StepOptions:
+    return StepOptions(cross_entropy)
+
+
 def alone(model: nn.Module, m: int, pairs: list, cls: type = torch.optim.Adam, **settings) -> tuple[dict, list[float]]:
     """Train in plain PyTorch; return the state and the losses."""
     torch.manual_seed(m)
@@ -102,7 +106,9 @@ def train(cls: type[nn.Module], each: bool, optimizer_cls: type = torch.optim.Ad
 @pytest.mark.parametrize("size", [1, 2, 4, M, None])
 def test_chunks_change_no_result(size, each):
     history, _ = train(Busy, each, chunk_size=size)
-    assert history.how == ("all models at once" if size in (M, None) else f"in chunks of {size}")
+    assert history.how == {1: "one by one", M: "all models at once", None: "all models at once"}.get(
+        size, f"in chunks of {size}"
+    )
 
 
 class OnGraph(nn.Module):
@@ -132,7 +138,7 @@ def test_targets_for_all_and_one_a_model_in_one_step():
 
     batch = ModelBatch(models)
     chunks = Chunks(batch, 2)
-    losses, outputs = chunks.backward(x, (shared, own), loss_fn, TargetForms())
+    losses, outputs = chunks.backward(x, (shared, own), StepOptions(loss_fn))
     for m, model in enumerate(models):
         loss = loss_fn(model(x), (shared, own[m]))
         torch.testing.assert_close(losses[m], loss.detach())
@@ -144,8 +150,10 @@ def test_targets_for_all_and_one_a_model_in_one_step():
 def test_a_chunk_keeps_what_its_backward_needs_and_no_more():
     """A Linear layer keeps its input, 8 x 100 floats; its weight is no activation."""
     models = [nn.Sequential(nn.Tanh(), nn.Linear(100, 1)) for _ in range(4)]
-    chunks = Chunks(ModelBatch(models, shared_input=False), 2)
-    chunks.backward(torch.randn(4, B, 100), torch.randn(4, B, 1), nn.functional.mse_loss, TargetForms(False))
+    chunks = Chunks(ModelBatch(models, shared_input=False))
+    chunks.backward(
+        torch.randn(4, B, 100), torch.randn(4, B, 1), StepOptions(nn.functional.mse_loss, shared_targets=False)
+    )
     assert 8 * 100 * 4 <= chunks.bytes_each <= 1.5 * 8 * 100 * 4
 
 
@@ -158,66 +166,48 @@ def test_hooks_on_stacked_parameters_keep_the_batch_whole():
     assert seen == [(M, 3, 2, 3, 3)] * STEPS
 
 
-class Clock:
-    """Steps that take as long as the test says, by chunk size (0 for one by one)."""
-
-    def __init__(self, monkeypatch, seconds: dict) -> None:
-        self.tried, self.now, self.seconds, self.largest = [], 0.0, seconds, M
-        monkeypatch.setattr("mbkit.training.step._SMALL", 0)
-        monkeypatch.setattr("mbkit.training.step._CACHE", 0)
-        monkeypatch.setattr("mbkit.training.step.batch_step", self.step)
-        monkeypatch.setattr("mbkit.training.step.time.perf_counter", lambda: self.now)
-
-    def step(self, batch, optimizer, x, y, *rest):
-        chunks = rest[-1]
-        way = None if chunks is None else 0 if isinstance(chunks, OneByOne) else chunks.size
-        if isinstance(chunks, Chunks):
-            chunks.bytes_each, chunks.size = 1, chunks.size or self.largest
-        self.tried.append(way)
-        self.now += self.seconds[way]
-        return torch.zeros(batch.num_models), None
-
-
 @pytest.mark.parametrize(
-    ("seconds", "tried", "best"),
-    [
-        ({None: 4.0, 4: 3.0, 0: 9.0}, [None, 4, 0], "in chunks of 4"),
-        ({None: 4.0, 4: 9.0, 0: 1.0}, [None, 4], "all models at once"),
-        ({None: 4.0, 4: 4.1, 0: 1.0}, [None, 4, 0], "one by one"),
-    ],
+    ("free", "enough", "how"), [(6.5, 10, "in chunks of 3, because memory is short"), (1000, 3.25, "in chunks of 3")]
 )
-@pytest.mark.parametrize(("scale", "steps"), [(0.01, 4), (1, 2)])
-def test_the_fastest_way_is_found_by_the_clock(monkeypatch, seconds, tried, best, scale, steps):
-    """Each way makes a step to warm up, then three, or one where it takes seconds."""
-    batch = ModelBatch(models_of(Busy))
-    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
-    clock = Clock(monkeypatch, {way: scale * time for way, time in seconds.items()})
-    stepper = Stepper(batch, optimizer, cross_entropy)
-    for _ in range(20):
-        stepper.step(None, None)
-    assert list(dict.fromkeys(clock.tried[1:])) == tried
-    assert clock.tried[1 : steps + 2] == [None] * steps + [4]
-    assert stepper.how == best
-
-
-@pytest.mark.parametrize(("free", "enough"), [(6.5, 10), (1000, 3.25)])
-def test_a_chunk_fits_into_half_of_the_memory_that_is_free_and_is_no_larger_than_pays(monkeypatch, free, enough):
+def test_a_chunk_is_no_larger_than_pays_and_fits_into_half_of_the_free_memory(monkeypatch, free, enough, how):
     tried, each = [], B * 100 * 4  # bytes that Tanh keeps: what it has made; the batch's inputs are there anyway
     monkeypatch.setattr("mbkit.training.chunks.free_memory", lambda device: int(free * each))
-    monkeypatch.setattr("mbkit.training.chunks._ENOUGH", int(enough * each))
+    monkeypatch.setitem(_ENOUGH, "cpu", int(enough * each))
     monkeypatch.setattr(
         "mbkit.training.chunks.call_models", lambda *call: tried.append(call[0].num_models) or plain(*call)
     )
     models = [nn.Sequential(nn.Linear(100, 100, bias=False), nn.Tanh(), nn.Linear(100, 1)) for _ in range(10)]
     batch = ModelBatch(models, shared_input=False)
     optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
-    stepper = Stepper(batch, optimizer, nn.functional.mse_loss)
+    stepper = Stepper(batch, optimizer, StepOptions(nn.functional.mse_loss))
     ways = []
     for _ in range(2):
         stepper.step(torch.randn(10, B, 100), torch.randn(10, B, 1))
         ways.append(stepper.how)
-    assert ways == ["in chunks", "in chunks of 3"]
+    assert ways == ["in chunks", how]
     assert tried == [4, 3, 3, 3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("num_models", [1, 3, 9])
+def test_two_equal_runs_end_in_the_same_bits(monkeypatch, num_models):
+    """Whatever a clock says: this one is never the same twice."""
+    ticks = iter(torch.rand(10_000).tolist())
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    monkeypatch.setitem(_ENOUGH, "cpu", 16_000)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        batch = ModelBatch([Busy().float() for _ in range(num_models)], seeds=range(num_models))
+        optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=0.01)
+        history = fit(batch, optimizer, data(dtype=torch.float32) * 3, cross_entropy, progress=False)
+        runs.append((history.how, history.loss, batch.state_dict()))
+    assert runs[0][0] == runs[1][0] == {1: "one by one", 3: "in chunks of 2", 9: "in chunks of 2"}[num_models]
+    torch.testing.assert_close(runs[0][1:], runs[1][1:], rtol=0, atol=0)
+
+
+def test_no_step_is_chosen_by_a_clock():
+    for module in ("chunks", "options", "saved_bytes", "step"):
+        assert "time" not in vars(importlib.import_module(f"mbkit.training.{module}"))
 
 
 @pytest.mark.parametrize("chunk_size", ["auto", 2, None])
@@ -234,28 +224,6 @@ def test_models_without_parameters_are_refused():
     optimizer = torch.optim.SGD([torch.zeros(1)])
     with pytest.raises(ValueError, match="Expected models with parameters"):
         train_steps(batch, optimizer, data(), cross_entropy)
-
-
-def test_what_fits_into_the_cache_is_not_cut(monkeypatch):
-    batch = ModelBatch(models_of(Busy))
-    clock = Clock(monkeypatch, {4: 1.0, None: 1.0, 0: 1.0})
-    monkeypatch.setattr("mbkit.training.step._CACHE", 1000)
-    stepper = Stepper(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1), cross_entropy)
-    for _ in range(12):
-        stepper.step(None, None)
-    assert set(clock.tried[1:]) == {None, 0}
-
-
-@pytest.mark.parametrize(("num_models", "way"), [(M, None), (4, None), (3, 0), (2, 0)])
-def test_small_models_go_all_at_once_or_if_few_one_by_one_and_nothing_else_is_tried(monkeypatch, num_models, way):
-    batch = ModelBatch(models_of(Busy)[:num_models])
-    clock = Clock(monkeypatch, {4: 1.0, None: 1.0, 0: 1.0})
-    clock.largest = num_models
-    monkeypatch.setattr("mbkit.training.step._SMALL", 2)
-    stepper = Stepper(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1), cross_entropy)
-    for _ in range(12):
-        stepper.step(None, None)
-    assert set(clock.tried[1:]) == {way}
 
 
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)])
@@ -330,7 +298,7 @@ def test_what_cannot_be_compiled_warns_once_and_trains_as_alone(build, optimizer
     told = [str(w.message) for w in caught if "compile=True" in str(w.message)]
     assert len(told) == 1
     assert reason in told[0]
-    assert history.how == "one by one"  # the way that "auto" takes for three small models
+    assert history.how == "all models at once"
     for m, model in enumerate(models):
         torch.manual_seed(m)
         lone = optimizer_cls(model.parameters(), lr=0.1)
@@ -371,7 +339,9 @@ def test_a_mode_that_changes_is_compiled_anew(monkeypatch):
     monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: made.append(1) or graph)
     models, pairs = models_of(Steady), data()
     batch = ModelBatch(models, seeds=range(M))
-    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    step = CompiledStep(
+        batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), StepOptions(cross_entropy)
+    )
     for (x, y), frozen_norm in zip(pairs, [False, True, True, False], strict=True):
         context_of(batch).template.norm.train(not frozen_norm)
         assert step.attempt(x, y) is not None
@@ -427,7 +397,9 @@ def test_a_compiled_model_may_mind_how_its_activations_lie_in_memory(monkeypatch
     models = [cls().double() for _ in range(M)]
     x, y = torch.randn(B, 4).double(), torch.randint(K, (B,))
     batch = ModelBatch(models)
-    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    step = CompiledStep(
+        batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), StepOptions(cross_entropy)
+    )
     for _ in range(3):
         assert step.attempt(x, y) is not None, step.reason
     assert_as_plain_sgd(batch, models, [(x, y)] * 3)
@@ -441,7 +413,9 @@ def test_a_folded_convolution_can_be_compiled(monkeypatch):
     models = [nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, K)) for _ in range(M)]
     x, y = torch.randn(B, 2, 6, 6), torch.randint(K, (B,))
     batch = ModelBatch(models)
-    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    step = CompiledStep(
+        batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), StepOptions(cross_entropy)
+    )
     assert step.attempt(x, y) is not None, step.reason
     assert_as_plain_sgd(batch, models, [(x, y)], atol=1e-6)
 
@@ -453,7 +427,9 @@ def test_a_compiled_step_leaves_no_gradient_and_gives_way_to_who_watches_one(mon
     models = [nn.Linear(4, K).double() for _ in range(M)]
     x, y = torch.randn(B, 4).double(), torch.randint(K, (B,))
     batch = ModelBatch(models)
-    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    step = CompiledStep(
+        batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), StepOptions(cross_entropy)
+    )
     for _ in range(2):
         batch(x).sum().backward()  # gradients of the user's own, which the next step clears, as any does
         assert step.attempt(x, y) is not None, step.reason
@@ -475,7 +451,7 @@ def test_a_compiled_step_takes_the_optimizers_state_as_it_is(monkeypatch, change
     pairs = [(torch.randn(B, 4).double(), torch.randint(K, (B,))) for _ in range(6)]
     batch, settings, saved = ModelBatch(models), {"momentum": 0.9}, {}
     optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES, **settings)
-    step = CompiledStep(batch, optimizer, cross_entropy)
+    step = CompiledStep(batch, optimizer, options())
 
     def between(i: int, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
         if change == "load" and i == 2:
@@ -515,7 +491,9 @@ def test_a_compiled_weights_gradient_lies_in_memory_as_the_weight_does(monkeypat
     for _ in range(3):
         pairs.append((torch.randn(7, 6).double(), torch.randint(K, (7,))))
     batch = ModelBatch(models)
-    step = CompiledStep(batch, OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES), cross_entropy)
+    step = CompiledStep(
+        batch, OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES), StepOptions(cross_entropy)
+    )
     for x, y in pairs:
         assert step.attempt(x, y) is not None
     products = graphs[0].graph.find_nodes(op="call_function", target=aten.bmm.default)
@@ -539,7 +517,9 @@ def test_a_compiled_adam_works_out_its_bias_corrections_once_and_not_for_each_we
     graphs = []
     monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graphs.append(graph) or graph)
     batch = ModelBatch([nn.Linear(6, K) for _ in range(M)])
-    step = CompiledStep(batch, OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES), cross_entropy)
+    step = CompiledStep(
+        batch, OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES), StepOptions(cross_entropy)
+    )
     _, outputs = step.attempt(torch.randn(B, 6), torch.randint(K, (B,)))
     assert outputs.shape == (M, B, K)
     kept = [tuple(node.meta["val"].shape) for node in graphs[0].graph.find_nodes(op="output")[0].args[0][2:]]

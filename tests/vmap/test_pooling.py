@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, max_pool2d
 
 from mbkit import ModelBatch, OptimizerFactory
 from mbkit.training.compiled import CompiledStep
+from mbkit.training.options import StepOptions
 from mbkit.vmap.rules.pooling import largest_of_windows
 
 M, B, K, STEPS = 3, 6, 4, 3
@@ -29,6 +30,10 @@ class Pooled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.pool(self.conv(x)).flatten(1))
+
+
+def options() -> StepOptions:
+    return StepOptions(cross_entropy)
 
 
 def indexed(h: Tensor) -> Tensor:
@@ -82,7 +87,9 @@ def train(pool: Callable, dtype: torch.dtype, bias: bool = True, ties: bool = Tr
     for model in models:
         model(pairs[0][0])
     batch = ModelBatch(copy.deepcopy(models))
-    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    step = CompiledStep(
+        batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), StepOptions(cross_entropy)
+    )
     for x, y in pairs:
         assert step.attempt(x, y) is not None, step.reason
     return batch, [alone(model, rate, pairs) for model, rate in zip(models, RATES, strict=True)]

@@ -1,0 +1,69 @@
+"""Putting together what chunks of models have made: outputs, gradients, and what their calls have assigned anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from ..batch.context import CallContext
+from ..vmap import BatchingError, PerModelValue, models_with_gradient, write_state
+
+__all__ = ["collect_gradients", "join_outputs", "keep_state"]
+
+
+def join_outputs(outputs: list[Any]) -> Any:
+    """Return nested tensors `[M, ...]` from those of each chunk."""
+    return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
+
+
+def collect_gradients(batch: nn.Module, chunk: nn.Module, start: int, stop: int, found: dict) -> None:
+    """Move a chunk's gradients into the whole batch's."""
+    for whole, own in zip(batch.parameters(), chunk.parameters(), strict=True):
+        if own.grad is None:
+            if whole in found:
+                whole.grad[start:stop] = 0
+                found[whole].append([False] * (stop - start))
+            continue
+        if whole not in found:
+            whole.grad = torch.empty_like(whole)
+            whole.grad[:start] = 0
+            found[whole] = [[False] * start]
+        whole.grad[start:stop] = own.grad
+        reached = models_with_gradient(own.grad, stop - start)
+        found[whole].append([True] * (stop - start) if reached is None else reached.tolist())
+        own.grad = None
+
+
+def keep_state(context: CallContext, before: dict, after: list[dict]) -> None:
+    """Put together what the chunks' calls assigned anew, and keep it in the batch."""
+    changed = {key for state in after for key in state}
+    fresh: dict[int, Tensor] = {}
+
+    def join(name: str, column: tuple) -> Any:
+        if all(isinstance(leaf, Tensor) for leaf in column):
+            whole = torch.cat(column)
+            fresh[id(whole)] = whole
+            return whole
+        if all(isinstance(leaf, PerModelValue) for leaf in column):
+            return PerModelValue([value for leaf in column for value in leaf.values])
+        if any(leaf is not column[0] and leaf != column[0] for leaf in column):
+            raise BatchingError(f"'{name}' is {column[0]!r} in one chunk of models and another value in the next")
+        return column[0]
+
+    state = dict(before)
+    for key in changed:
+        name = ".".join(part for part in (key[0], key[2]) if part)
+        flat = [tree_flatten(part.get(key)) for part in after]
+        if any(spec != flat[0][1] for _, spec in flat):
+            raise BatchingError(f"'{name}' has another structure in one chunk of models than in the next")
+        leaves = [join(name, column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
+        state[key] = tree_unflatten(leaves, flat[0][1])
+    if changed:
+        write_state(context.template, before, state)
+        plain = {id(t) for key in changed if key[1] == "__dict__" for t in tree_flatten(state[key])[0]}
+        held = {id(t) for value in state.values() for t in tree_flatten(value)[0]}
+        kept = [t for t in context.attributes if id(t) in held]
+        context.attributes = kept + [t for i, t in fresh.items() if i in plain]

@@ -1,0 +1,52 @@
+"""How the steps of a run are made: one object for `fit`, its steps and their strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..batch.targets import TargetForms
+
+__all__ = ["StepOptions"]
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What all steps of a run have in common; the fields are `fit`'s arguments of the same names.
+
+    Attributes:
+        forms: which of the targets are one for all models, told in the first step and held for the run.
+
+    Raises:
+        TypeError, ValueError: `chunk_size` is not "auto", None or a positive whole number; `shared_targets` is not
+            True, False or None; `compile` is not True or False.
+
+    Example:
+        >>> from torch import nn
+        >>> StepOptions(nn.functional.mse_loss, chunk_size=0)
+        Traceback (most recent call last):
+        ValueError: Expected a chunk_size of at least 1, got 0: pass 1 or more.
+    """
+
+    loss_fn: Callable[[Any, Any], Tensor]
+    max_norm: float | Sequence[float] | None = None
+    shared_targets: bool | TargetForms | None = None
+    on_nonfinite: str | None = None
+    chunk_size: int | str | None = "auto"
+    compile: bool = False
+    forms: TargetForms = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forms", TargetForms.made_of(self.shared_targets))
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"Expected compile True or False, got {self.compile!r}: choose one of them.")
+        size = self.chunk_size
+        if size is None or (isinstance(size, str) and size == "auto"):
+            return
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"Expected chunk_size 'auto', None or a whole number, got {size!r}: pass 1 or more.")
+        if size < 1:
+            raise ValueError(f"Expected a chunk_size of at least 1, got {size}: pass 1 or more.")

@@ -1,0 +1,74 @@
+"""How much memory a call takes: what it keeps for its backward pass, or all that it makes where there is to be none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["MadeBytes", "saved_bytes"]
+
+
+def saved_bytes(outputs: Any, given: Any) -> int:
+    """Return the bytes that the graph below `outputs` keeps for its backward pass, without those of `given` tensors.
+
+    The graph is looked at after the call: hooks on what autograd saves, which would see it during the call, are
+    refused by `torch.func` inside a model's forward.
+
+    Example:
+        >>> x = torch.ones(100, requires_grad=True)
+        >>> saved_bytes(x.exp() + 1, x)  # exp keeps its result
+        400
+    """
+    known, kept = _storages(given), {}
+    for node in _nodes(outputs):
+        for tensor in _saved_tensors(node):
+            kept.update(_storages(tensor))
+    return sum(size for address, size in kept.items() if address not in known)
+
+
+def _nodes(outputs: Any) -> Iterator[Any]:
+    """Yield each node of the graph below the outputs once."""
+    waiting = [t.grad_fn for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        waiting += new
+
+
+def _saved_tensors(node: Any) -> Iterable[Tensor]:
+    """Return what a node keeps; torch's own have it in attributes, those of an autograd.Function in a tuple."""
+    names = ["saved_tensors"] if hasattr(node, "saved_tensors") else [n for n in dir(node) if n.startswith("_saved_")]
+    found = []
+    for name in names:
+        try:
+            found.append(getattr(node, name))
+        except RuntimeError:  # it was edited since; the backward pass will say so
+            continue
+    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+
+
+class MadeBytes(TorchDispatchMode):
+    """A `with` block in which the bytes of every storage that an operator makes are added up in `total`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made, given = function(*args, **(kwargs or {})), _storages((args, kwargs))
+        self.total += sum(size for address, size in _storages(made).items() if address not in given)
+        return made
+
+
+def _storages(tree: Any) -> dict[int, int]:
+    """Return the storages of the tensors in a tree: address to bytes; a sparse tensor has none."""
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
