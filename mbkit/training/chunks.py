@@ -149,7 +149,7 @@ class Chunks:
         with parts as part:
             for start, stop, chunk in self:
                 self.how = self.how or self._words(stop)
-                chunk = self._without_vmap(chunk, loss_fn) if chunk.num_models == 1 else chunk
+                chunk = self._without_vmap(chunk, loss_fn) if self.how == "one by one" else chunk
                 with part(slice(start, stop)):
                     given = read_state(chunk.template)
                     own = partial(_rows_of, start=start, stop=stop)
