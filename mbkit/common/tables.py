@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import html
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Tables", "html_table", "plain", "text_table"]
+__all__ = ["Tables", "html_table", "plain", "printable", "text_table"]
 
 Rows = Sequence[Sequence[str]]
+
+_PLAIN_SIGNS = str.maketrans("✗✓≈×·–—→…", "xv~x.-->~")
 
 
 class Tables:
@@ -23,10 +26,23 @@ class Tables:
 
     def __repr__(self) -> str:
         parts = ([title] * bool(title) + [text_table(rows)] * bool(rows) for title, rows in self._tables())
-        return "\n\n".join(map("\n".join, parts))
+        return printable("\n\n".join(map("\n".join, parts)))
 
     def _repr_html_(self) -> str:
         return "".join(html_table(rows, title) for title, rows in self._tables())
+
+
+def printable(text: str) -> str:
+    """Return `text` in the characters that standard output has: a Windows code page has no ✗, and printing it raises.
+
+    A sign becomes one that looks like it and is as wide, so that tables stay aligned; others become a question mark.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_PLAIN_SIGNS).encode(encoding, "replace").decode(encoding)
+    return text
 
 
 def text_table(rows: Rows) -> str:

@@ -21,6 +21,7 @@ __all__ = ["Batches", "ImageData", "demo_points", "load_cifar10", "load_digits",
 
 _URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as the page beside the archive says
+_MOST = 200_000_000  # bytes; the archive has 170,052,171
 _FOLDER = "cifar-10-batches-bin"
 _FILES = {  # training files in their order, then the test file; SHA-1 of the originals, as recorded by MXNet's gluon
     "data_batch_1.bin": "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
@@ -164,7 +165,7 @@ def load_cifar10(folder: str | os.PathLike | None = None, download: bool = True)
         OSError: a download that failed (ConnectionError), or a folder that cannot be written.
         ValueError: files that are truncated or not CIFAR-10's.
     """
-    roots = [Path(folder).expanduser()] if folder is not None else _usual_roots()
+    roots = [_folder(folder, "as folder")] if folder is not None else _usual_roots()
     places = [place for root in roots for place in (root / _FOLDER, root)]
     found = next((place for place in places if any((place / name).exists() for name in _FILES)), None)
     if found is None:
@@ -174,7 +175,7 @@ def load_cifar10(folder: str | os.PathLike | None = None, download: bool = True)
             raise FileNotFoundError(f"Expected {_FOLDER} in {looked}, got neither it nor leave to download. {_ADVICE}")
         _say(f"Downloading CIFAR-10 (162 MB) from {_URL} into {found}")
         sizes = dict.fromkeys(_FILES, _IMAGES_PER_FILE * _RECORD)
-        fetch_archive(_URL, _MD5, found, sizes, advice=_ADVICE)
+        fetch_archive(_URL, _MD5, found, sizes, size=_MOST, advice=_ADVICE)
     return _read_cifar10(found)
 
 
@@ -184,6 +185,7 @@ def load_images(name: str = "auto", download: bool = True) -> ImageData:
     What takes CIFAR-10's place is announced in one printed line, and named in the result's `name` and `note`.
 
     Raises:
+        TypeError: a name that is not a text.
         ValueError: another name, or CIFAR-10 files that are broken (those are never passed over in silence).
 
     Example:
@@ -195,6 +197,8 @@ def load_images(name: str = "auto", download: bool = True) -> ImageData:
     if name == "cifar10":
         return load_cifar10(download=download)
     if name != "auto":
+        if not isinstance(name, str):
+            raise TypeError(f"Expected the name of a data set, got {name!r}: pass 'auto', 'cifar10' or 'digits'.")
         guess = did_you_mean(name, ["auto", "cifar10", "digits"])
         raise ValueError(f"Expected the name of a data set, got {name!r}.{guess}")
     try:
@@ -239,7 +243,14 @@ def _usual_roots() -> list[Path]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mbkit"
     own = cache if (beside / "digits.npz").is_file() else beside.parent / "data"
     named = os.environ.get("MBKIT_DATA")
-    return [Path(named).expanduser(), own] if named else [own]
+    return [_folder(named, "in MBKIT_DATA"), own] if named else [own]
+
+
+def _folder(named: str | os.PathLike, where: str) -> Path:
+    try:
+        return Path(named).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"Expected a folder {where}, got {os.fspath(named)!r}: {error} Write the path out.") from None
 
 
 def _read_cifar10(folder: Path) -> ImageData:
@@ -247,13 +258,14 @@ def _read_cifar10(folder: Path) -> ImageData:
     images, labels = torch.empty(count, 3, 32, 32, dtype=torch.uint8), torch.empty(count, dtype=torch.int64)
     original = True
     for part, (name, sha1) in enumerate(_FILES.items()):
-        content = (folder / name).read_bytes() if (folder / name).is_file() else b""
+        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        content = (folder / name).read_bytes() if found == size else b""
         records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD) if len(content) == size else None
         if records is None or records[:, 0].max() >= len(_CLASSES):
-            got = f"{len(content):,} bytes" if records is None else f"label {records[:, 0].max()}"
+            got = f"{found:,} bytes" if records is None else f"label {records[:, 0].max()}"
             raise ValueError(
                 f"Expected {size:,} bytes with labels 0 to 9 in {folder / name}, got {got}: truncated, or another "
-                f"file. Remove {folder}, so that it can be downloaded again, or unpack {_URL} there."
+                f"file. Move its folder away, so that it can be downloaded again, or unpack {_URL} there."
             )
         own = slice(part * _IMAGES_PER_FILE, (part + 1) * _IMAGES_PER_FILE)
         images[own] = torch.tensor(records[:, 1:]).view(-1, 3, 32, 32)

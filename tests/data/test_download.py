@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import socket
+import subprocess
 import sys
 import tarfile
 import threading
@@ -38,19 +39,23 @@ def serve(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     servers = []
 
-    def start(body: bytes, promised: int = 0, status: int = 200, wait: float = 0) -> str:
+    def start(body: bytes, promised: int | str = 0, status: int = 200, wait: float = 0, drip: float = 0) -> str:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 time.sleep(wait)
                 self.send_response(status)
                 self.send_header("Content-Length", str(promised or len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                size = 10 if drip else len(body) or 1
+                for place in range(0, len(body), size):
+                    self.wfile.write(body[place : place + size])
+                    time.sleep(drip)
 
             def log_message(self, *_):
                 pass
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.handle_error = lambda *_: None  # the other side has hung up
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}/set.tar.gz"
@@ -61,9 +66,9 @@ def serve(monkeypatch):
         server.server_close()
 
 
-def fetch(url: str, body: bytes, root: Path, patience: float = 10.0) -> None:
-    md5 = hashlib.md5(body).hexdigest()
-    download.fetch_archive(url, md5, root / "set", SIZES, advice="Do this.", patience=patience)
+def fetch(url: str, body: bytes, root: Path, **limits: float) -> None:
+    md5, limits = hashlib.md5(body).hexdigest(), {"size": 1 << 20, **limits}
+    download.fetch_archive(url, md5, root / "set", SIZES, advice="Do this.", **limits)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -89,9 +94,22 @@ def test_progress_is_shown_on_a_terminal(serve, tmp_path, monkeypatch):
 
 
 BAD_ANSWERS = {  # what the server sends, what was expected of it, and the error
-    "wrong checksum": ({"body": GOOD}, b"else", ConnectionError, r"Expected a file with md5 \w{32}.* got .* Do this"),
+    "wrong checksum": ({"body": GOOD}, b"else", ConnectionError, r"bytes with md5 \w{32} instead of \w{32}.* Do this"),
     "a login page": ({"body": b"<html>Log in"}, GOOD, ConnectionError, r"12 bytes.*something in between.* Do this"),
-    "broken off": ({"body": GOOD[:99], "promised": len(GOOD)}, GOOD, ConnectionError, r"broke off|rest of"),
+    "broken off": ({"body": GOOD[:99], "promised": len(GOOD)}, GOOD, ConnectionError, r"broke off|IncompleteRead"),
+    "no number as length": ({"body": GOOD, "promised": "abc"}, b"else", ConnectionError, r"with md5 .* Do this"),
+    "too long, as it says": (
+        {"body": GOOD, "promised": 10**9},
+        GOOD,
+        ConnectionError,
+        r"Expected the archive from .*, got 1,000,000,000 bytes instead of at most 1,048,576. Do this",
+    ),
+    "too long, silently": (
+        {"body": b"0" * (3 << 20), "promised": "-"},
+        GOOD,
+        ConnectionError,
+        r"more than 1,048,576 bytes. Do this",
+    ),
     "gone": ({"body": b"", "status": 404}, b"", ConnectionError, r"Expected an answer .* 404.* Do this"),
 }
 
@@ -128,7 +146,7 @@ def test_an_archive_cannot_choose_where_it_is_written(serve, tmp_path):
 def seconds_until_error(url: str, root: Path, patience: float) -> float:
     start = time.monotonic()
     with pytest.raises(ConnectionError, match=r"Expected an answer from .* Do this"):
-        fetch(url, GOOD, root, patience)
+        fetch(url, GOOD, root, patience=patience)
     assert list(root.iterdir()) == []
     return time.monotonic() - start
 
@@ -153,11 +171,33 @@ def test_silence_in_the_middle_is_an_error(tmp_path):
         finished = threading.Event()
         thread = threading.Thread(target=half)
         thread.start()
-        with pytest.raises(ConnectionError, match=r"Expected the rest of .* Do this"):
+        with pytest.raises(ConnectionError, match=r"no further piece: .* Do this"):
             fetch(f"http://127.0.0.1:{server.getsockname()[1]}/", GOOD, tmp_path, patience=0.2)
         finished.set()
         thread.join()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_drip_is_given_up(serve, tmp_path):
+    url = serve(GOOD * 20, drip=0.01)  # a thousand bytes per second, for seconds on end
+    with pytest.raises(ConnectionError, match=r"too slow to wait for the rest. Do this"):
+        fetch(url, GOOD, tmp_path, patience=0.2, slowest=100_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_download_left_is_removed_by_the_next(serve, tmp_path):
+    left = tmp_path / ".set.0123456789abcdef.part"
+    child = (
+        "import os, signal, sys; from pathlib import Path; from mbkit.common.files import temporary\n"
+        "with temporary(Path(sys.argv[1]), folder=True) as part:\n"
+        "    (part / 'archive.tar.gz').write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", child, str(tmp_path / "set")], check=False)
+    left.mkdir()
+    assert len(list(tmp_path.iterdir())) == 2
+    fetch(serve(GOOD), GOOD, tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
 
 
 def test_an_interrupted_download_leaves_nothing_behind(serve, tmp_path, monkeypatch):
