@@ -36,7 +36,8 @@ class CanFreeze:
         A frozen model has what a lone model has that is no longer trained: its parameters, buffers, random stream
         and its share of the optimizer's state stay as they are, whatever is called. It still computes outputs and
         losses. Its learning rate goes on as its scheduler says. A gradient that waits for `optimizer.step()` is not
-        applied. The update is the optimizer's work, so it has to be one from `OptimizerFactory`.
+        applied. The update is the optimizer's work, so it has to be one from `OptimizerFactory`. A run with
+        `compile=True` goes on uncompiled while a model is frozen, which can change the others' last bits.
 
         Args:
             models: a model's number, or several.
