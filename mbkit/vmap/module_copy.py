@@ -18,22 +18,8 @@ from .errors import PATH, BatchingError
 from .per_model import PerModel
 
 __all__ = [
-    "HOOKS",
-    "OUTPUT",
-    "PerModelValue",
-    "State",
-    "copy_module",
-    "flattened",
-    "held_inside",
-    "is_leaf",
-    "materialize",
-    "merge",
-    "mix",
-    "named_modules",
-    "outcome",
-    "own_attributes",
-    "read_state",
-    "write_state",
+    "HOOKS", "OUTPUT", "PerModelValue", "State", "copy_module", "flattened", "held_inside", "is_leaf", "materialize",
+    "merge", "mix", "named_modules", "outcome", "own_attributes", "read_state", "write_state",
 ]  # fmt: skip
 
 State = dict[tuple[str, str, str], Any]  # (module path, "_parameters", "_buffers" or "__dict__", name) -> value
