@@ -115,6 +115,8 @@ def fit(
         saver = Checkpoint(checkpoint, checkpoint_every, batch, optimizer, scheduler, batches, settings, first_epoch)
         batches, end = saver.batches, first_epoch + epochs
         first_epoch, epochs = batches.epoch, end - batches.epoch
+        if chunk_size == "auto":  # as it was chosen in the run's first step
+            chunk_size = batches.chunk_size or chunk_size
     before = (saver.steps, saver.seconds) if saver else ((), 0.0)
     with Recording(batch.num_models, total, progress=progress, steps=before[0], seconds=before[1]) as run:
         if saver:
@@ -206,6 +208,8 @@ def train_steps(
                     if schedule and (scheduler_every == "step" or done == count):
                         schedule.step()
                 frozen = context_of(batch).frozen
+                if isinstance(batches, PositionedBatches):
+                    batches.chunk_size = run.chunk_size
                 yield Step(index, epoch, losses, batch_accuracy(outputs, y), seconds, frozen=frozen, how=run.how)
                 index += 1
             if schedule and scheduler_every == "epoch" and done != count:

@@ -191,6 +191,7 @@ class Checkpoint:
                 )
         _restore(saved, self._folder, *self._parts.values(), None, self.batches)
         device = next(self._parts["batch"].parameters()).device
+        self.batches.chunk_size = notes["chunk_size"]
         self.steps, self.seconds = _steps(notes["steps"], device), notes["seconds"]
         self._saved_at = len(self.steps)
 
@@ -213,6 +214,7 @@ class Checkpoint:
         """Save the run as it is now, unless it is saved already."""
         if len(run.steps) > self._saved_at:
             notes = {"settings": self._settings, "steps": _columns(run.steps), "seconds": run.seconds}
+            notes["chunk_size"] = self.batches.chunk_size
             save_run(self._folder, **self._parts, batches=self.batches, notes=notes)
             self._saved_at = len(run.steps)
 

@@ -46,6 +46,7 @@ class PositionedBatches:
         self._start = self._before = self._now = None  # the generators: at the epoch's start, before the last batch
         self._last: Any = None
         self.resumed = False  # whether the next walk begins where the loaded state says
+        self.chunk_size: int | None = None  # how the steps on these batches were made
         self.at_end: Callable[[], None] = lambda: None  # called when an epoch is over, its scheduler's step made
 
     def __getattr__(self, name: str) -> Any:

@@ -82,6 +82,11 @@ class Stepper:
             keep_pages()
 
     @property
+    def chunk_size(self) -> int | None:
+        """How many models are trained at once; None before it has been chosen."""
+        return self._chunks.size
+
+    @property
     def settled(self) -> bool:
         """Whether the way to make the steps has been chosen."""
         return self._compiled is not None or self._chunks.size is not None

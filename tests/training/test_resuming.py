@@ -168,6 +168,20 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(data: str, setting: str
     assert done.seen == []
 
 
+def test_chunks_are_as_they_were_chosen_in_the_first_step(tmp_path: Path) -> None:
+    ways: list[str] = []
+
+    def callback(stop: int | None) -> Callable[..., bool]:
+        return lambda step: bool(ways.append(step.how)) or step.index != stop
+
+    Run(count=6).fit(callback=callback(None))
+    expected, ways = ways, []
+    Run(count=6).fit(tmp_path, callback=callback(3))
+    Run(count=6).fit(tmp_path, callback=callback(None))
+    assert ways == expected
+    assert len(set(ways)) == 2  # the first step finds out how large chunks may be
+
+
 def test_without_seeds_the_random_streams_are_the_saved_ones(tmp_path: Path) -> None:
     whole = Run()
     expected = whole.facts(whole.fit(tmp_path / "other", stop=-1))
