@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..batch.context import context_of
 from ..batch.freeze import check_on_nonfinite
+from ..common.checks import whole_number
 from ..optim.ownership import check_scheduler, check_trains
 from .checkpoint import Checkpoint
 from .evaluation import batch_accuracy, evaluate
@@ -61,8 +62,8 @@ def fit(
     Args:
         batch: a ModelBatch of M models. It is put into train mode unless it is, so parts in eval mode stay so.
         optimizer: from OptimizerFactory, or anything with zero_grad() and step() over the batch's parameters.
-        batches: an iterable of (inputs, targets), walked through once an epoch; its set_epoch(e) is called first where
-            it has one. Inputs and targets are [B, ...], or [M, B, ...] as the batch expects them; a tuple of inputs is
+        batches: an iterable of (inputs, targets), walked through once an epoch; its set_epoch(e), or its sampler's, is
+            called first. Inputs and targets are [B, ...], or [M, B, ...] as the batch expects; a tuple of inputs is
             spread over the model's arguments, a dict over their names. Tensors are moved to the models' device.
         loss_fn: one model's outputs and targets to one number.
         epochs: how many times to walk through the batches.
@@ -109,6 +110,7 @@ def fit(
     total, saver = count_steps(batches, epochs), None
     if checkpoint is not None:
         check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
+        whole_number(first_epoch, "first_epoch", least=0)
         scheduler = scheduler if hasattr(scheduler, "step") else make_schedule(scheduler, optimizer)
         settings = {"scheduler_every": scheduler_every, "max_norm": repr(max_norm), "on_nonfinite": on_nonfinite}
         settings["len(batches)"] = count_steps(batches, 1)
@@ -186,6 +188,7 @@ def train_steps(
             "create one by OptimizerFactory(...).create_optimizer(batch, ...)."
         )
     check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
+    whole_number(first_epoch, "first_epoch", least=0)
     check_trains(optimizer, batch)
     check_on_nonfinite(on_nonfinite, optimizer)
     options = StepOptions(loss_fn, max_norm, shared_targets, on_nonfinite, chunk_size, compile)

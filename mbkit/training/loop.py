@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from ..common.checks import open_mappings, whole_number
 
 __all__ = [
-    "Pairs", "arguments", "call", "check_run", "check_schedule", "count_steps", "detach", "first_tensor",
+    "Pairs", "arguments", "call", "check_run", "check_schedule", "count_steps", "detach", "first_tensor", "goes_on",
     "make_schedule", "part", "walk",
 ]  # fmt: skip
 
@@ -93,7 +93,8 @@ def walk(batches: Pairs, epoch: int, device: torch.device) -> Iterator[tuple[Any
     """Yield one epoch's (inputs, targets) with their tensors on `device`.
 
     Args:
-        batches: an iterable of pairs; where it has set_epoch(epoch), as a DistributedSampler has, that is called first.
+        batches: an iterable of pairs; where it, its `sampler` or its `batch_sampler` has set_epoch(epoch), as a
+            DistributedSampler has, that is called first.
         epoch: the epoch's number, from 0.
         device: where the models are.
 
@@ -106,8 +107,11 @@ def walk(batches: Pairs, epoch: int, device: torch.device) -> Iterator[tuple[Any
         open_mappings(tree)
         return tree_map(lambda leaf: leaf.to(device, non_blocking=True) if hasattr(leaf, "to") else leaf, tree)
 
-    if hasattr(batches, "set_epoch"):
-        batches.set_epoch(epoch)
+    sampler, batch_sampler = getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)
+    shuffling = {id(part): part for part in (batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))}
+    for part in shuffling.values():
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
     empty = not getattr(batches, "resumed", False)  # after a run was saved with the epoch's last batch
     for item in batches:
         empty = False
@@ -123,6 +127,26 @@ def walk(batches: Pairs, epoch: int, device: torch.device) -> Iterator[tuple[Any
             f"Expected at least one batch in epoch {epoch}, got none: use a smaller batch size (a loader with "
             "drop_last=True drops a set smaller than a batch), or pass a list if an iterator is used up."
         )
+
+
+def goes_on(answer: Any) -> bool:
+    """Say whether training goes on after a callback's answer: unless it is False, also as torch's or NumPy's False.
+
+    Raises:
+        TypeError: several truth values, of which nobody knows whether all or any of them are meant.
+
+    Example:
+        >>> goes_on(None), goes_on(torch.tensor(1.0) > 2)
+        (True, False)
+    """
+    if str(getattr(answer, "dtype", "")) not in ("bool", "torch.bool"):
+        return answer is not False
+    if answer.ndim > 0:
+        raise TypeError(
+            f"Expected a callback to return True, False or None, got {list(answer.shape)} truth values: "
+            "return (...).all() or (...).any()."
+        )
+    return bool(answer)
 
 
 def call(model: Any, inputs: Any) -> Any:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..common.progress import Progress
 from .history import History, Step
+from .loop import goes_on
 
 __all__ = ["HalfUpdated", "Recording", "whole_update"]
 
@@ -93,7 +94,7 @@ class Recording:
         """Keep a step, show it to the callback, and say whether to go on."""
         self._columns[step.model or 0].append(step)
         self._bar.advance(lambda: f"median loss {step.losses.nanmedian().item():.4g}")
-        go_on = callback is None or callback(step) is not False
+        go_on = callback is None or goes_on(callback(step))
         return go_on and not self.interrupted
 
     def __enter__(self) -> Recording:

@@ -28,7 +28,7 @@ from .module_copy import (
 from .per_model import PerModel
 from .rules.convolution import LayoutMatters, is_folded
 from .rules.randomness import SharedDraw, Streams
-from .snapshot import Snapshot, has_grad_hooks, place
+from .snapshot import has_grad_hooks, place
 from .unwrap import stack_alike
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "PerModel",
     "PerModelValue",
     "SharedDraw",
-    "Snapshot",
     "State",
     "Streams",
     "call_in_turn",

@@ -1,0 +1,232 @@
+"""Whatever a forward and a loss do besides computing, each model is the one trained alone, on every road alike.
+
+What is expected comes from plain PyTorch alone: each model trains by itself, with a loss function of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections import UserDict
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from mbkit import ModelBatch, OptimizerFactory, evaluate, fit
+from tests.oracle import assert_same_parameters, snapshot
+
+B, STEPS = 6, 4
+ROADS = {
+    "by itself": {},
+    "at once": {"chunk_size": None},
+    "in chunks": {"chunk_size": 2},
+    "one by one": {"chunk_size": 1},
+    "model by model": {"model_by_model": [""]},
+    "compiled": {"compile": True},
+}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(4, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.first(x).tanh())
+
+
+class Momentum(Net):
+    """An encoder that follows another one, written as MoCo writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.follows = nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.follows.bias.data = self.follows.bias.data * 0.9 + self.out.bias.data * 0.1
+        return super().forward(x) + self.follows(x)
+
+
+class Drops(Net):
+    """Drops its hidden layer by Python's generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if random.random() < 0.5 else self.out(nn.functional.pad(x, (0, 1)))
+
+
+class Jacobian(Net):
+    """Returns its derivative by torch.func."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.jacrev(lambda z: super(Jacobian, self).forward(z)[0]))(x)
+
+
+class Counts(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+class Annealed:
+    """A loss with a counter."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        return mse_loss(outputs, targets) + self.calls / 10 * outputs.pow(2).mean()
+
+
+class Smoothed:
+    """A loss with a running mean, which is each model's own."""
+
+    def __init__(self) -> None:
+        self.mean = torch.zeros((), dtype=torch.float64)
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * outputs.detach().mean()
+        return mse_loss(outputs, targets) * (1 + self.mean.abs())
+
+
+HABITS: dict[str, tuple[type[nn.Module], Any, bool]] = {  # the model, what makes its loss, own inputs in a Mapping
+    "data assigned": (Momentum, lambda: mse_loss, False),
+    "Python's generator": (Drops, lambda: mse_loss, False),
+    "torch.func": (Jacobian, lambda: mse_loss, False),
+    "a count in forward": (Counts, lambda: mse_loss, False),
+    "a count in the loss": (Net, Annealed, False),
+    "a tensor in the loss": (Net, Smoothed, False),
+    "a mapping": (Net, lambda: mse_loss, True),
+}
+
+
+def optimizer_of(batch: ModelBatch) -> Any:
+    return OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+
+
+@pytest.mark.parametrize("num_models", [1, 3, 5])
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("habit", HABITS)
+def test_every_road_gives_the_model_trained_alone(monkeypatch, habit, road, num_models):
+    """In float64, to 1e-10 of the largest number: rounding in another order is a hundred times smaller."""
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)  # the traced graph itself, uncompiled
+    cls, make_loss, each = HABITS[habit]
+    models = [cls().double() for _ in range(num_models)]
+    lead = (num_models,) if each else ()
+    pairs = [tuple(torch.randn(*lead, B, 4, dtype=torch.float64) for _ in "xy") for _ in range(STEPS)]
+    lones = copy.deepcopy(models)
+    for m, lone in enumerate(lones):
+        random.seed(m)
+        optimizer, loss_fn = torch.optim.SGD(lone.parameters(), lr=0.1), make_loss()
+        for x, y in pairs:
+            optimizer.zero_grad()
+            loss_fn(lone(x[m] if each else x), y[m] if each else y).backward()
+            optimizer.step()
+    how = dict(ROADS[road])
+    batch = ModelBatch(models, not each, seeds=range(num_models), model_by_model=how.pop("model_by_model", []))
+    data = [(UserDict(x=x), y) if each else (x, y) for x, y in pairs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is slow or cannot be compiled
+        fit(batch, optimizer_of(batch), data, make_loss(), progress=False, **how)
+    assert_same_parameters(batch.models, lones)
+
+
+@pytest.mark.parametrize("answer", [False, numpy.False_, torch.tensor(False), numpy.array(False)])
+def test_a_callback_ends_the_training_by_any_kind_of_false(answer):
+    batch = ModelBatch([nn.Linear(3, 2) for _ in range(2)])
+    pairs = [(torch.randn(B, 3), torch.randn(B, 2))] * 4
+    history = fit(batch, optimizer_of(batch), pairs, mse_loss, callback=lambda step: answer, progress=False)
+    assert history.steps == 1
+
+
+@pytest.mark.parametrize("answer", [None, 0, torch.tensor(True), numpy.True_])
+def test_any_other_answer_of_a_callback_lets_it_go_on(answer):
+    batch = ModelBatch([nn.Linear(3, 2) for _ in range(2)])
+    pairs = [(torch.randn(B, 3), torch.randn(B, 2))] * 4
+    assert fit(batch, optimizer_of(batch), pairs, mse_loss, callback=lambda step: answer, progress=False).steps == 4
+
+
+def test_truth_values_of_several_models_are_refused_as_an_answer():
+    batch = ModelBatch([nn.Linear(3, 2) for _ in range(2)])
+    pairs = [(torch.randn(B, 3), torch.randn(B, 2))] * 4
+    with pytest.raises(TypeError, match=r"got \[2\] truth values"):
+        fit(batch, optimizer_of(batch), pairs, mse_loss, callback=lambda step: step.losses > 1, progress=False)
+
+
+@pytest.mark.parametrize(("epoch", "error"), [(-1, ValueError), (1.0, TypeError), ("1", TypeError), (None, TypeError)])
+def test_what_is_no_first_epoch_is_refused(epoch, error):
+    batch = ModelBatch([nn.Linear(3, 2) for _ in range(2)])
+    with pytest.raises(error, match="first_epoch"):
+        fit(batch, optimizer_of(batch), [(torch.randn(B, 3), torch.randn(B, 2))], mse_loss, first_epoch=epoch)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop, self.out = nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.drop(self.norm(x)))
+
+
+@pytest.mark.parametrize("chunk_size", ["auto", 1, 2, None])
+@pytest.mark.parametrize(
+    ("loss_fn", "rest", "text"),
+    [
+        (lambda out, y: torch.tensor(1.0), {}, "depend on the models' parameters"),
+        (lambda out, y: mse_loss(out.detach(), y), {}, "depend on the models' parameters"),
+        (mse_loss, {"shared_targets": False}, "Expected targets"),
+        (mse_loss, {"max_norm": -1.0}, "positive norms"),
+    ],
+)
+def test_what_is_refused_in_the_first_step_has_changed_nothing(loss_fn, rest, text, chunk_size):
+    batch = ModelBatch([Normed() for _ in range(3)], seeds=range(3))
+    drawn = batch.streams.on("cpu")[0].get_state()
+    before, pair = snapshot(batch)["tensors"], (torch.randn(B, 3), torch.randn(B, 2))
+    with pytest.raises(ValueError, match=text):
+        fit(batch, optimizer_of(batch), [pair], loss_fn, chunk_size=chunk_size, progress=False, **rest)
+    torch.testing.assert_close(snapshot(batch)["tensors"], before, rtol=0, atol=0)
+    assert torch.equal(batch.streams.on("cpu")[0].get_state(), drawn)
+
+
+class Epochs(torch.utils.data.Sampler):
+    """Yields all indices, and notes the epochs that it is told."""
+
+    def __init__(self, of: int, size: int = 0) -> None:
+        self.of, self.size, self.told = of, size, []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.told.append(epoch)
+
+    def __iter__(self) -> Any:
+        return iter([[i] for i in range(self.of)] if self.size else range(self.of))
+
+    def __len__(self) -> int:
+        return self.of
+
+
+@pytest.mark.parametrize("place", ["sampler", "batch_sampler"])
+def test_set_epoch_reaches_a_loaders_samplers_once_an_epoch(place):
+    sampler = Epochs(4, size=place == "batch_sampler")
+    loader = DataLoader(TensorDataset(torch.randn(4, 3), torch.randn(4, 2)), **{place: sampler})
+    batch = ModelBatch([nn.Linear(3, 2) for _ in range(2)])
+    fit(batch, optimizer_of(batch), loader, mse_loss, epochs=2, first_epoch=3, progress=False)
+    assert sampler.told == [3, 4]
+
+
+def test_evaluate_measures_models_that_use_torch_func():
+    models = [Jacobian() for _ in range(3)]
+    x = torch.randn(B, 4)
+    labels = models[0](x).argmax(1)
+    assert evaluate(ModelBatch(models, model_by_model=[""]), [(x, labels)])[0] == 1
