@@ -43,7 +43,10 @@ from .saved_bytes import MadeBytes, saved_bytes
 
 __all__ = ["Chunks"]
 
-# Bytes that one chunk's activations may take: past it larger chunks gain nothing.
+# Bytes that one chunk's activations may take. On one core (AMD EPYC, 1 MiB of L2 cache, best of 5 steps) 16 LeNets with
+# batches of 128 (5.9 MiB each) took 294, 166, 153, 151, 143 ms in chunks of 1, 2, 4, 8, 16; 8 ResNets with batches of
+# 32 (13.4 MiB each) took 200, 161, 154, 157 ms in chunks of 1, 2, 4, 8. So a chunk should hold several models, and how
+# many hardly matters; larger ones only take more memory.
 _ENOUGH = {"cpu": 96 << 20}
 _ENOUGH_ELSEWHERE = 4 << 30
 _SHARE = 0.5  # of the free memory that they may take
