@@ -142,7 +142,7 @@ class Chunks:
         self, x: Any, shared_input: bool, loss_fn: Callable | None = None
     ) -> Iterator[tuple[int, int, CallContext, Any]]:
         """Call chunk after chunk; yield (first model, the one after the last, chunk, outputs), and keep its state."""
-        whole, after, inputs = context_of(self.batch), [], arguments(x)
+        whole, after, sizes, inputs = context_of(self.batch), [], [], arguments(x)
         before = read_state(whole.template)
         if not shared_input:
             check_inputs(tree_leaves(inputs), whole.num_models)
@@ -163,8 +163,9 @@ class Chunks:
                     yield start, stop, chunk, out
                     now = read_state(chunk.template)
                     after.append({key: value for key, value in now.items() if value is not given.get(key)})
+                    sizes.append(stop - start)
         if cuts:
-            keep_state(whole, before, after)
+            keep_state(whole, before, after, sizes)
 
     def _measured(self, chunk: CallContext, args: tuple, kwargs: dict, shared_input: bool) -> Any:
         """Call a chunk; choose the size by the bytes of the first one."""
@@ -283,4 +284,5 @@ def _remember(context: CallContext) -> Callable[[Exception], None]:
 
 
 def _rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
-    return tensor[start:stop]
+    # Detached, because a forward may edit its input, and one chunk's edit is no part of the next one's graph.
+    return (tensor if tensor.requires_grad else tensor.detach())[start:stop]

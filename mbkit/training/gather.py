@@ -37,21 +37,22 @@ def collect_gradients(batch: nn.Module, chunk: nn.Module, start: int, stop: int,
         own.grad = None
 
 
-def keep_state(context: CallContext, before: dict, after: list[dict]) -> None:
-    """Put together what the chunks' calls assigned anew, and keep it in the batch."""
+def keep_state(context: CallContext, before: dict, after: list[dict], sizes: list[int]) -> None:
+    """Put together what the calls of chunks of `sizes` models assigned anew, and keep it in the batch."""
     changed = {key for state in after for key in state}
     fresh: dict[int, Tensor] = {}
 
-    def join(name: str, column: tuple) -> Any:
+    def join(key: tuple, name: str, column: tuple) -> Any:
         if all(isinstance(leaf, Tensor) for leaf in column):
             whole = torch.cat(column)
             fresh[id(whole)] = whole
             return whole
-        if all(isinstance(leaf, PerModelValue) for leaf in column):
-            return PerModelValue([value for leaf in column for value in leaf.values])
-        if any(leaf is not column[0] and leaf != column[0] for leaf in column):
+        if all(leaf is column[0] or leaf == column[0] for leaf in column):
+            return column[0]
+        if key[1] != "__dict__" or any(isinstance(leaf, Tensor) for leaf in column):
             raise BatchingError(f"'{name}' is {column[0]!r} in one chunk of models and another value in the next")
-        return column[0]
+        own = [v.values if isinstance(v, PerModelValue) else [v] * n for v, n in zip(column, sizes, strict=True)]
+        return PerModelValue([value for values in own for value in values])
 
     state = dict(before)
     for key in changed:
@@ -59,7 +60,7 @@ def keep_state(context: CallContext, before: dict, after: list[dict]) -> None:
         flat = [tree_flatten(part.get(key)) for part in after]
         if any(spec != flat[0][1] for _, spec in flat):
             raise BatchingError(f"'{name}' has another structure in one chunk of models than in the next")
-        leaves = [join(name, column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
+        leaves = [join(key, name, column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
         state[key] = tree_unflatten(leaves, flat[0][1])
     if changed:
         write_state(context.template, before, state)

@@ -17,7 +17,7 @@ from .autocast import call_cast
 from .errors import BatchingError
 from .operator_loop import edits_in_place, model_by_model
 from .per_model import PerModel
-from .rules import convolution, embedding, linear, losses, pooling, randomness, recurrent
+from .rules import activations, convolution, embedding, linear, losses, pooling, randomness, recurrent
 from .rules import data_dependent as reads
 from .rules.randomness import Streams
 
@@ -25,7 +25,7 @@ __all__ = ["Interception"]
 
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 RULES = linear.RULES | losses.RULES | convolution.RULES | randomness.RULES
-RULES |= recurrent.RULES | embedding.RULES | reads.RULES
+RULES |= recurrent.RULES | embedding.RULES | reads.RULES | activations.RULES
 
 
 @cache
@@ -106,7 +106,10 @@ class Interception(TorchFunctionMode):
     def check_hooks(self) -> None:
         """Refuse to go on under hooks that the model itself has put on saved tensors."""
         if _saved_tensors_hooks(True) != self.hooks:
-            raise BatchingError("checkpointing and other hooks on saved tensors run again where vmap is no more")
+            raise BatchingError(
+                "it uses torch.utils.checkpoint or saved_tensors_hooks, which compute again during the backward pass, "
+                "when the M models are no longer apart: name the layer in model_by_model=[...]"
+            )
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

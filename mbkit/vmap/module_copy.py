@@ -206,8 +206,8 @@ def outcome(twin: nn.Module, given: dict, before: State, edited: set[int], outpu
         changed = [v for v in now if not any(v is w for w in inside)]
         if len(now) != len(inside) or (changed if m is not None else any(isinstance(v, Tensor) for v in changed)):
             raise BatchingError(
-                f"'{'.'.join(part for part in (key[0], key[2]) if part)}' holds an object of another kind than lists "
-                "and dicts, and a call keeps something in it, which the models would share: keep it in the module"
+                f"'{'.'.join(part for part in (key[0], key[2]) if part)}' holds an object that all models share, and a "
+                "call keeps a value in it: keep it in a buffer, an attribute, a list or a dict of the module instead"
             )
         if spec == spec_given and all(
             a is b and id(a) not in edited for a, b in zip(leaves, leaves_given, strict=True)
