@@ -112,6 +112,7 @@ class Run:
 
     def fit(self, folder: Path | None = None, stop: int | None = None, epochs: int = EPOCHS, **options: Any) -> Any:
         def callback(step: Any) -> bool:
+            torch.rand(1), random.random(), np.random.rand()  # between the data's own draws
             self.seen.append((step.index, step.epoch, [group["lr"] for group in self.optimizer.param_groups]))
             return step.index != stop
 
@@ -215,6 +216,7 @@ def test_it_is_saved_every_so_many_steps_and_after_an_exception_it_goes_on(tmp_p
     broken = Run()
 
     def fails(step: Any) -> None:
+        torch.rand(1), random.random(), np.random.rand()  # as the other runs' callback does
         if step.index == 8:
             raise OSError("the network is gone")
 
