@@ -107,6 +107,8 @@ def fit(
         >>> tuple(history.loss.shape), tuple(history.accuracy.shape)
         ((10, 3), (10, 3))
     """
+    _check_batch(batch)
+    whole_number(epochs, "epochs")
     total, saver = count_steps(batches, epochs), None
     if checkpoint is not None:
         check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
@@ -177,10 +179,7 @@ def train_steps(
         >>> next(steps).losses.shape
         torch.Size([3])
     """
-    if not hasattr(batch, "compute_loss"):
-        raise TypeError(
-            f"Expected a ModelBatch, got {type(batch).__name__}: pass ModelBatch(models), or use fit_alone for models."
-        )
+    _check_batch(batch)
     verbs = [getattr(optimizer, verb, None) for verb in ("step", "zero_grad")]
     if isinstance(optimizer, type) or not all(map(callable, verbs)):
         raise TypeError(
@@ -226,3 +225,10 @@ def train_steps(
                 batches.at_end()
 
     return steps()
+
+
+def _check_batch(batch: Any) -> None:
+    if not hasattr(batch, "compute_loss"):
+        raise TypeError(
+            f"Expected a ModelBatch, got {type(batch).__name__}: pass ModelBatch(models), or use fit_alone for models."
+        )
