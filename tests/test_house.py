@@ -38,7 +38,7 @@ FLOORS = [
 ]
 KNOWN_ARROWS: set[str] = set()
 RULES = "convolution data_dependent embedding linear losses randomness recurrent".split()
-KNOWN_CIRCLES: list[set[str]] = [{"vmap.mode", "vmap.operator_loop", *(f"vmap.rules.{name}" for name in RULES)}]
+KNOWN_CIRCLES: list[set[str]] = []
 KNOWN_PRIVATE: dict[str, set[str]] = {}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .errors import BatchingError
 from .module_copy import OUTPUT, copy_module, flattened, materialize, merge, outcome, read_state, write_state
+from .registry import Pass
 from .rules.convolution import check_order
 from .unwrap import on_stacks, stack_alike
-
-if TYPE_CHECKING:
-    from .mode import Interception
 
 __all__ = ["Failure", "call_in_turn", "loop_inside", "tensors_in"]
 
@@ -32,7 +30,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return list({id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}.values())
 
 
-def loop_inside(mode: Interception, module: nn.Module) -> Callable:
+def loop_inside(mode: Pass, module: nn.Module) -> Callable:
     """Return what stands for the module's call under vmap: a loop over the models' own copies of it."""
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +10,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .errors import BatchingError
 from .per_model import PerModel
+from .registry import Pass
 from .rules.convolution import check_order
 from .unwrap import on_stacks, stack_alike
-
-if TYPE_CHECKING:
-    from .mode import Interception
 
 __all__ = ["edits_in_place", "model_by_model"]
 
@@ -30,7 +28,7 @@ def edits_in_place(function: Any) -> bool:
     return name.endswith("_")
 
 
-def model_by_model(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
+def model_by_model(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Any:
     """Call `function` M times, once on each model's slice of the tensors and settings, and stack the results.
 
     Exact for every operator (the same kernel runs on the same numbers, in the same layout), and no faster

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..registry import Pass
 from ..unwrap import on_stacks
 
 __all__ = ["RULES"]
 
 
-def _prelu(mode: Any, function: Any, args: tuple, kwargs: dict) -> Tensor:
+def _prelu(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Tensor:
     """A shared input is laid out for each model, without a copy."""
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:

@@ -11,15 +11,13 @@ in place through a view) raises `LayoutMatters`, and the pass is run again witho
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..registry import Pass
 from ..unwrap import on_stacks
-
-if TYPE_CHECKING:
-    from ..mode import Interception
 
 __all__ = ["RULES", "LayoutMatters", "check_edit", "check_order", "is_folded"]
 
@@ -61,7 +59,7 @@ class _ChannelsLastGradient(torch.autograd.Function):
         return gradient.contiguous(memory_format=torch.channels_last)
 
 
-def check_order(mode: Interception, stacks: list[Tensor], stacked: list[bool]) -> None:
+def check_order(mode: Pass, stacks: list[Tensor], stacked: list[bool]) -> None:
     """Raise `LayoutMatters` if a model's slice of a stack has gaps: its memory order is not the one it has alone."""
     if mode.folded:
         for stack, is_stacked in zip(stacks, stacked, strict=True):
@@ -69,7 +67,7 @@ def check_order(mode: Interception, stacks: list[Tensor], stacked: list[bool]) -
                 raise LayoutMatters
 
 
-def check_edit(mode: Interception, args: tuple) -> None:
+def check_edit(mode: Pass, args: tuple) -> None:
     """Raise `LayoutMatters` if the tensor to be edited in place is a copy of what is a view alone."""
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
@@ -81,13 +79,13 @@ def check_edit(mode: Interception, args: tuple) -> None:
         on_stacks(run, mode.index, args[:1])
 
 
-def _foldable(mode: Interception, stack: Tensor, stacked: bool) -> bool:
+def _foldable(mode: Pass, stack: Tensor, stacked: bool) -> bool:
     """Fold only what is contiguous alone (then a folded layout has one meaning) and what the fast kernels take."""
     contiguous = is_folded(stack) or (stack[0] if stacked else stack).is_contiguous()
     return mode.folding and stack.dim() == 4 + stacked and stack.dtype in FOLDED_DTYPES and contiguous
 
 
-def _conv2d(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tensor:
+def _conv2d(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Tensor:
     x, weight, *rest = args
     if not mode.folding or kwargs:
         return function(*args, **kwargs)
@@ -122,7 +120,7 @@ def _conv2d(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Ten
     return out if plan else function(*args)
 
 
-def _pool(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tensor:
+def _pool(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Tensor:
     """Pooling treats each channel alone, so folded activations stay folded."""
     if not mode.folded:
         return function(*args, **kwargs)
@@ -138,7 +136,7 @@ def _pool(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tenso
     return out if plan else function(*args, **kwargs)
 
 
-def _flatten(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tensor:
+def _flatten(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Tensor:
     """`view` and `flatten` of a folded activation have to copy; the copy is noted, lest it be edited in place."""
     x, *rest = args
     if not mode.folded or x.dim() != 4:

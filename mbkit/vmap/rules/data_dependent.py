@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BatchingError
 from ..per_model import agreed
+from ..registry import Pass
 from ..unwrap import on_stacks, stack_alike
-
-if TYPE_CHECKING:
-    from ..mode import Interception
 
 __all__ = ["RULES"]
 
 
-def _value(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
+def _value(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Any:
     """`item`, `float`, `bool`, `tolist`: one Python value when all models have the same, an error otherwise."""
     values: list[Any] = []
 
@@ -30,7 +28,7 @@ def _value(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
     return agreed(values, f"what {function.__name__.strip('_')}() reads from a tensor")
 
 
-def _of_autograd(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
+def _of_autograd(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Any:
     """`requires_grad`, `is_leaf`, `grad_fn`: vmap hides them; a model that branches on them alone must do so here."""
     if torch._C._functorch.is_gradtrackingtensor(args[0]):  # torch.func.grad inside the model answers for itself
         return function(*args)
@@ -44,7 +42,7 @@ def _of_autograd(mode: Interception, function: Any, args: tuple, kwargs: dict) -
     return answer[0]
 
 
-def _data(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tensor:
+def _data(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Tensor:
     """`x.data` is refused by vmap; it is the same memory, and edits of it do not count for autograd."""
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
@@ -53,12 +51,12 @@ def _data(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tenso
     return on_stacks(run, mode.index, args)[0]
 
 
-def _gradient(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
+def _gradient(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Any:
     """`x.grad` would read as None."""
     raise BatchingError("forward reads .grad, which one model alone cannot be given here: pass what it needs as input")
 
 
-def _made(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tensor:
+def _made(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Tensor:
     """A tensor made from nothing gets one copy a model, so that each can fill its own in place."""
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..registry import Pass
 from ..unwrap import on_stacks
-
-if TYPE_CHECKING:
-    from ..mode import Interception
 
 __all__ = ["RULES"]
 
 
 def _embedding(
-    mode: Interception,
+    mode: Pass,
     function: Any,
     args: tuple,
     kwargs: dict,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..registry import Pass
 from ..unwrap import on_stacks
-
-if TYPE_CHECKING:
-    from ..mode import Interception
 
 __all__ = ["RULES"]
 
 
-def _linear(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tensor:
+def _linear(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Tensor:
     x, weight, bias = (*args, None)[:3] if not kwargs else (None, None, None)
     if bias is None or x.dim() < 2:
         return function(*args, **kwargs)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..registry import Pass
 from ..unwrap import on_stacks
-
-if TYPE_CHECKING:
-    from ..mode import Interception
 
 __all__ = ["RULES"]
 
 _NONE, _MEAN = 0, 1  # of torch's own numbers for reductions
 
 
-def _cross_entropy(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tensor:
+def _cross_entropy(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Tensor:
     """Row by row the kernels are those of a lone model; only the mean over a model's rows is taken here."""
     outputs, labels, weight, reduction, ignored, smoothing = (*args, None, _MEAN, -100, 0.0)[:6]
     if kwargs or weight is not None or smoothing != 0 or outputs.dim() != 2 or labels.dim() != 1:

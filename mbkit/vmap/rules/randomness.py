@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,9 @@ from ...common.random_streams import GENERATOR
 from ..errors import BatchingError
 from ..operator_loop import model_by_model
 from ..per_model import PerModel
+from ..registry import Pass
 from ..unwrap import on_stacks
 from .convolution import check_order
-
-if TYPE_CHECKING:
-    from ..mode import Interception
 
 __all__ = ["RULES", "SharedDraw", "Streams"]
 
@@ -235,7 +233,7 @@ class _Part(Streams):
         return self._whole.on(device)[self._rows]
 
 
-def _dropout(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
+def _dropout(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Any:
     """`torch.dropout` with one mask a model.
 
     On a CPU this draws what torch itself draws there, `bernoulli_(1 - p).div_(1 - p)` over the activation's
@@ -267,7 +265,7 @@ RULES |= {torch.rrelu: model_by_model, torch._C._nn.rrelu_with_noise: model_by_m
 RULES[torch.dropout] = _dropout
 
 
-def _rrelu_in_place(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Tensor:
+def _rrelu_in_place(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Tensor:
     """`rrelu_` keeps its result for its backward, so the models cannot edit one stack in turn."""
     return args[0].copy_(model_by_model(mode, torch.rrelu, (args[0].clone(), *args[1:]), kwargs))
 
@@ -275,7 +273,7 @@ def _rrelu_in_place(mode: Interception, function: Any, args: tuple, kwargs: dict
 RULES[torch.rrelu_] = _rrelu_in_place
 
 
-def _attention(mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
+def _attention(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Any:
     """`scaled_dot_product_attention`: random only where it drops something; else M models are M times the batch."""
     rate = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
     if isinstance(rate, PerModel) or rate > 0:

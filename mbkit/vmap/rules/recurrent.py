@@ -23,17 +23,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..operator_loop import model_by_model
 from ..per_model import PerModel
+from ..registry import Pass
 from ..unwrap import on_stacks
-
-if TYPE_CHECKING:
-    from ..mode import Interception
 
 __all__ = ["RULES"]
 
@@ -86,7 +84,7 @@ def _direction(
     return torch.stack(outputs[::-1] if backwards else outputs, 1), state
 
 
-def _batched(cell: Callable, mode: Interception, function: Any, args: tuple, kwargs: dict) -> Any:
+def _batched(cell: Callable, mode: Pass, function: Any, args: tuple, kwargs: dict) -> Any:
     """One cell for all models where that is faster."""
     packed = not kwargs and not isinstance(args[3], bool)
     if kwargs or packed or not _worthwhile(mode, args[0], args[2], cell):
@@ -117,7 +115,7 @@ def _batched(cell: Callable, mode: Interception, function: Any, args: tuple, kwa
     return on_stacks(run, mode.index, [x, *initial, *weights])
 
 
-def _worthwhile(mode: Interception, x: Tensor, weights: Sequence[Tensor], cell: Callable) -> bool:
+def _worthwhile(mode: Pass, x: Tensor, weights: Sequence[Tensor], cell: Callable) -> bool:
     """Say whether the batched cell is the faster one; see the table above."""
     if mode.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not x.numel():
         return False
