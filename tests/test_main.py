@@ -86,7 +86,7 @@ def test_help_names_the_options(command, capsys):
 def test_import_is_light():
     """What only pictures, widgets, judges and compiled steps need is not imported before it is asked for."""
     later = "matplotlib PIL ipywidgets IPython tqdm torch._inductor mbkit.verify mbkit.figures mbkit.benchmark".split()
-    code = f"import sys, torch; before = {{*sys.modules}}; import mbkit; new = {{*sys.modules}} - before; "
+    code = "import sys, torch; before = {*sys.modules}; import mbkit; new = {*sys.modules} - before; "
     code += (
         f"print(sorted(new & {{*{later}}})); print(*sorted({{m.split('.')[0] for m in new}} - sys.stdlib_module_names))"
     )

@@ -1,4 +1,4 @@
-"""Training M models in one batch; the reference that it is judged by, fit_alone, lives in alone.py."""
+"""Training M models in one batch; the reference that it is judged by, fit_alone, lives in sequential.py."""
 
 from __future__ import annotations
 
