@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import l1_loss, mse_loss
 
 from mbkit import ModelBatch, OptimizerFactory, fit
 from mbkit.training.options import StepOptions
@@ -260,6 +260,27 @@ def test_a_value_that_changes_at_every_step_is_not_compiled_at_every_step(compil
 def test_an_equal_value_is_not_compiled_again(compiled):
     history, said, *_ = train(*READS["a new object"]()[:2], lambda v: set_global(float(str(v))), [1.0] * 5)
     assert (history.how, said, len(compiled)) == ("compiled", [], 1)
+
+
+# -------------------------------------------------------------- with the real compiler
+
+
+WEIGHTED = {
+    "a half": lambda outputs, targets: 0.5 * mse_loss(outputs, targets),
+    "an eighth of a sum": lambda outputs, targets: mse_loss(outputs, targets, reduction="sum") / 8,
+    "two terms": lambda outputs, targets: mse_loss(outputs, targets) + 0.1 * l1_loss(outputs, targets),
+}
+
+
+@pytest.mark.parametrize("loss", WEIGHTED)
+def test_weighted_losses_compile(loss):
+    history, said, *_ = train(Net, WEIGHTED[loss], lambda value: None, [1.0, 1.0])
+    assert (history.how, said) == ("compiled", [])
+
+
+def test_inductor_has_each_new_value():
+    history, said, *_ = train(*READS["a class attribute"](), [1.0, 2.0, 1.0])
+    assert (history.how, said) == ("compiled", [])
 
 
 # -------------------------------------------------------------- what a traced call may not change
