@@ -60,7 +60,7 @@ def _keep_what_is_read_often(graph: Graph) -> None:
 
 
 def _is_turned(node: Node) -> bool:
-    """Say whether a node is what the rule for linear layers returns, before it is copied to the order that it has alone.
+    """Say whether a node is a linear layer's output before it is copied to the order that it has alone.
 
     Without the copy, activations lie feature by feature, `[M, K, B]`, which makes the products with few features
     faster, such as logits: 256 MLPs 20-16-16-4 take 0.87 of the time.
