@@ -101,7 +101,8 @@ def test_inductor_makes_it_so_for_a_tiny_network():
     models = [copy.deepcopy(nn.Sequential(*layers)) for _ in range(M)]
     pairs = [(torch.randn(B, 1, 5, 4), torch.randint(K, (B,))) for _ in range(STEPS)]
     batch = ModelBatch(models)
-    step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), cross_entropy)
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES)
+    step = CompiledStep(batch, optimizer, StepOptions(cross_entropy))
     for x, y in pairs:
         assert step.attempt(x, y) is not None, step.reason
     for m, model in enumerate(models):
