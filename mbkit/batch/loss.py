@@ -65,7 +65,9 @@ def _losses(
             return (one_loss(loss_fn, outputs, targets),)
 
     kept = kept_by(context, loss_fn)
-    slow, undo = loss_code(loss_fn), context.streams.remember()
+    slow = loss_code(loss_fn)
+    context.streams.meet(slow)
+    undo = context.streams.remember()
     losses, reason = None, ""
     if slow not in context.slow_losses:
         try:

@@ -163,6 +163,9 @@ class _Draws:
     def remember(self) -> Callable[[], None]:
         return lambda: None
 
+    def meet(self, caller: Any) -> None:
+        pass
+
     def take_turns(self, device: torch.device) -> Any:
         raise CannotCompile("an operator runs model by model")
 

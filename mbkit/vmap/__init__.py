@@ -27,8 +27,8 @@ from .module_copy import (
 )
 from .per_model import PerModel
 from .rules.convolution import LayoutMatters, is_folded
-from .rules.randomness import SharedDraw, Streams
 from .snapshot import has_grad_hooks, place
+from .streams import SharedDraw, Streams
 from .unwrap import stack_alike
 
 __all__ = [

@@ -19,7 +19,7 @@ from .operator_loop import edits_in_place, model_by_model
 from .per_model import PerModel
 from .rules import activations, convolution, embedding, linear, losses, pooling, randomness, recurrent
 from .rules import data_dependent as reads
-from .rules.randomness import Streams
+from .streams import Streams
 
 __all__ = ["Interception"]
 

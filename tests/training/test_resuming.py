@@ -149,6 +149,7 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 CASES = [(data, "sgd") for data in DATA] + [("batches", setting) for setting in SETTINGS if setting != "sgd"]
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # torch 2.8 itself
 @pytest.mark.parametrize(("data", "setting"), CASES)
 @pytest.mark.parametrize("stop", [2, STEPS - 1, STEPS + 1])  # within an epoch, at its end, within the next
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(data: str, setting: str, stop: int, tmp_path: Path) -> None:

@@ -1,0 +1,239 @@
+"""Model m's own random numbers: streams that draw the very bits that it draws when it is trained alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.python_random import PYTHON_GENERATORS, PythonGenerator, generator_marks, moved_generators
+from ..common.random_streams import GENERATOR
+from .errors import BatchingError
+
+__all__ = ["SharedDraw", "Streams"]
+
+
+def _named(generators: Collection[str]) -> str:
+    names = {"random": "Python's random", "numpy.random": "numpy.random"}
+    return " and ".join(name for key, name in names.items() if key in generators)
+
+
+class SharedDraw(BatchingError):
+    """All models at once have drawn one and the same number from Python's or numpy's generator."""
+
+
+class Streams:
+    """M random generators, the m-th in the state that `torch.manual_seed(seeds[m])` gives.
+
+    On a CPU the bits are those of a lone run, and tests compare them. On CUDA each model has a generator of the device
+    as well, whatever draws runs model by model with that generator in the default's place, and so the bits are expected
+    to be the lone ones too: same kernels, same seed, same offsets. That has not been run, for want of a GPU.
+
+    Models that draw from Python's `random` or from `numpy.random` get a generator each there too, in the state that
+    `random.seed(seeds[m])` and `numpy.random.seed(seeds[m] % 2**32)` give.
+
+    Args:
+        seeds: M integers.
+
+    Attributes:
+        from_python: whether calls draw from Python's or numpy's generators; None while that is not known.
+
+    Example:
+        >>> streams = Streams([3, 4])
+        >>> _ = torch.manual_seed(4)
+        >>> torch.equal(torch.rand(2, generator=streams.on("cpu")[1]), torch.rand(2))
+        True
+    """
+
+    _all_at_once = False  # whether a call is under way that can be made again
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.seeds = list(seeds)
+        self.from_python: bool | None = None
+        self._met: set[Any] = set()
+        self._generators: dict[torch.device | str, list[Any]] = {}
+
+    def on(self, device: torch.device | str) -> list[Any]:
+        """Return the M generators of a device, or of one of Python's generators, seeded at their first use."""
+        python = device in PYTHON_GENERATORS
+        device = device if python else torch.device(device)
+        if device not in self._generators:
+            make = PythonGenerator if python else torch.Generator
+            self._generators[device] = [make(device).manual_seed(seed) for seed in self.seeds]
+        return self._generators[device]
+
+    def meet(self, caller: Any) -> None:
+        """Look anew at whether calls draw from Python's generators when somebody, such as a loss, calls first."""
+        if caller not in self._met:
+            self._met.add(caller)
+            self.from_python = self.from_python or None
+
+    @contextmanager
+    def take_turns(self, device: torch.device) -> Iterator[Iterator[int]]:
+        """Give out 0 … M-1; while m is out, the default generators stand where model m's streams stand.
+
+        Warns once, as soon as a model draws from Python's or numpy's generators.
+        """
+        defaults: dict[Any, Any] = {torch.device("cpu"): torch.default_generator}
+        if device.type == "cuda":
+            defaults[device] = torch.cuda.default_generators[device.index or 0]
+        if self.from_python is not False:
+            defaults |= PYTHON_GENERATORS
+        moved: set[str] = set()
+
+        def turns() -> Iterator[int]:
+            for m in range(len(self.seeds)):
+                for place, default in defaults.items():
+                    default.set_state(self.on(place)[m].get_state())
+                start = generator_marks()
+                yield m
+                moved.update(moved_generators(start))
+                for place, default in defaults.items():
+                    self.on(place)[m].set_state(default.get_state())
+
+        with GENERATOR:
+            before = {place: default.get_state() for place, default in defaults.items()}
+            try:
+                yield turns()
+            finally:
+                for place, default in defaults.items():
+                    default.set_state(before[place])
+        if not self.from_python:
+            self._learn(moved)
+
+    def _learn(self, moved: Collection[str]) -> None:
+        """Note whether the models drew from Python's generators."""
+        late = self.from_python is False
+        if late and self._all_at_once:
+            return  # the whole call is made again
+        self.from_python = bool(moved)
+        if not moved:
+            self._drop_python_generators()
+            return
+        warnings.warn(
+            f"The models draw from {_named(moved)}, which torch.manual_seed does not seed. "
+            f"{'From the next call on model' if late else 'Model'} m draws from a generator of its own, which starts "
+            "as random.seed(seeds[m]) and numpy.random.seed(seeds[m] % 2**32) leave it, and the models run one after "
+            "the other, no faster than alone: torch's own random functions, such as torch.rand(()), need neither.",
+            stacklevel=2,
+        )
+
+    def _drop_python_generators(self) -> None:
+        for name in PYTHON_GENERATORS:
+            self._generators.pop(name, None)
+
+    @contextmanager
+    def shared_draws_refused(self) -> Iterator[None]:
+        """Let all models run at once in a `with` block, where a number from Python's generators would be one for all.
+
+        Raises:
+            SharedDraw: a generator has moved. In a first call it is put back to where it was.
+        """
+        before, expected = generator_marks(), self.from_python is not False
+        states = {name: generator.get_state() for name, generator in PYTHON_GENERATORS.items()} if expected else {}
+        self._all_at_once = True
+        try:
+            yield
+        finally:
+            self._all_at_once = False
+        moved = moved_generators(before)
+        for name in moved if states else ():
+            PYTHON_GENERATORS[name].set_state(states[name])
+        if moved:
+            self.from_python = self.from_python or None
+            raise SharedDraw(f"it draws from {_named(moved)}, whose numbers would be the same for all models")
+        self.from_python = bool(self.from_python)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a call may have drawn from the streams."""
+        return bool(self._generators)
+
+    def dropout_masks(self, like: Tensor, rates: Sequence[float]) -> Tensor:
+        """Draw `[M, ...]`, a mask a model as torch draws it on a CPU: 0, or 1 / (1 - rate) where a number is kept.
+
+        Args:
+            like: one model's activation, whose memory order decides which number meets which bit.
+            rates: M dropout rates.
+        """
+        if like.is_contiguous():
+            noise = like.new_empty((len(rates), *like.shape))
+        else:
+            strides = (like.numel(), *like.stride())
+            noise = torch.empty_strided((len(rates), *like.shape), strides, dtype=like.dtype, device=like.device)
+        for mask, rate, generator in zip(noise, rates, self.on(like.device), strict=True):
+            if rate == 0:
+                mask.fill_(1)  # torch draws nothing here, and nothing for a rate of 1
+            elif rate == 1:
+                mask.zero_()
+            else:
+                mask.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+        return noise
+
+    def remember(self) -> Callable[..., None]:
+        """Return a function that puts the streams back where they are now: all, or those of the models it gets."""
+        states = {device: [g.get_state() for g in generators] for device, generators in self._generators.items()}
+
+        def restore(models: Sequence[int] | None = None) -> None:
+            for device, generators in self._generators.items():
+                for m in range(len(generators)) if models is None else models:
+                    if device in states:
+                        generators[m].set_state(states[device][m])
+                    else:
+                        generators[m].manual_seed(self.seeds[m])
+
+        return restore
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state of every stream in use: device name to bytes `[M, ...]`; empty before the first draw."""
+        return {str(d): torch.stack([g.get_state() for g in gs]) for d, gs in self._generators.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put the streams where `state()` found them; those it does not name start again from their seeds."""
+        self._generators.clear()
+        self.from_python = bool(PYTHON_GENERATORS.keys() & state.keys()) or None
+        for device, states in state.items():
+            for generator, row in zip(self.on(device), states, strict=True):
+                generator.set_state(row.cpu().clone())
+
+    def part(self, start: int, stop: int) -> Streams:
+        """Return the streams of models start to stop - 1: the very same, so that to draw there is to draw here."""
+        return _Part(self, slice(start, stop))
+
+    def __getstate__(self) -> dict:
+        return {"seeds": self.seeds, "state": self.state()}
+
+    def __setstate__(self, saved: dict) -> None:
+        self.__init__(saved["seeds"])
+        self.load_state(saved["state"])
+
+
+class _Part(Streams):
+    def __init__(self, whole: Streams, rows: slice) -> None:
+        self.seeds, self._whole, self._rows = whole.seeds[rows], whole, rows
+
+    @property
+    def from_python(self) -> bool | None:  # type: ignore[override]
+        return self._whole.from_python
+
+    @from_python.setter
+    def from_python(self, value: bool | None) -> None:
+        self._whole.from_python = value
+
+    @property
+    def _met(self) -> set[Any]:  # type: ignore[override]
+        return self._whole._met
+
+    @property
+    def _generators(self) -> dict[torch.device | str, list[Any]]:  # type: ignore[override]
+        return {device: generators[self._rows] for device, generators in self._whole._generators.items()}
+
+    def _drop_python_generators(self) -> None:
+        self._whole._drop_python_generators()
+
+    def on(self, device: torch.device | str) -> list[Any]:
+        return self._whole.on(device)[self._rows]
