@@ -7,7 +7,6 @@ largest chunk is the whole batch, all models at once; a chunk of one model runs 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -36,6 +35,7 @@ from ..vmap import (
     read_state,
     write_state,
 )
+from .backward import backward_pass, is_main_thread
 from .gather import collect_gradients, join_outputs, keep_state
 from .loop import arguments, call, detach, first_tensor
 from .options import StepOptions
@@ -131,7 +131,10 @@ class Chunks:
                 shared = options.forms.of(y, (self.num_models, *some.shape[1:]), self.num_models)
                 y = targets_at(y, shared, models)
             losses = call_losses(chunk, out, y, options.loss_fn, options.forms)
-            _backward(losses)
+            alone = self.how == "one by one" and is_main_thread()
+            with chunk.streams.take_turns(losses.device) if alone else nullcontext((0,)) as turns:
+                for _ in turns:  # the one model's own, so that its backward pass draws what it draws alone
+                    backward_pass(losses, is_shared=not alone)
         except (TypeError, ValueError) as error:
             if undo is not None:  # in the first step: who corrects the loss or the targets starts from the same state
                 undo(error)
@@ -221,7 +224,7 @@ class Chunks:
         In another thread it stays as it is: a model by itself draws from torch's default generator, as whoever is in
         the main thread does meanwhile.
         """
-        if threading.current_thread() is not threading.main_thread():
+        if not is_main_thread():
             return chunk
         everything = {path for path, _ in named_modules(chunk.template)}
         return replace(chunk, model_by_model=everything, slow_losses={loss_code(loss_fn)})
@@ -252,22 +255,8 @@ def _backward_of_the_whole(batch: nn.Module, x: Any, y: Any, options: StepOption
     """Do what `Chunks.backward` does through the batch's own calls, which somebody watches or has made anew."""
     outputs = call(batch, x)
     losses = batch.compute_loss(outputs, y, options.loss_fn, reduction="none", shared_targets=options.forms)
-    _backward(losses)
+    backward_pass(losses)
     return losses.detach(), detach(outputs)
-
-
-def _backward(losses: Tensor) -> None:
-    """Make the backward pass of several models.
-
-    Raises:
-        ValueError: losses that depend on no parameter.
-    """
-    if not losses.requires_grad:
-        raise ValueError(
-            "Expected losses that depend on the models' parameters, got losses without a graph: loss_fn returns a "
-            "constant or detached tensor, or no parameter of the models requires gradients."
-        )
-    losses.sum().backward()
 
 
 def _remember(context: CallContext) -> Callable[[Exception], None]:

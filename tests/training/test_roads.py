@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from mbkit import ModelBatch, OptimizerFactory, evaluate, fit
-from tests.oracle import assert_same_parameters, snapshot
+from mbkit import BatchingError, ModelBatch, OptimizerFactory, evaluate, fit
+from tests.oracle import MOMENTUM, SEEDS, assert_same_parameters, batches, snapshot, trained_alone
 
 B, STEPS = 6, 4
 ROADS = {
@@ -230,3 +230,66 @@ def test_evaluate_measures_models_that_use_torch_func():
     x = torch.randn(B, 4)
     labels = models[0](x).argmax(1)
     assert evaluate(ModelBatch(models, model_by_model=[""]), [(x, labels)])[0] == 1
+
+
+class NoisyGradient(torch.autograd.Function):
+    """The identity, with noise in its gradient; vmap cannot run it, so that its layer runs model by model."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient + 0.1 * torch.randn(gradient.shape, dtype=gradient.dtype)
+
+
+class NoisyUnderVmap(torch.autograd.Function):
+    """The same for vmap, under which its backward draws."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    backward = NoisyGradient.backward
+
+
+class Noisy(nn.Module):
+    def __init__(self, noise: Any) -> None:
+        super().__init__()
+        self.first, self.drop, self.last = nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 2)
+        self.noise = noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(self.noise.apply(self.first(x))))
+
+
+@pytest.mark.filterwarnings("ignore:.*model by model")
+@pytest.mark.parametrize("noise", [NoisyGradient, NoisyUnderVmap])
+@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize("chunk_size", [1, "auto", 2])
+def test_numbers_drawn_in_a_backward_pass_are_each_models_own_or_it_is_said(chunk_size, count, noise):
+    """Alone the noise comes from the generator that the masks come from; several models at once have no such one."""
+    models, data = [Noisy(noise).double() for _ in range(count)], batches(False)
+    expected = trained_alone(models, data, seeds=SEEDS[:count])
+    batch = ModelBatch(models, seeds=SEEDS[:count])
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, **MOMENTUM)
+
+    def train() -> None:
+        fit(batch, optimizer, data, mse_loss, chunk_size=chunk_size, progress=False)
+
+    if chunk_size == 1 or count == 1:
+        train()
+        assert_same_parameters(batch.models, expected)
+    elif noise is NoisyUnderVmap:
+        with pytest.raises(BatchingError, match=r"backward pass .* chunk_size=1"):
+            train()
+    else:
+        with pytest.warns(UserWarning, match=r"backward pass .* chunk_size=1"):
+            train()
