@@ -190,7 +190,8 @@ class Chunks:
         size = min(self.num_models, _ENOUGH.get(device.type, _ENOUGH_ELSEWHERE) // self.bytes_each)
         room = int(_SHARE * free_memory(device)) // self.bytes_each
         self._memory_is_short = room < size
-        return max(1, min(size, room))
+        size = max(1, min(size, room))
+        return -(-self.num_models // -(-self.num_models // size))  # chunks of one size, or nearly
 
     def _words(self, stop: int) -> str:
         if min(self.size or stop, self.num_models) == 1:

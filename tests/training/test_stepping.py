@@ -529,3 +529,12 @@ def test_a_compiled_adam_works_out_its_bias_corrections_once_and_not_for_each_we
     assert outputs.shape == (M, B, K)
     kept = [tuple(node.meta["val"].shape) for node in graphs[0].graph.find_nodes(op="output")[0].args[0][2:]]
     assert kept.count((2, M)) == 2  # of two parameters, for both averages
+
+
+@pytest.mark.parametrize(("fit_at_once", "size"), [(8, 8), (7, 4), (4, 4), (3, 3), (2, 2), (1, 1)])
+def test_chunks_are_as_even_as_can_be(fit_at_once, size, monkeypatch):
+    """Eight models of which seven fit go by four and four: a last chunk of one would be the slowest."""
+    chunks = Chunks(ModelBatch([nn.Linear(2, 1) for _ in range(8)]))
+    monkeypatch.setattr("mbkit.training.chunks.free_memory", lambda device: 1 << 40)
+    chunks.bytes_each = (96 << 20) // fit_at_once
+    assert chunks.largest(torch.device("cpu")) == size
