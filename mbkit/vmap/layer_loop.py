@@ -145,11 +145,12 @@ def _rows(stack: Tensor, stacked: bool, copied: bool) -> Callable[[int], Tensor]
 
     What does not require gradients is a view, so that edits in place land in the stack. What does is one of the
     views of `unbind`, because M gradients of single slices would each be as large as the stack; torch lets nobody
-    edit such a view, so inputs, which may be edited, are copied, and the edits copied back.
+    edit such a view, so inputs, which may be edited, are copied, and the edits copied back. The slice of one model is
+    no larger than the stack, and a forward may edit its weights.
     """
     if not stacked:
         return lambda m: stack.clone()  # one model's edits in place are not the others' business
-    rows = stack.unbind() if stack.requires_grad else stack
+    rows = stack.unbind() if stack.requires_grad and len(stack) > 1 else stack
     return lambda m: rows[m].clone() if copied else rows[m]
 
 
