@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..vmap import LayoutMatters, State, tensors_in
+from ..vmap import HOOKS, LayoutMatters, State, tensors_in
 from .context import CallContext
 
 __all__ = ["Memory"]
@@ -21,7 +21,9 @@ class Memory:
     """
 
     def __init__(self, context: CallContext, before: State) -> None:
-        flags = tuple(module.training for module in context.template.modules())
+        modules = [vars(module) for module in context.template.modules()]
+        flags = tuple(mine["training"] for mine in modules)
+        self.hooks = [(mine[name], dict(mine[name])) for mine in modules for name in HOOKS]
         self.before = before
         self.steady: dict[int, weakref.ref] = context.steady.setdefault(flags, {})
         self.streams = context.streams.remember()
@@ -40,6 +42,10 @@ class Memory:
             RuntimeError: an edit cannot be undone, and the error may not be the user's own.
         """
         self.streams()
+        for hooks, given in self.hooks:
+            if hooks.keys() != given.keys():  # a forward that is cut short has not taken its hooks away
+                hooks.clear()
+                hooks.update(given)
         changed = None
         for tensor, version, copied in self.tensors:
             if copied is not None and copied.shape == tensor.shape:

@@ -309,3 +309,33 @@ def test_what_cannot_be_done_for_many_models_is_a_batching_error() -> None:
     with pytest.raises(BatchingError, match=r"0\.fc"):
         batch(torch.zeros(4, 3))
     assert list(batch.named_parameters()) == []
+
+
+class Watching(nn.Module):
+    """Collects hidden states by hooks that it puts on for the time of a call, and does what vmap cannot do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        seen: list[Tensor] = []
+        layers = (self.first, self.second)
+        handles = [layer.register_forward_hook(lambda layer, given, out: seen.append(out)) for layer in layers]
+        out = self.second(self.first(x))
+        largest = float(out.detach().numpy().max())
+        for handle in handles:
+            handle.remove()
+        return (out / largest, *seen)
+
+
+@pytest.mark.filterwarnings("ignore:.*model by model")
+def test_an_attempt_that_failed_leaves_no_hooks_behind():
+    models, x = [Watching().double() for _ in range(M)], torch.randn(5, 3, dtype=torch.float64)
+    batch = ModelBatch(models)
+    for _ in range(3):
+        outputs = batch(x)
+        for m, model in enumerate(models):
+            for got, expected in zip(outputs, model(x), strict=True):
+                close(got[m], expected)
+    assert not any(module._forward_hooks for module in batch.modules())
