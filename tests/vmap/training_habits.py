@@ -2,22 +2,25 @@
 
 A habit is what people do around the forward pass: two backward passes before an update, clipping, a scaler, gradients
 that are kept as zeros, a gradient penalty, edits of gradients in place, an evaluation between updates, models that are
-stopped, chunks. All run in a row on the same models, so that what one leaves behind meets the next.
+stopped, chunks, a compiled step (its traced graph, which is not handed to the compiler). All run in a row on the same
+models, so that what one leaves behind meets the next.
 """
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
+from unittest import mock
 
 import torch
+import torch._inductor
 from exactness_cases import Case
 from exactness_check import SEEDS, M, batch_inputs, build, gradients, inputs, loss_of, unlike
 from torch import Tensor, nn
 
 from mbkit import GradScaler, ModelBatch, OptimizerFactory, fit
 
-HABITS = "two passes,edited,clipped,scaled,kept as zeros,penalty,evaluated,frozen,chunks,one by one".split(",")
+HABITS = "two passes,edited,clipped,scaled,kept as zeros,penalty,evaluated,frozen,chunks,one by one,compiled".split(",")
 RATE, NORM, FROZEN, TOLERANCE = 0.05, 0.3, 1, 1e-10
 
 
@@ -121,6 +124,10 @@ class Together(Side):
             size = 2 if habit == "chunks" else 1
             pair = (tuple(x), torch.zeros(()))
             fit(self.module, self.optimizer, [pair], loss_of, chunk_size=size, shared_targets=True, progress=False)
+        elif habit == "compiled":
+            pair = (tuple(batch_inputs(self.case, self.shared, step, torch.float64)), torch.zeros(()))
+            with mock.patch("torch._inductor.compile", lambda graph, *_, **__: graph):
+                fit(self.module, self.optimizer, [pair], loss_of, compile=True, shared_targets=True, progress=False)
         else:
             super().run(habit, step)
 
@@ -140,7 +147,7 @@ def _problem(case: Case, shared: bool, without: str) -> str:
     models = [Alone(case, model, m, shared) for m, model in enumerate(build(case))]
     left_out = {without}
     if case.evaluate:
-        left_out |= {"evaluated", "chunks", "one by one"}  # these put the models into train mode
+        left_out |= {"evaluated", "chunks", "one by one", "compiled"}  # these put the models into train mode
     if any(p.is_complex() for model in models for p in model.module.parameters()):
         left_out.add("scaled")  # torch's own scaler has no kernel for them
     if not _differentiable_twice(case, shared):
@@ -164,7 +171,8 @@ def _problem(case: Case, shared: bool, without: str) -> str:
         for m in range(M):
             grads, state = expected[habit, m]
             found = unlike(state, states[m], TOLERANCE)
-            if not found and habit != "frozen":  # a gradient that waits for a frozen model is not applied
+            # A gradient that waits for a frozen model is not applied, and a compiled step leaves none behind.
+            if not found and habit not in ("frozen", "compiled"):
                 found = unlike(grads, gradients(together.module, m), TOLERANCE)
             if found:
                 return f"{habit}: model {m}: {found}"
