@@ -154,8 +154,8 @@ class Explorer:
 
 def test_lesson_1_answers_to_keyboard_and_mouse(lab, page):
     root, address = lab
-    shutil.copy(ROOT / "notebooks" / "01_stale_gradients.ipynb", root)
-    open_and_run(page, address, "01_stale_gradients.ipynb")
+    shutil.copy(ROOT / "notebooks" / "02_stale_gradients.ipynb", root)
+    open_and_run(page, address, "02_stale_gradients.ipynb")
     explorer = Explorer(page)
     first = explorer.settled()
     assert explorer["verdict"] == "DIVERGENT"
