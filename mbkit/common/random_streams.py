@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .python_random import PYTHON_GENERATORS, PythonGenerator, generator_marks, moved_generators
 
-__all__ = ["GENERATOR", "OwnDraws", "random_state", "seeded", "set_random_state"]
+__all__ = ["GENERATOR", "OwnDraws", "in_turn", "random_state", "seeded", "set_random_state"]
 
 
 def random_state() -> list[Tensor]:
@@ -88,3 +90,23 @@ def _kept() -> Iterator[None]:
         yield
     finally:
         set_random_state(state)
+
+
+def in_turn(models: Iterable[int]) -> Iterator[int]:
+    """Yield the models' numbers, each from the same state of the global random generators of torch, Python and NumPy.
+
+    So what is drawn while a model has its turn, in a callback for instance, is what would be drawn if it were the only
+    one, and afterwards the generators stand as if it had been.
+
+    Example:
+        >>> len({random.random() for _ in in_turn(range(3))})
+        1
+    """
+    start, marks = (random_state(), random.getstate(), np.random.get_state()), generator_marks()
+    for turn, m in enumerate(models):
+        if turn:
+            set_random_state(start[0])
+        if generator_marks() != marks:  # to set them takes a while
+            random.setstate(start[1])
+            np.random.set_state(start[2])
+        yield m

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..batch.clip import norm_limits
 from ..batch.targets import TargetForms, targets_at
-from ..common.checks import check_seeds, list_of_models, per_model
-from ..common.python_random import generator_marks
-from ..common.random_streams import OwnDraws, random_state, set_random_state
+from ..common.checks import check_seeds, list_of_models, per_model, settings_per_model
+from ..common.random_streams import OwnDraws, in_turn
 from .evaluation import batch_accuracy
 from .history import History, Step
 from .loop import Pairs, call, check_run, count_steps, detach, first_tensor, make_schedule, part, walk
@@ -36,6 +34,7 @@ def fit_alone(
     seeds: Sequence[int] | None = None,
     shared_input: bool = True,
     shared_targets: bool | None = None,
+    loss_settings: Mapping[str, Any] | None = None,
     scheduler: Any = None,
     scheduler_every: str = "epoch",
     max_norm: float | Sequence[float] | None = None,
@@ -57,6 +56,8 @@ def fit_alone(
         seeds: one per model; drawn from torch's global generator, as ModelBatch draws them, when absent.
         shared_input: False where inputs are [M, B, ...] and model m gets inputs[m].
         shared_targets: False where targets are [M, B, ...]; told by their shape when absent.
+        loss_settings: keyword arguments of loss_fn, each one value for all models or one per model, as a list of M or
+            a tensor [M, ...]: with {"beta": [0.1, 1.0, 4.0]} model 1 is trained on loss_fn(outputs, targets, beta=1.0).
         scheduler: a callable that makes an lr scheduler from an optimizer, or a list of M.
         max_norm: clip each model's gradient to this norm; one number or one per model.
         callback: called with each Step, whose `model` says whose it is; returning False ends *that model's* training.
@@ -66,9 +67,10 @@ def fit_alone(
 
     Raises:
         TypeError: batches or configs of the wrong kind, or an iterator that would be used up; a scheduler that is not
-            callable.
-        ValueError: fewer than 1 epoch, an empty walk, no model, another number of configs or seeds than models, a
-            max_norm that is not positive; one module or parameter in two models; parameters on the meta device.
+            callable; loss_settings that are no dict.
+        ValueError: fewer than 1 epoch, an empty walk, no model, another number of configs, seeds or values of a loss
+            setting than models, a max_norm that is not positive; one module or parameter in two models; parameters
+            on the meta device.
 
     Example:
         >>> models = [nn.Linear(4, 2) for _ in range(3)]
@@ -91,7 +93,8 @@ def fit_alone(
     lones = [LoneTrainer(model, seed, optimizer_cls, *rest) for model, seed, *rest in each]
     device = next((p.device for model in models for p in model.parameters()), torch.device("cpu"))
     forms = TargetForms(shared_targets)
-    losses = [loss_of_model(loss_fn, m, num_models, forms) for m in range(num_models)]
+    own_losses = [partial(loss_fn, **own) for own in settings_per_model(loss_settings, num_models, "loss_settings")]
+    losses = [loss_of_model(own, m, num_models, forms) for m, own in enumerate(own_losses)]
     total = count_steps(batches, epochs * num_models)
     with Recording(num_models, total, alone=True, progress=progress) as run:
         going, index = list(range(num_models)), 0
@@ -196,26 +199,6 @@ def lone_step(
     optimizer.step()
     torch.clear_autocast_cache()
     return loss.detach(), detach(outputs)
-
-
-def in_turn(models: Iterable[int]) -> Iterator[int]:
-    """Yield the models' numbers, each from the same state of the global random generators of torch, Python and NumPy.
-
-    So what is drawn while a model has its turn, in a callback for instance, is what would be drawn if it were the only
-    one, and afterwards the generators stand as if it had been.
-
-    Example:
-        >>> len({random.random() for _ in in_turn(range(3))})
-        1
-    """
-    start, marks = (random_state(), random.getstate(), numpy.random.get_state()), generator_marks()
-    for turn, m in enumerate(models):
-        if turn:
-            set_random_state(start[0])
-        if generator_marks() != marks:  # to set them takes a while
-            random.setstate(start[1])
-            numpy.random.set_state(start[2])
-        yield m
 
 
 def fresh(tree: Any) -> Any:

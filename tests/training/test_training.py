@@ -74,6 +74,22 @@ def test_both_loops_equal_the_loop_by_hand(setting):
     assert alone.step_seconds.shape == (8, M)
 
 
+@pytest.mark.parametrize("betas", [[0.1, 1.0, 4.0, 0.0], torch.rand(M, 3), 0.5], ids=["numbers", "tensors", "one"])
+def test_each_model_alone_has_its_own_settings_of_the_loss(betas):
+    def loss_fn(outputs, targets, beta, smoothing):
+        return cross_entropy(outputs, targets, label_smoothing=smoothing) + (beta * outputs.square()).mean()
+
+    models, pairs, expected = classifiers(), points(), []
+    for m in range(M):
+        beta = betas if isinstance(betas, float) else betas[m]
+        own = functools.partial(loss_fn, beta=beta, smoothing=0.2)
+        trained = trained_alone(models[m : m + 1], pairs, loss_fn=own, seeds=SEEDS[m : m + 1], configs=CONFIGS[m])
+        expected += trained
+    settings = {"beta": betas, "smoothing": 0.2}
+    fit_alone(models, SGD, CONFIGS, pairs, loss_fn, seeds=SEEDS, loss_settings=settings)
+    assert_same_parameters(models, expected, tolerance=0)
+
+
 def test_inside_one_autocast_all_is_as_with_an_autocast_per_step():
     torch.set_default_dtype(torch.float32)
     models, pairs = classifiers(), points(6)

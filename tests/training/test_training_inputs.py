@@ -66,6 +66,12 @@ REFUSED_BY_FIT_ALONE = {
     "a norm of zero": (ValueError, "positive", lambda: {"max_norm": [1.0, 1.0, 0.0, 1.0]}),
     "a norm that is no number": (ValueError, "positive", lambda: {"max_norm": float("nan")}),
     "a norm in words": (TypeError, "number as max_norm", lambda: {"max_norm": "1"}),
+    "loss settings in a list": (TypeError, "loss_settings as a dict", lambda: {"loss_settings": [0.1] * M}),
+    "too few loss settings": (
+        ValueError,
+        r"4 values of beta \(one per model\), got 2",
+        lambda: {"loss_settings": {"beta": [0.1, 0.2]}},
+    ),
     "one model given often": (
         ValueError,
         "'0.weight' of model 1 in model 0",
