@@ -12,7 +12,7 @@ from torch.utils._pytree import keystr, register_pytree_node, tree_flatten_with_
 
 __all__ = [
     "check_inputs", "check_numbers", "check_output", "check_seeds", "did_you_mean", "flag", "list_of_models",
-    "memory_of", "open_mappings", "per_model", "settings_per_model", "whole_number",
+    "memory_of", "model_numbers", "open_mappings", "per_model", "settings_per_model", "whole_number",
 ]  # fmt: skip
 
 _MAX_SEED = 2**63 - 1
@@ -53,6 +53,26 @@ def whole_number(value: Any, name: str, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"Expected at least {least} as {name}, got {value}: pass {least} or more.")
     return value
+
+
+def model_numbers(models: Any, num_models: int) -> list[int]:
+    """Return the numbers of some of M models as a list from 0 on; -1 is the last model.
+
+    Raises:
+        TypeError: something that is not a whole number.
+        IndexError: there is no such model.
+
+    Example:
+        >>> model_numbers([2, -1], 4)
+        [2, 3]
+    """
+    numbers = list(models) if isinstance(models, Iterable) and not isinstance(models, str) else [models]
+    for m in numbers:
+        if isinstance(m, bool) or not isinstance(m, int):
+            raise TypeError(f"Expected a model's number, or several, got {m!r}: pass 0 to {num_models - 1}.")
+        if not -num_models <= m < num_models:
+            raise IndexError(f"Expected models from 0 to {num_models - 1}, got {m}.")
+    return [m % num_models for m in numbers]
 
 
 def memory_of(tensor: Tensor) -> tuple[int, int]:

@@ -2,5 +2,8 @@
 
 from .configs import create_adam_configs, create_lr_sweep_configs, create_sgd_configs
 from .factory import OptimizerFactory
+from .schedulers import select_scheduler
 
-__all__ = ["OptimizerFactory", "create_adam_configs", "create_lr_sweep_configs", "create_sgd_configs"]
+__all__ = [
+    "OptimizerFactory", "create_adam_configs", "create_lr_sweep_configs", "create_sgd_configs", "select_scheduler",
+]  # fmt: skip

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.context import context_of
-from .hyperparameters import SWITCHES
+from .hyperparameters import SWITCHES, numbers_of
+from .model_states import CanSelect
 
-__all__ = ["BatchOptimizer", "construct", "numbers_of", "parameters_of"]
+__all__ = ["BatchOptimizer", "construct", "parameters_of"]
 
 
-class BatchOptimizer(torch.optim.Optimizer):
+class BatchOptimizer(CanSelect, torch.optim.Optimizer):
     """Base of the optimizers that `OptimizerFactory` makes: a `torch.optim.Optimizer` over a batch.
 
     `param_groups[m]` holds model m's hyperparameters as plain numbers; read and write them at any time. Group 0's
@@ -166,7 +167,7 @@ class BatchOptimizer(torch.optim.Optimizer):
         )
         self._fill_state(lone, m)
         for own, group in zip(lone.param_groups, self.groups_of(m), strict=True):
-            own.update(numbers_of(group))
+            own.update({name: value for name, value in numbers_of(group).items() if name not in SWITCHES})
         lone.model = model  # type: ignore[attr-defined]
         return lone
 
@@ -196,9 +197,7 @@ class BatchOptimizer(torch.optim.Optimizer):
                 f"Expected a dict with 'state' and 'param_groups', got {got}: pass what state_dict() of an optimizer "
                 "of a batch returned."
             )
-        # Newer versions of torch give some classes another flag; a state saved before has it at its default.
-        flags = {name: value for name, value in self.defaults.items() if isinstance(value, bool)}
-        groups = [{**flags, **group} for group in state_dict["param_groups"]]
+        groups = state_dict["param_groups"]
         if len(groups) != len(self.param_groups):
             size = len(self._names)
             each = f" with {size} groups of parameters each" if size > 1 else ""
@@ -206,13 +205,7 @@ class BatchOptimizer(torch.optim.Optimizer):
                 f"Expected the state of {self.num_models} models{each}, got one of {len(groups)} groups: load it into "
                 f"a batch of as many models, with the groups that it was saved from."
             )
-        for group in groups:
-            missing = [name for name in self.defaults if name not in group and name not in SWITCHES]
-            if missing:
-                raise ValueError(
-                    f"Expected the state of {self.optimizer_cls.__name__}, got one without {', '.join(missing)}: "
-                    "create the optimizer from the class that the state was saved from."
-                )
+        groups = self._whole(groups)
         count = iter(range(len(self._params())))
         expected = [[next(count) for _ in group["params"]] for group in self.param_groups]
         got = [list(group["params"]) for group in groups]
@@ -220,6 +213,18 @@ class BatchOptimizer(torch.optim.Optimizer):
             raise self._foreign(f"parameters numbered {expected[: len(self._names)]} in the groups", got)
         self._check_state(state_dict["state"], groups)
         super().load_state_dict({**state_dict, "param_groups": groups})
+
+    def _whole(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return groups that were saved, with the flags that newer versions of torch have given to some classes."""
+        flags = {name: value for name, value in self.defaults.items() if isinstance(value, bool)}
+        for group in groups:
+            missing = [name for name in self.defaults if name not in {*group, *flags, *SWITCHES}]
+            if missing:
+                raise ValueError(
+                    f"Expected the state of {self.optimizer_cls.__name__}, got one without {', '.join(missing)}: "
+                    "create the optimizer from the class that the state was saved from."
+                )
+        return [{**flags, **group} for group in groups]
 
     def _check_state(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
         """Refuse a state that is not whole, or that belongs to another optimizer or architecture."""
@@ -245,11 +250,6 @@ class BatchOptimizer(torch.optim.Optimizer):
 
 def _shapes(shapes: dict[str, torch.Size]) -> str:
     return ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-
-
-def numbers_of(group: dict[str, Any]) -> dict[str, Any]:
-    """Return a group's hyperparameters, all but its parameters."""
-    return {name: value for name, value in group.items() if name != "params"}
 
 
 def parameters_of(groups: Sequence[dict[str, Any]]) -> list[nn.Parameter]:

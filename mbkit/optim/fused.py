@@ -17,10 +17,22 @@ from torch import Tensor
 
 from .hyperparameters import Columns
 
-__all__ = ["can_fuse", "fused_adam_"]
+__all__ = ["can_fuse", "fused_adam_", "prefers_kernel"]
 
 _WORTH = 16_384  # parameters of one model
 _FEW = 3  # models
+
+
+def prefers_kernel(optimizer_cls: type[torch.optim.Optimizer], params: Sequence[Tensor], columns: Columns) -> bool:
+    """Say whether the kernel knows this update and is faster: for models that are large or few, or had it before."""
+    num_models = len(columns.groups)
+    return (
+        optimizer_cls in (torch.optim.Adam, torch.optim.AdamW)
+        and columns.fused is not False
+        and (columns.fused or num_models <= _FEW or sum(p.numel() for p in params) >= _WORTH * num_models)
+        and all(columns.on(name) is False for name in ("amsgrad", "maximize"))
+        and columns.on("decoupled_weight_decay") is not None
+    )
 
 
 def can_fuse(
@@ -29,14 +41,9 @@ def can_fuse(
     states: Sequence[dict[str, Tensor]],
     columns: Columns,
 ) -> bool:
-    """Say whether the kernel knows this update and is faster: on a CPU, for float32 models that are large or few."""
-    num_models = len(columns.groups)
+    """Say whether the kernel is to be used, and can be: on a CPU, for float32 tensors."""
     return (
-        optimizer_cls in (torch.optim.Adam, torch.optim.AdamW)
-        and (num_models <= _FEW or sum(p.numel() for p in params) >= _WORTH * num_models)
-        and all(columns.on(name) is False for name in ("amsgrad", "maximize"))
-        and columns.on("decoupled_weight_decay") is not None
-        and not any(group.get("fused") is False for group in columns.groups)
+        prefers_kernel(optimizer_cls, params, columns)
         and all(map(_is_plain, params))
         and all(state["step"].dtype == torch.float32 and state["step"].is_contiguous() for state in states)
     )

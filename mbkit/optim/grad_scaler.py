@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..batch.context import context_of
 from ..batch.freeze import nonfinite_models
-from ..common.checks import whole_number
+from ..common.checks import model_numbers, whole_number
 from .base import BatchOptimizer, parameters_of
 
 __all__ = ["GradScaler"]
@@ -171,6 +172,22 @@ class GradScaler(torch.amp.GradScaler):
         if self._growth_tracker is not None:
             return self._growth_tracker.tolist()
         return self._init_growth_tracker if self._enabled else 0
+
+    def select(self, models: Iterable[int]) -> GradScaler:
+        """Return a scaler that goes on with some of the models, between two steps.
+
+        Scalers of several batches are merged by `load_state_dict`, their lists of scales and counts put together.
+
+        Raises:
+            TypeError, IndexError: models that are not whole numbers, or that are not there.
+        """
+        chosen = copy.deepcopy(self)  # which has the scales as lists, as a saved one has
+        if isinstance(chosen._init_scale, list):
+            numbers = model_numbers(models, len(chosen._init_scale))
+            chosen._init_scale = [chosen._init_scale[m] for m in numbers]
+            chosen._init_growth_tracker = [chosen._init_growth_tracker[m] for m in numbers]
+        chosen._frozen = None
+        return chosen
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned: torch's entries, "scale" and "_growth_tracker" with M numbers each.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ALL", "SWITCHES", "Columns", "Hyperparameters", "ModelGroup", "cut", "plain"]
+__all__ = ["ALL", "SWITCHES", "Columns", "Hyperparameters", "ModelGroup", "cut", "numbers_of", "plain"]
 
 SWITCHES = ("foreach", "fused", "capturable", "differentiable")
 """Arguments of torch.optim's classes that choose an implementation, not an update."""
@@ -30,6 +30,11 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # torch and numpy
         value = value.tolist()
     return tuple(value) if isinstance(value, list) else value
+
+
+def numbers_of(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group's hyperparameters, all but its parameters."""
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 class ModelGroup(MutableMapping, dict):
@@ -77,11 +82,13 @@ class Columns:
 
     Attributes:
         flags: for each name True or False where all models agree on whether it is nonzero, else None.
+        fused: False if a model is not to have torch's fused kernel, True if all are to have it, else None.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], names: Iterable[str]) -> None:
         self.names = tuple(names)
-        self.changed = set(self.names)
+        self.changed = {*self.names, "fused"}
+        self.fused: bool | None = None
         self.groups = [ModelGroup(group, self.changed) for group in groups]
         self.flags: dict[str, bool | None] = {}
         self._values: dict[str, Tensor] = {}
@@ -95,6 +102,9 @@ class Columns:
             self.flags[name] = True if all(values) else None if any(values) else False
             for device, columns in self._devices.items():
                 columns[name] = _move(self._values[name], device)
+        if "fused" in self.changed:
+            given = {group.get("fused") for group in self.groups}
+            self.fused = given.pop() if len(given) == 1 else False if False in given else None
         self.changed.clear()
 
     def on(self, name: str) -> bool | None:

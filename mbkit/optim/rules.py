@@ -15,7 +15,8 @@ that take a number but no tensor are written so that the bits stay:
     x.addcdiv_(y, z, value=a)      x.addcdiv_(y * a, z)             (a*y)/z
 
 Where all models agree on a branch of the lone code (`weight_decay != 0`, nesterov, amsgrad …) it is a Python branch;
-where they differ, both are computed and `torch.where` picks. No rule reads a tensor's value in Python, so all of them
+where they differ, both are computed and `torch.where` picks, also what is kept: a model's state does not depend on who
+else is in the batch. No rule reads a tensor's value in Python, so all of them
 can be compiled and never wait for the device.
 """
 
@@ -72,7 +73,8 @@ def adam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) ->
         _lerp(state["exp_avg"], grad, take1)
         second.mul_(keep2).addcmul_(grad * take2, grad)
         if amsgrad[i] is not False:
-            largest = torch.maximum(state["max_exp_avg_sq"], second, out=state["max_exp_avg_sq"])
+            largest = state["max_exp_avg_sq"]
+            largest.copy_(_choose(amsgrad[i], torch.maximum(largest, second), largest))
             second = _choose(amsgrad[i], largest, second)
         denominator = _shift_((second.sqrt() / root).to(param.dtype), eps)
         param.addcdiv_(state["exp_avg"] * step_size, denominator)
@@ -88,7 +90,8 @@ def rmsprop(params: Tensors, grads: Tensors, states: States, h: Hyperparameters)
         param, grad, state = params[i], grads[i], states[i]
         square = state["square_avg"].mul_(keep).addcmul_(grad * take, grad)
         if centered[i] is not False:
-            mean = _lerp(state["grad_avg"], grad, take)
+            mean = state["grad_avg"]
+            mean.copy_(_choose(centered[i], _lerp(mean.clone(), grad, take), mean))
             square = _choose(centered[i], torch.addcmul(square, mean, mean, value=-1), square)
         root = _shift_(square.sqrt(), eps)
         if uses[i] is False:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..batch.freeze import rows_where
 from ..vmap import models_with_gradient
 from .base import BatchOptimizer, construct
-from .fused import can_fuse, fused_adam_
+from .fused import can_fuse, fused_adam_, prefers_kernel
 from .hyperparameters import ALL, SWITCHES, Columns, cut
 from .rules import RULES, Rule
 
@@ -134,22 +134,60 @@ class StackedOptimizer(BatchOptimizer):
             return {}  # SGD without momentum
         state = self.state[param]
         for name in (*rule.counts, *rule.state, *optional):
-            if name in state:
-                continue
-            if name in rule.counts:
-                wide = torch.get_default_dtype() == torch.float64  # as in torch.optim
-                kind = {"dtype": torch.float64 if wide else torch.float32, "device": param.device}
-                state[name] = torch.full((self.num_models,), rule.counts[name], **kind)
-            else:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                if name == "sum":
-                    real = _real(state[name])  # torch starts both parts of a complex sum from the value
-                    h = columns.at([real])
-                    real += h.spread(h["initial_accumulator_value"])[0]
+            if name not in state:
+                state[name] = self._start(name, param, columns)
         device, dtype = param.device, param.dtype
         for name, value in state.items():
             if value.device != device or (value.dtype != dtype and name not in rule.counts):
                 state[name] = value.to(device, value.dtype if name in rule.counts else dtype)
+        return state
+
+    def _start(self, name: str, param: nn.Parameter, columns: Columns) -> Tensor:
+        """Return what a parameter's state is before the first step."""
+        if name in self.rule.counts:
+            wide = torch.get_default_dtype() == torch.float64  # as in torch.optim
+            kind = {"dtype": torch.float64 if wide else torch.float32, "device": param.device}
+            return torch.full((self.num_models,), self.rule.counts[name], **kind)
+        state = torch.zeros_like(param, memory_format=torch.preserve_format)
+        if name == "sum":
+            real = _real(state.detach())  # torch starts both parts of a complex sum from the value
+            h = columns.at([real])
+            real += h.spread(h["initial_accumulator_value"])[0]
+        return state.detach()
+
+    def get_model_states(self, models: Iterable[int] | None = None) -> list[dict[str, Any]]:
+        states = super().get_model_states(models)
+        for g, columns in enumerate(self.columns):  # which kernel updates a model stays, however many it is then among
+            trained = [param for param in columns.groups[0]["params"] if param.requires_grad]
+            fused = prefers_kernel(self.optimizer_cls, trained, columns)
+            for state in states:
+                if state.get(f"param_groups/{g}/fused", False) is None:
+                    state[f"param_groups/{g}/fused"] = fused
+        return states
+
+    get_model_states.__doc__ = BatchOptimizer.get_model_states.__doc__
+
+    def _state_of(self, state: dict[Any, Any], m: int) -> dict[Any, Any]:
+        return {i: {name: value[m] for name, value in own.items()} for i, own in state.items()}
+
+    def _state_from(self, rows: Sequence[dict[Any, Any]], groups: list[dict[str, Any]]) -> dict[Any, Any]:
+        state: dict[Any, Any] = {}
+        for own, columns in zip(groups[: len(self._names)], self._columns_of(groups), strict=True):
+            columns.refresh()
+            for i in own["params"]:
+                param, kept = self._params()[i], [row.get(i, {}) for row in rows]
+                for name in {name: None for row in kept for name in row}:
+                    given = {m: row[name] for m, row in enumerate(kept) if name in row}
+                    for m, value in given.items():
+                        shape = () if name in self.rule.counts else param.shape[1:]
+                        if not isinstance(value, Tensor) or value.shape != shape:
+                            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                            raise self._foreign(f"{name!r} of shape {tuple(shape)}", f"{got} for model {m}")
+                    # A model that has no such state yet begins as it would without the others.
+                    whole = self._start(name, param, columns).to(next(iter(given.values())).dtype)
+                    for m, value in given.items():
+                        whole[m] = value
+                    state.setdefault(i, {})[name] = whole
         return state
 
     def _fill_state(self, lone: torch.optim.Optimizer, m: int) -> None:

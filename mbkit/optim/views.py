@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..batch.context import context_of
 from ..vmap import models_with_gradient
-from .base import BatchOptimizer, construct, numbers_of, parameters_of
-from .hyperparameters import ModelGroup
+from .base import BatchOptimizer, construct, parameters_of
+from .hyperparameters import ModelGroup, numbers_of
 
 __all__ = ["ViewsOptimizer"]
 
@@ -74,10 +74,9 @@ class ViewsOptimizer(BatchOptimizer):
                     )
 
     def _step_alone(self, m: int, grads: list[Tensor | None]) -> None:
-        lone, groups, written = self.lone[m], self.groups_of(m), self._written[m]
+        lone = self.lone[m]
         views = parameters_of(lone.param_groups)
-        for own, group in zip(lone.param_groups, groups, strict=True):
-            own.update({name: group[name] for name in written if name in group and name != "params"})
+        self._exchange(m)
         try:
             for view, grad in zip(views, grads, strict=True):
                 view.grad = grad
@@ -92,7 +91,15 @@ class ViewsOptimizer(BatchOptimizer):
         finally:
             for view in views:
                 view.grad = None
-        for own, group in zip(lone.param_groups, groups, strict=True):
+        self._exchange(m)
+
+    def _exchange(self, m: int) -> None:
+        """Tell the lone optimizer what was written into `param_groups`; take over what it wrote into its own groups."""
+        written = self._written[m]
+        pairs = list(zip(self.lone[m].param_groups, self.groups_of(m), strict=True))
+        for own, group in pairs:
+            own.update({name: group[name] for name in written if name in group and name != "params"})
+        for own, group in pairs:
             group.update(numbers_of(own))  # some classes write their own step size there
         written.clear()
 
@@ -126,8 +133,27 @@ class ViewsOptimizer(BatchOptimizer):
 
     def _gather(self) -> defaultdict[Any, Any]:
         self._follow(self._params())
+        for m in range(self.num_models):
+            self._exchange(m)
         models = [lone.state_dict() for lone in self.lone]
         return defaultdict(dict, models=models, shapes=self._shapes(), dtypes=self._dtypes(), forms=_forms(models))
+
+    def _state_of(self, state: dict[Any, Any], m: int) -> dict[Any, Any]:
+        return state["models"][m]["state"]
+
+    def _state_from(self, rows: Sequence[dict[Any, Any]], groups: Sequence[dict[str, Any]]) -> dict[Any, Any]:
+        size, own = len(self._names), self.lone[0].state_dict()["param_groups"]
+        models = [
+            {
+                "state": row,
+                "param_groups": [
+                    {**group, "params": mine["params"]}
+                    for group, mine in zip(groups[m * size : (m + 1) * size], own, strict=True)
+                ],
+            }
+            for m, row in enumerate(rows)
+        ]
+        return {"models": models, "shapes": self._shapes(), "dtypes": self._dtypes(), "forms": _forms(models)}
 
     def _shapes(self) -> list[tuple[int, ...]]:
         return [tuple(param.shape) for param in self._params()]

@@ -1,0 +1,245 @@
+"""Some of the models go on in a smaller batch, or in a merged one, as in the wide one and as alone."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from optimizers import M, config_of, every_class, gradients, largest_difference, shapes, start, step_alone, step_batch
+from safetensors.torch import load_file, save_file
+from test_optim_groups import alone as alone_in_groups
+from test_optim_groups import start as start_in_groups
+from test_optim_schedulers import CONFIGS, EPOCHS, SCHEDULERS, step
+from torch import nn, optim
+from torch.optim import lr_scheduler as sched
+
+from mbkit import GradScaler, ModelBatch
+from mbkit.optim import OptimizerFactory, select_scheduler
+from mbkit.optim.base import BatchOptimizer
+
+CHOSEN = [3, 1]
+
+
+def part_of(batch: ModelBatch, models: list[int] = CHOSEN) -> ModelBatch:
+    return ModelBatch([batch[m] for m in models])
+
+
+def step_part(optimizer: BatchOptimizer, batch: ModelBatch, models: list[int], steps: range) -> None:
+    for t in steps:
+        for p, g in zip(batch.parameters(), gradients(next(batch.parameters()).dtype, t), strict=True):
+            p.grad = None if g is None else g[models].clone()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("in_groups", [False, True], ids=["one group", "groups"])
+@every_class
+def test_the_selected_go_on_as_in_the_wide_batch_and_alone(case: tuple[type, dict], in_groups: bool) -> None:
+    cls, hyperparameters = case
+    models, batch, optimizer = (start_in_groups if in_groups else start)(*case)
+    lones = [
+        alone_in_groups(*case, models[m], m)
+        if in_groups
+        else cls(models[m].parameters(), **config_of(hyperparameters, m))
+        for m in CHOSEN
+    ]
+    step_batch(optimizer, batch, range(5))
+    optimizer.groups_of(1)[-1]["lr"] = 0.02
+    small = part_of(batch)
+    chosen = optimizer.select(CHOSEN, small)
+    step_part(chosen, small, CHOSEN, range(5, 10))
+    step_batch(optimizer, batch, range(5, 10))
+    for i, (m, lone) in enumerate(zip(CHOSEN, lones, strict=True)):
+        step_alone(lone, models[m], m, range(5))
+        lone.param_groups[-1]["lr"] = optimizer.groups_of(m)[-1]["lr"]
+        step_alone(lone, models[m], m, range(5, 10))
+        for p, wide, own in zip(small.parameters(), batch.parameters(), models[m].parameters(), strict=True):
+            assert torch.equal(p[i], wide[m])
+            assert torch.equal(p[i], own)
+    wide, own = optimizer.get_model_states(CHOSEN), chosen.get_model_states()
+    assert [state.keys() for state in wide] == [state.keys() for state in own]
+    for before, after in zip(wide, own, strict=True):
+        for name, value in before.items():
+            assert torch.equal(value, after[name]) if torch.is_tensor(value) else value == after[name], name
+
+
+@pytest.mark.parametrize(("width", "flags"), [(8, False), (200, False), (200, [True, False, False, False, False])])
+def test_the_kernel_that_updates_a_model_stays(width: int, flags: object) -> None:
+    """Small models take Adam's fused kernel if they are few; large ones take it unless one of them has amsgrad."""
+    torch.manual_seed(0)
+    batch = ModelBatch([nn.Linear(100, width) for _ in range(5)])
+    optimizer = OptimizerFactory(optim.AdamW).create_optimizer(batch, lr=0.01, amsgrad=flags)
+
+    def both(*pairs: tuple[BatchOptimizer, ModelBatch, slice | list[int]]) -> None:
+        grads = [torch.randn_like(p) for p in batch.parameters()]
+        for its, one, models in pairs:
+            for p, g in zip(one.parameters(), grads, strict=True):
+                p.grad = g[models].clone()
+            its.step()
+
+    for _ in range(3):
+        both((optimizer, batch, slice(None)))
+    small = part_of(batch, [4, 2])
+    chosen = optimizer.select([4, 2], small)
+    one = part_of(small, [1])
+    last = chosen.select([1], one)
+    for _ in range(20):
+        both((optimizer, batch, slice(None)), (chosen, small, [4, 2]), (last, one, [2]))
+    for p, q, r in zip(batch.parameters(), small.parameters(), one.parameters(), strict=True):
+        assert torch.equal(p[[4, 2]], q)
+        assert torch.equal(p[2], r[0])
+
+
+@pytest.mark.parametrize("way", ["merge", "files"])
+@every_class
+def test_models_of_several_batches_go_on_in_one(case: tuple[type, dict], way: str, tmp_path: Path) -> None:
+    """One batch has made six steps, the other none; the order of the models changes."""
+    cls, hyperparameters = case
+    models = shapes(torch.float64)
+    batches, optimizers = [], []
+    for own, steps in (([2, 0], 6), ([3, 1], 0)):
+        batches.append(ModelBatch([models[m] for m in own]))
+        numbers = {k: [v[m] for m in own] if isinstance(v, list) else v for k, v in hyperparameters.items()}
+        optimizers.append(OptimizerFactory(cls).create_optimizer(batches[-1], **numbers))
+        step_part(optimizers[-1], batches[-1], own, range(steps))
+    merged = ModelBatch([model for batch in batches for model in batch.models])
+    if way == "merge":
+        optimizer = BatchOptimizer.merge(optimizers, merged)
+    else:
+        states = [state for one in optimizers for state in one.get_model_states()]
+        tensors = {f"{m}/{k}": v for m, own in enumerate(states) for k, v in own.items() if torch.is_tensor(v)}
+        save_file(tensors, tmp_path / "states.safetensors")
+        rest = json.dumps([{k: v for k, v in own.items() if not torch.is_tensor(v)} for own in states])
+        tensors, states = load_file(tmp_path / "states.safetensors"), json.loads(rest)
+        for m, own in enumerate(states):
+            own |= {k.removeprefix(f"{m}/"): v for k, v in tensors.items() if k.startswith(f"{m}/")}
+        numbers = {k: [v[m] for m in (2, 0, 3, 1)] if isinstance(v, list) else v for k, v in hyperparameters.items()}
+        optimizer = OptimizerFactory(cls).create_optimizer(merged, **numbers)
+        for group in optimizer.param_groups:
+            group["lr"] = 9.0
+        optimizer.load_model_states(states)
+    step_part(optimizer, merged, [2, 0, 3, 1], range(6, 12))
+    for m, steps in ((2, range(12)), (0, range(12)), (3, range(6, 12)), (1, range(6, 12))):
+        step_alone(cls(models[m].parameters(), **config_of(hyperparameters, m)), models[m], m, steps)
+    assert largest_difference(merged, [models[m] for m in (2, 0, 3, 1)]) <= 1e-12
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
+    _, batch, optimizer = start(optim.Adam, {"lr": [0.1, 0.2, 0.3, 0.4]})
+    step_batch(optimizer, batch, range(2))
+    small = part_of(batch)
+    chosen = optimizer.select(CHOSEN, small)
+    before = chosen.get_model_states()
+    with pytest.raises(IndexError, match="from 0 to 3, got 4"):
+        optimizer.select([1, 4], small)
+    with pytest.raises(ValueError, match=r"a batch of 3 models with scalar .*, got one of 2 models"):
+        optimizer.select([0, 1, 2], small)
+    with pytest.raises(ValueError, match=r"got one of 2 models with weight \[1, 2\]"):
+        optimizer.select([0, 1], ModelBatch([nn.Linear(2, 1) for _ in range(2)]))
+    with pytest.raises(ValueError, match="Expected optimizers of one class"):
+        BatchOptimizer.merge([chosen, start(optim.SGD, {})[2]], ModelBatch([*small.models, *batch.models]))
+    damages = {
+        r"Expected 2 states \(one per model\), got 1": lambda states: states.pop(),
+        "got 'state/other/exp_avg' of model 1": lambda states: states[1].update({"state/other/exp_avg": 1}),
+        r"'exp_avg' of shape \(7, 11\), got \(3,\) for model 1": lambda states: states[1].update(
+            {"state/weight/exp_avg": torch.ones(3)}
+        ),
+        r"'step' of shape \(\), got float for model 0": lambda states: states[0].update({"state/weight/step": 3.0}),
+        "without lr": lambda states: states[1].pop("param_groups/0/lr"),
+        "got 'param_groups/1/lr' of model 0": lambda states: states[0].update({"param_groups/1/lr": 0.1}),
+    }
+    for message, damage in damages.items():
+        states = optimizer.get_model_states([0, 2])
+        damage(states)
+        with pytest.raises(ValueError, match=message):
+            chosen.load_model_states(states)
+        assert str(chosen.get_model_states()) == str(before)
+
+
+# ---------------------------------------------------------------------- schedulers and scalers
+
+
+def together(make_wide, make_alone, select) -> None:
+    """Half of the epochs in a batch of M, half in one of two; the lone schedulers are those of the chosen models."""
+    batch = ModelBatch(shapes(torch.float32))
+    optimizer = OptimizerFactory(optim.SGD, {"momentum": 0.9}).create_optimizer(batch, lr=[0.1, 0.03, 0.01, 0.003])
+    lone = [optim.SGD([nn.Parameter(torch.ones(1))], lr=lr, momentum=0.9) for lr in (0.003, 0.03)]
+    scheduler, alone = make_wide(optimizer), [make_alone(one, m) for one, m in zip(lone, CHOSEN, strict=True)]
+    for epoch in range(EPOCHS):
+        if epoch == EPOCHS // 2:
+            batch = part_of(batch)
+            optimizer = optimizer.select(CHOSEN, batch)
+            scheduler = select(scheduler, CHOSEN, optimizer)
+            gc.collect()
+        optimizer.step()
+        step(scheduler, epoch)
+        for one, its in zip(lone, alone, strict=True):
+            one.step()
+            step(its, epoch)
+        if epoch >= EPOCHS // 2:
+            got = [(group["lr"], group["momentum"]) for group in optimizer.param_groups]
+            assert got == [(one.param_groups[0]["lr"], one.param_groups[0]["momentum"]) for one in lone]
+            assert scheduler.get_last_lr() == [its.get_last_lr()[0] for its in alone]
+    assert len(scheduler.optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_one_scheduler_over_all_goes_on(name: str) -> None:
+    together(SCHEDULERS[name], lambda optimizer, m: SCHEDULERS[name](optimizer), select_scheduler)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CONFIGS if cls is not sched.ReduceLROnPlateau])
+def test_schedulers_of_single_models_go_on(cls: type) -> None:
+    together(
+        lambda optimizer: OptimizerFactory.create_lr_scheduler(optimizer, cls, CONFIGS[cls]),
+        lambda optimizer, m: cls(optimizer, **CONFIGS[cls][m]),
+        lambda schedulers, models, optimizer: schedulers.select(models, optimizer),
+    )
+
+
+def test_a_scheduler_that_was_not_stepped_yet_goes_on_without_a_word() -> None:
+    _, batch, optimizer = start(optim.SGD, {"lr": 0.1})
+    schedulers = [
+        sched.StepLR(optimizer, 1),
+        OptimizerFactory.create_lr_scheduler(optimizer, sched.StepLR, {"step_size": 1}),
+    ]
+    step_batch(optimizer, batch, range(1))
+    chosen = optimizer.select(CHOSEN, part_of(batch))
+    for scheduler in schedulers:
+        select_scheduler(scheduler, CHOSEN, chosen).step()
+    assert [group["lr"] for group in chosen.param_groups] == pytest.approx([0.001] * 2)
+    with pytest.raises(ValueError, match="Expected an optimizer of 3 models, got one of 2"):
+        select_scheduler(schedulers[0], [0, 1, 2], chosen)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_scaler_goes_on(begun: bool) -> None:
+    """Model 1 overflows in the third step, model 2 in the fifth."""
+    settings = {"init_scale": 8.0, "growth_interval": 2}
+    lone = [torch.amp.GradScaler("cpu", **settings) for _ in CHOSEN]
+    batch = ModelBatch([nn.Linear(2, 1) for _ in range(M)])
+    optimizer = OptimizerFactory(optim.SGD).create_optimizer(batch, lr=0.1)
+    scaler, alone = GradScaler(**settings), [nn.Linear(2, 1) for _ in CHOSEN]
+    optimizers = [optim.SGD(model.parameters(), lr=0.1) for model in alone]
+    for t in range(8):
+        if t == (3 if begun else 0):
+            batch = part_of(batch)
+            optimizer, scaler = optimizer.select(CHOSEN, batch), scaler.select(CHOSEN)
+        numbers = list(range(M)) if batch.num_models == M else CHOSEN
+        bad = {(2, 1), (4, 3)}
+        losses = batch(torch.ones(1, 2)).flatten(1).sum(1) * torch.tensor(
+            [torch.inf if (t, m) in bad else 1.0 for m in numbers]
+        )
+        optimizer.zero_grad()
+        scaler.scale(losses).sum().backward()
+        scaler.step(optimizer)
+        scaler.update()
+        for m, model, its, one in zip(CHOSEN, alone, optimizers, lone, strict=True):
+            its.zero_grad()
+            one.scale(model(torch.ones(1, 2)).sum() * (torch.inf if (t, m) in bad else 1.0)).backward()
+            one.step(its)
+            one.update()
+    assert scaler.get_scale() == [one.get_scale() for one in lone]
+    assert scaler.state_dict()["_growth_tracker"] == [one.state_dict()["_growth_tracker"] for one in lone]
