@@ -9,10 +9,9 @@ import os
 import re
 import secrets
 import shutil
-import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ try:
 except ImportError:  # Windows, where what a killed process left behind stays until somebody removes it
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["describe", "read_tree", "temporary", "write_tree"]
+__all__ = ["describe", "read_tree", "temporary", "write_file", "write_tree"]
 
 _FORMAT = "mbkit-1"
 _CHECKSUM, _ZEROS = re.compile(rb'(?<="sha256":")[0-9a-f]{64}(?=")'), "0" * 64
@@ -39,49 +38,67 @@ def temporary(target: Path, *, folder: bool = False) -> Iterator[Path]:
     Its name is new, so that neither a link nor a pipe can stand there. It is locked for as long as its process lives:
     what a killed process left behind is known by having no lock, and removed before.
     """
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        _remove_if_abandoned(left)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.part") if fcntl else ():
+        if (lock := _lock(left)) is not None:
+            _remove(left, lock)
     lock = None
-    while lock is None:
+    while lock is None:  # before it was locked, another process may have taken it for an abandoned one
         part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
         part.mkdir() if folder else part.touch(exist_ok=False)
-        with suppress(OSError):  # before it was locked, another process may have taken it for an abandoned one
-            lock = _lock(part)
+        lock = _lock(part)
     try:
         yield part
     finally:
-        if lock >= 0:
-            os.close(lock)
-        _remove(part)
+        _remove(part, lock)
 
 
-def _lock(part: Path) -> int:
-    """Return a locked file descriptor, or -1 where nothing can be locked; OSError: another process has it, or had."""
+def _lock(part: Path) -> int | None:
+    """Return a locked file descriptor, or -1 where nothing can be locked; None: another process has it, or had."""
     if fcntl is None:
         return -1
-    descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # gone, or a link
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.stat(part, follow_symlinks=False)
     except OSError:
         os.close(descriptor)
-        raise
+        return None
     return descriptor
 
 
-def _remove_if_abandoned(part: Path) -> None:
-    with suppress(OSError):
-        mode = os.lstat(part).st_mode
-        if (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and (lock := _lock(part)) >= 0:
-            _remove(part)
-            os.close(lock)
+def _remove(part: Path, lock: int) -> None:
+    shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+    if lock >= 0:
+        os.close(lock)
 
 
-def _remove(part: Path) -> None:
-    if part.is_dir():
-        shutil.rmtree(part, ignore_errors=True)
-    else:
-        part.unlink(missing_ok=True)
+def write_file(file: Path, content: bytes) -> None:
+    """Write a file by one rename, once its content is safe on the disk; its folder is made if need be.
+
+    Raises:
+        OSError: a folder that cannot be written, or a full disk; the old file is as it was.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with temporary(file) as part:
+            with part.open("r+b") as out:
+                out.write(content)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(part, file)
+        folder = os.open(file.parent, os.O_RDONLY) if os.name != "nt" else -1  # Windows opens no folders
+        if folder >= 0:
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"Expected to write {file}, got: {error.strerror}; what was there before is as it was"
+        ) from error
 
 
 def write_tree(file: Path, tree: Any, kind: str) -> None:
@@ -100,25 +117,7 @@ def write_tree(file: Path, tree: Any, kind: str) -> None:
     values = json.dumps(_pack(tree, "", tensors))
     metadata = {"format": _FORMAT, "kind": kind, "values": values, "sha256": _ZEROS}
     content = safetensors.torch.save(tensors, metadata)
-    content = _CHECKSUM.sub(hashlib.sha256(content).hexdigest().encode(), content, count=1)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary(file) as part:
-            with part.open("r+b") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(part, file)
-        if os.name != "nt":  # where folders cannot be opened
-            folder = os.open(file.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        raise type(error)(
-            error.errno, f"Expected to write {file}, got: {error.strerror}; what was there before is as it was"
-        ) from error
+    write_file(file, _CHECKSUM.sub(hashlib.sha256(content).hexdigest().encode(), content, count=1))
 
 
 def read_tree(file: Path, kind: str) -> Any:
@@ -131,37 +130,23 @@ def read_tree(file: Path, kind: str) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"Expected a file {file}, got none: give the folder that was saved into.")
     try:
-        _check_size(file)
+        with safetensors.safe_open(file, "pt"):  # refuses another length than its header says, before all is read
+            pass
         content = file.read_bytes()
-        start = int.from_bytes(content[:8], "little") + 8
-        metadata = json.loads(content[8:start])["__metadata__"]
-        if (metadata["format"], metadata["kind"]) != (_FORMAT, kind):
-            raise ValueError(f"it holds {metadata['format']} {metadata['kind']}, not {_FORMAT} {kind}")
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+        if (metadata.get("format"), metadata.get("kind")) != (_FORMAT, kind):
+            raise ValueError(f"it holds {metadata.get('format')} {metadata.get('kind')}, not {_FORMAT} {kind}")
         cleared = _CHECKSUM.sub(_ZEROS.encode(), content, count=1)
-        if hashlib.sha256(cleared).hexdigest() != metadata["sha256"]:
+        if hashlib.sha256(cleared).hexdigest() != metadata.get("sha256"):
             raise ValueError("its checksum differs from its content, so it has changed since it was saved")
         del cleared
         return _unpack(json.loads(metadata["values"]), safetensors.torch.load(content))
     except OSError:
         raise
     except Exception as error:  # whatever the parsers make of bytes that they cannot read
-        said = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"Expected {file} as it was saved ({_FORMAT} {kind}), got: {said}. Take a copy of the file, or save anew."
+            f"Expected {file} as it was saved ({_FORMAT} {kind}), got: {error}. Take a copy of the file, or save anew."
         ) from error
-
-
-def _check_size(file: Path) -> None:
-    """Refuse a file that is not as long as its header says, before it is read into memory."""
-    with file.open("rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
-        start = int.from_bytes(opened.read(8), "little") + 8
-        if not 8 < start <= size:
-            raise ValueError("no header of a safetensors file")
-        header = json.loads(opened.read(start - 8))
-    ends = [own["data_offsets"][1] for name, own in header.items() if name != "__metadata__"]
-    if size != start + max(ends, default=0):
-        raise ValueError(f"{size:,} bytes instead of {start + max(ends, default=0):,}")
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -180,6 +165,8 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         value = value.item()
     if value is None or type(value) in (bool, int, float, str):
         return value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return {"array": [value.dtype.str, value.tolist()]}
     if isinstance(value, Mapping) and all(key is None or type(key) in (bool, int, float, str) for key in value):
         entries = [[key, _pack(own, f"{path}/{key}" if path else str(key), tensors)] for key, own in value.items()]
         return {"counter" if isinstance(value, Counter) else "dict": entries}
@@ -198,6 +185,8 @@ def _unpack(form: Any, tensors: dict[str, Tensor]) -> Any:
     ((tag, held),) = form.items()
     if tag in ("tensor", "complex"):
         return torch.view_as_complex(tensors[held]) if tag == "complex" else tensors[held]
+    if tag == "array":
+        return np.array(held[1], dtype=held[0])
     if tag in ("list", "tuple"):
         return {"list": list, "tuple": tuple}[tag](_unpack(own, tensors) for own in held)
     return {"dict": dict, "counter": Counter}[tag]({key: _unpack(own, tensors) for key, own in held})

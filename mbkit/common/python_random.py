@@ -6,7 +6,6 @@ import ctypes
 import math
 import random
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,18 +44,19 @@ class PythonGenerator:
         """Return its state as float64, which holds each number of it exactly."""
         if self.name == "random":
             _, words, gauss = self.generator.getstate()
-            return torch.tensor([*words, math.nan if gauss is None else gauss], dtype=torch.float64)
-        _, words, *rest = self.generator.get_state()
-        return torch.tensor([*words.tolist(), *rest], dtype=torch.float64)
+            rest = [math.nan if gauss is None else gauss]
+        else:
+            _, words, *rest = self.generator.get_state()
+        return torch.from_numpy(np.concatenate([words, rest], dtype=np.float64))
 
     def set_state(self, state: Tensor) -> None:
         """Put it where `get_state` found it."""
         *words, last = state.tolist()
+        words = [*map(int, words)]
         if self.name == "random":
-            self.generator.setstate((3, tuple(map(int, words)), None if math.isnan(last) else last))
+            self.generator.setstate((3, tuple(words), None if math.isnan(last) else last))
         else:
-            *words, position, has_gauss = map(int, words)
-            self.generator.set_state(("MT19937", np.array(words, np.uint32), position, has_gauss, last))
+            self.generator.set_state(("MT19937", np.array(words[:-2], np.uint32), *words[-2:], last))
 
 
 # Those that Python's and numpy's functions draw from.
@@ -66,41 +66,30 @@ PYTHON_GENERATORS = {
 }
 
 
+def _in_memory(address: int, count: int, places: Sequence[int], own: PythonGenerator) -> Callable[[], Any]:
+    """Return what reads a generator's position and first word from memory, or its state where they are elsewhere."""
+    found, state = (ctypes.c_uint32 * count).from_address(address), own.get_state()
+    position, word = places
+    known = (found[position], found[word]) == (state[624], state[0])
+    return (lambda: (found[position], found[word])) if known else (lambda: own.get_state().tolist())
+
+
+_PYTHON, _NUMPY = random.random.__self__, np.random.get_bit_generator()
+_MARKS = [
+    _in_memory(id(_PYTHON) + object.__basicsize__, 2, (0, 1), PYTHON_GENERATORS["random"]),
+    _in_memory(_NUMPY.ctypes.state_address, 625, (624, 0), PYTHON_GENERATORS["numpy.random"]),
+]
+
+
 def generator_marks() -> Sequence[Any]:
     """Return one mark for each of them, which differs once the generator has moved; it takes a microsecond.
 
-    To read a state would take Python 30 microseconds and numpy 110, at every call. So where the next number stands is
+    To read a state would take Python 10 microseconds and numpy 30, at every call. So where the next number stands is
     read from memory, and one of the 624 words, which all change once they are used up.
     """
-    python, numpy = random.random.__self__, np.random.get_bit_generator()
-    return (_look(python, _python_words), python.gauss_next), _look(numpy, _numpy_words)
+    return (_MARKS[0](), _PYTHON.gauss_next), _MARKS[1]()
 
 
 def moved_generators(before: Sequence[Any]) -> list[str]:
     """Return the names of the generators that have moved since `generator_marks` returned `before`."""
     return [name for name, was, now in zip(PYTHON_GENERATORS, before, generator_marks(), strict=True) if was != now]
-
-
-_places: dict[int, tuple[Any, Callable[[], Any]]] = {}  # by the id of a generator, which is kept lest the id be reused
-
-
-def _look(generator: Any, words: Callable) -> Any:
-    if id(generator) not in _places:
-        _places[id(generator)] = generator, words(generator)
-    return _places[id(generator)][1]()
-
-
-def _python_words(generator: random.Random) -> Callable[[], Any]:
-    """Return what reads a generator's mark: from memory where it lies as expected, else from its state."""
-    found = (ctypes.c_uint32 * 2).from_address(id(generator) + object.__basicsize__)  # position, first word
-    _, words, _ = generator.getstate()
-    return partial(tuple, found) if tuple(found) == (words[-1], words[0]) else generator.getstate
-
-
-def _numpy_words(generator: Any) -> Callable[[], Any]:
-    state = generator.state
-    if state["bit_generator"] != "MT19937":
-        return lambda: repr(generator.state)
-    found = (ctypes.c_uint32 * 625).from_address(generator.ctypes.state_address)  # words, position
-    known = found[624] == state["state"]["pos"] and found[0] == state["state"]["key"][0]
-    return (lambda: (found[624], found[0])) if known else lambda: repr(generator.state)

@@ -1,20 +1,22 @@
-"""The random state of torch, on every device, and what draws from a state of its own."""
+"""The random state of torch, on every device, and of Python and NumPy; and what draws from a state of its own."""
 
 from __future__ import annotations
 
 import math
-import random
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .python_random import PYTHON_GENERATORS, PythonGenerator, generator_marks, moved_generators
 
-__all__ = ["GENERATOR", "OwnDraws", "in_turn", "random_state", "seeded", "set_random_state"]
+__all__ = [
+    "GENERATOR", "OwnDraws", "global_state", "in_turn", "random_state", "seeded", "set_global_state",
+    "set_random_state",
+]  # fmt: skip
 
 
 def random_state() -> list[Tensor]:
@@ -27,6 +29,19 @@ def set_random_state(state: list[Tensor]) -> None:
     torch.set_rng_state(state[0])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state[1:])
+
+
+def global_state(python: bool = True) -> dict[str, Any]:
+    """Return the states of torch's default generators and, unless `python` is False, of Python's and NumPy's."""
+    own = {name: own.get_state() for name, own in PYTHON_GENERATORS.items()} if python else {}
+    return {"torch": random_state(), **own}
+
+
+def set_global_state(state: dict[str, Any], python: bool = True) -> None:
+    """Set them to what `global_state` returned; those of Python and NumPy stay where they are if it lacks them."""
+    set_random_state(state["torch"])
+    for name in PYTHON_GENERATORS.keys() & state.keys() if python else ():
+        PYTHON_GENERATORS[name].set_state(state[name])
 
 
 GENERATOR = threading.RLock()  # torch's default generator is one for all threads
@@ -54,42 +69,28 @@ class OwnDraws:
     drew = False
 
     def __init__(self, seed: int) -> None:
-        with _kept():
-            torch.manual_seed(seed)
-            self._state = random_state()
-        self._python = {name: PythonGenerator(name).manual_seed(seed) for name in PYTHON_GENERATORS}
+        before = random_state()
+        torch.manual_seed(seed)
+        self._state = {name: PythonGenerator(name).manual_seed(seed).get_state() for name in PYTHON_GENERATORS}
+        self._state["torch"] = random_state()
+        set_random_state(before)
         self._quiet = 0  # how often in a row Python's and numpy's generators stayed where they were
 
     @contextmanager
     def current(self) -> Iterator[None]:
         """Draw from it in a `with` block; afterwards torch's and Python's generators stand where they stood."""
-        mine = {} if self._quiet > _QUIET else self._python
-        before = {name: PYTHON_GENERATORS[name].get_state() for name in mine}
-        with _kept():
-            set_random_state(self._state)
-            for name, own in mine.items():
-                PYTHON_GENERATORS[name].set_state(own.get_state())
-            marks = generator_marks()
-            try:
-                yield
-            finally:
-                moved = moved_generators(marks)
-                for name, own in mine.items():
-                    own.set_state(PYTHON_GENERATORS[name].get_state())
-                    PYTHON_GENERATORS[name].set_state(before[name])
-            torch_state, self._state = self._state, random_state()
+        python, own = self._quiet <= _QUIET, self._state
+        before = global_state(python)
+        set_global_state(own, python)
+        marks = generator_marks()
+        try:
+            yield
+        finally:
+            moved = bool(moved_generators(marks))
+            self._state = own | global_state(python)
+            set_global_state(before)
         self._quiet = -math.inf if moved else self._quiet + 1
-        self.drew |= bool(moved) or any(not torch.equal(a, b) for a, b in zip(torch_state, self._state, strict=True))
-
-
-@contextmanager
-def _kept() -> Iterator[None]:
-    """As torch.random.fork_rng, which warns where there are several GPUs."""
-    state = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(state)
+        self.drew |= moved or not all(map(torch.equal, own["torch"], self._state["torch"]))
 
 
 def in_turn(models: Iterable[int]) -> Iterator[int]:
@@ -99,14 +100,12 @@ def in_turn(models: Iterable[int]) -> Iterator[int]:
     one, and afterwards the generators stand as if it had been.
 
     Example:
+        >>> import random
         >>> len({random.random() for _ in in_turn(range(3))})
         1
     """
-    start, marks = (random_state(), random.getstate(), np.random.get_state()), generator_marks()
+    start, marks = global_state(), generator_marks()
     for turn, m in enumerate(models):
         if turn:
-            set_random_state(start[0])
-        if generator_marks() != marks:  # to set them takes a while
-            random.setstate(start[1])
-            np.random.set_state(start[2])
+            set_global_state(start, python=generator_marks() != marks)  # to set those takes a while
         yield m

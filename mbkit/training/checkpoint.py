@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,12 @@ def save_run(
         ...     load_run(folder, batch, optimizer)
         {'epoch': 3}
     """
-    position = batches if isinstance(batches, PositionedBatches) else PositionedBatches(())
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     tree = {
         "kinds": {name: _kind(part) for name, part in parts.items()},
         "batch": save_whole(batch),
         "parts": {name: part.state_dict() for name, part in parts.items() if part is not None},
-        "data": position.state(),
+        "data": _position(batches).state(),
         "notes": notes,
     }
     write_tree(Path(folder) / _FILE, tree, "run")
@@ -95,33 +95,35 @@ def load_run(
         FileNotFoundError: there is no run in the folder.
         ValueError: a file that has changed since it was saved, or a run of other models, another optimizer or data.
     """
-    return _restore(read_tree(Path(folder) / _FILE, "run"), folder, batch, optimizer, scheduler, scaler, batches)
-
-
-def _restore(
-    saved: Mapping[str, Any], folder: Any, batch: Any, optimizer: Any, scheduler: Any, scaler: Any, batches: Any
-) -> Any:
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    return _restore(read_tree(Path(folder) / _FILE, "run"), folder, batch, parts, _position(batches))
+
+
+def _position(batches: PositionedBatches | None) -> PositionedBatches:
+    return PositionedBatches(()) if batches is None else batches
+
+
+def _restore(saved: Mapping[str, Any], folder: Any, batch: Any, parts: Mapping[str, Any], position: Any) -> Any:
     for name, part in parts.items():
         if saved["kinds"][name] != _kind(part):
             raise ValueError(
                 f"Expected the {name} {saved['kinds'][name]}, which the run in {folder} was saved with, got "
                 f"{_kind(part)}: make the same one, or choose another folder."
             )
-    position = batches if isinstance(batches, PositionedBatches) else PositionedBatches(())
-    here = {name: part for name, part in parts.items() if part is not None}
     restore, data = snapshot(batch), position.state()
-    before = {name: copy.deepcopy(part.state_dict()) for name, part in here.items()}
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items() if part is not None}
+
+    def load(states: Mapping[str, Any], data: dict[str, Any]) -> None:
+        for name, state in states.items():
+            parts[name].load_state_dict(state)
+        position.load_state(data)
+
     try:
         load_whole(batch, saved["batch"])
-        for name, part in here.items():
-            part.load_state_dict(saved["parts"][name])
-        position.load_state(saved["data"])
+        load(saved["parts"], saved["data"])
     except BaseException as error:
         restore()
-        for name, part in here.items():
-            part.load_state_dict(before[name])
-        position.load_state(data)
+        load(before, data)
         if isinstance(error, (RuntimeError, KeyError, TypeError)):
             raise ValueError(
                 f"Expected the state of this run in {folder}, got one that does not fit: {error}. Make the same "
@@ -169,15 +171,15 @@ class Checkpoint:
             whole_number(every, "checkpoint_every (or 'epoch')")
         self.batches = PositionedBatches(batches)
         self.batches.epoch = first_epoch
-        self._folder, self._every = folder, every
-        self._parts = {"batch": batch, "optimizer": optimizer, "scheduler": scheduler}
+        self._folder, self._every, self._batch = folder, every, batch
+        self._parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": None}
         configs = getattr(optimizer, "configs", getattr(optimizer, "defaults", None))
         self._settings = {**settings, "hyperparameters": repr(configs), "first_epoch": first_epoch}
-        self._saved_at = 0
         self.steps: list[Step] = []
         self.seconds = 0.0
         if Path(folder, _FILE).exists():
             self._take_up(read_tree(Path(folder, _FILE), "run"))
+        self._saved_at = len(self.steps)
 
     def _take_up(self, saved: Mapping[str, Any]) -> None:
         notes = saved["notes"]
@@ -189,11 +191,9 @@ class Checkpoint:
                     f"Expected {name}={notes['settings'].get(name)}, as in the run saved in {self._folder}, got "
                     f"{value}: call fit as before, or choose another folder for another run."
                 )
-        _restore(saved, self._folder, *self._parts.values(), None, self.batches)
-        device = next(self._parts["batch"].parameters()).device
+        _restore(saved, self._folder, self._batch, self._parts, self.batches)
         self.batches.chunk_size = notes["chunk_size"]
-        self.steps, self.seconds = _steps(notes["steps"], device), notes["seconds"]
-        self._saved_at = len(self.steps)
+        self.steps, self.seconds = _steps(notes["steps"], next(self._batch.parameters()).device), notes["seconds"]
 
     def watch(self, run: Recording, end: int) -> None:
         """Save what a Recording holds from now on, at the end of each epoch or of the last one, before epoch `end`."""
@@ -215,35 +215,26 @@ class Checkpoint:
         if len(run.steps) > self._saved_at:
             notes = {"settings": self._settings, "steps": _columns(run.steps), "seconds": run.seconds}
             notes["chunk_size"] = self.batches.chunk_size
-            save_run(self._folder, **self._parts, batches=self.batches, notes=notes)
+            save_run(self._folder, self._batch, **self._parts, batches=self.batches, notes=notes)
             self._saved_at = len(run.steps)
 
 
 def _columns(steps: Sequence[Step]) -> dict[str, Any]:
-    """Return Steps as columns, rows of one length in one tensor."""
-
-    def rows(values: list[Any]) -> Any:
-        known = [value for value in values if value is not None]
-        return {"which": [value is not None for value in values], "rows": torch.stack(known) if known else None}
-
+    """Return Steps as columns; what some of them lack is left out, as a History leaves it out."""
+    nobody = torch.zeros(len(steps[0].losses), dtype=torch.bool, device=steps[0].losses.device)
+    accuracy = [step.accuracy for step in steps if step.accuracy is not None]
     return {
         "epoch": [step.epoch for step in steps],
         "seconds": [step.seconds for step in steps],
         "how": [step.how for step in steps],
-        "losses": rows([step.losses for step in steps]),
-        "accuracy": rows([step.accuracy for step in steps]),
-        "frozen": rows([step.frozen for step in steps]),
+        "losses": torch.stack([step.losses for step in steps]),
+        "accuracy": torch.stack(accuracy) if len(accuracy) == len(steps) else None,
+        "frozen": torch.stack([nobody if step.frozen is None else step.frozen for step in steps]),
     }
 
 
 def _steps(columns: Mapping[str, Any], device: torch.device) -> list[Step]:
-    def values(column: Mapping[str, Any]) -> list[Any]:
-        rows = iter(() if column["rows"] is None else column["rows"].to(device))
-        return [next(rows) if known else None for known in column["which"]]
-
-    own = [values(columns[name]) for name in ("losses", "accuracy", "frozen")]
-    each = zip(columns["epoch"], *own, columns["seconds"], columns["how"], strict=True)
-    return [
-        Step(i, epoch, losses, accuracy, seconds, frozen=frozen, how=how)
-        for i, (epoch, losses, accuracy, frozen, seconds, how) in enumerate(each)
-    ]
+    losses, frozen = columns["losses"].to(device), columns["frozen"].to(device)
+    accuracy = repeat(None) if columns["accuracy"] is None else columns["accuracy"].to(device)
+    each = zip(columns["epoch"], losses, accuracy, columns["seconds"], repeat(None), frozen, columns["how"])
+    return [Step(i, *values) for i, values in enumerate(each)]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..common.random_streams import random_state, set_random_state
+from ..common.python_random import PythonGenerator
+from ..common.random_streams import global_state, set_global_state
 from .loop import Pairs
 
 __all__ = ["PositionedBatches"]
@@ -109,9 +110,7 @@ class PositionedBatches:
         self._set_generators(self._now)
 
     def _generators(self) -> dict[str, Any]:
-        name, keys, *rest = np.random.get_state()
-        own = {path: _get(generator) for path, generator in _held(self.batches).items()}
-        return {"torch": random_state(), "python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "own": own}
+        return {"own": {path: own.get_state() for path, own in _held(self.batches).items()}, **global_state()}
 
     def _set_generators(self, state: dict[str, Any]) -> None:
         held = _held(self.batches)
@@ -120,11 +119,30 @@ class PositionedBatches:
                 f"Expected batches with the random generators {sorted(state['own'])}, as in the saved run, got "
                 f"{sorted(held)}: pass the same data."
             )
-        set_random_state(state["torch"])
-        random.setstate(state["python"])
-        np.random.set_state(tuple(state["numpy"]))
+        set_global_state(state)
         for path, generator in held.items():
-            _set(generator, state["own"][path])
+            generator.set_state(state["own"][path])
+
+
+class _NumpyGenerator:
+    """A generator of numpy with the methods of a torch.Generator."""
+
+    def __init__(self, generator: np.random.Generator) -> None:
+        self._source = generator.bit_generator
+
+    def get_state(self) -> dict[str, Any]:
+        return self._source.state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._source.state = state
+
+
+_KINDS: dict[type, Callable[[Any], Any]] = {
+    torch.Generator: lambda generator: generator,
+    random.Random: lambda generator: PythonGenerator("random", generator),
+    np.random.RandomState: lambda generator: PythonGenerator("numpy.random", generator),
+    np.random.Generator: _NumpyGenerator,
+}
 
 
 def _held(batches: Any) -> dict[str, Any]:
@@ -132,48 +150,19 @@ def _held(batches: Any) -> dict[str, Any]:
     owners, found, seen = [("", batches)], {}, set()
     for path, owner in owners:
         for name, value in getattr(owner, "__dict__", {}).items():
-            if isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
-                if id(value) not in seen:
-                    found[path + name] = value
-            elif name in _HOLDERS and id(value) not in seen:
-                owners += [(f"{path}{name}.{i}." if i else f"{path}{name}.", v) for i, v in enumerate(_parts(value))]
-            else:
+            wrap = next((wrap for kind, wrap in _KINDS.items() if isinstance(value, kind)), None)
+            if id(value) in seen or (wrap is None and name not in _HOLDERS):
                 continue
             seen.add(id(value))
+            if wrap is not None:
+                found[path + name] = wrap(value)
+            else:
+                owners += [(f"{path}{name}.{i}." if i else f"{path}{name}.", v) for i, v in enumerate(_parts(value))]
     return found
 
 
 def _parts(value: Any) -> list[Any]:
     return [value, *value] if type(value) in (list, tuple) and len(value) < 100 else [value]
-
-
-def _get(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, np.random.RandomState):
-        name, keys, *rest = generator.get_state()
-        return [name, keys.tolist(), *rest]
-    return _listed(generator.bit_generator.state)
-
-
-def _set(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, np.random.RandomState):
-        generator.set_state(tuple(state))
-    else:
-        generator.bit_generator.state = state
-
-
-def _listed(state: Any) -> Any:
-    """Return a bit generator's state with lists for arrays."""
-    if isinstance(state, dict):
-        return {name: _listed(value) for name, value in state.items()}
-    return state.tolist() if isinstance(state, np.ndarray) else state
 
 
 def _digest(item: Any) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ TREES = {
     "numbers": {"a": 1, "b": 2.5, "c": None, "d": True, "e": "text", "f": math.inf, "g": 0.1 + 0.2, "h": 2**70},
     "containers": [(1, (2,)), [], {}, {0: "int", "0": "text", None: 1, "a/b": 2}, Counter({30: 2})],
     "a number alone": 7,
+    "an array": {"state": np.array([0, 2**32 - 1], np.uint32)},
 }
 
 
