@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from ..vmap import Streams
 
-__all__ = ["CallContext", "context_of"]
+__all__ = ["CallContext", "context_of", "model_numbers"]
 
 
 @dataclass(eq=False)
@@ -30,6 +32,7 @@ class CallContext:
         frozen: `[M]`, True for the models that are frozen; None for none.
         latest_losses: `[M]`, detached; None before the first.
         slow_losses: the loss functions that vmap cannot run; see `loss_code`.
+        sure_losses: the loss functions that use their per-model settings in torch only, as far as calls have shown.
         kept: what forward and the latest loss function may keep outside; see `kept_by`.
         steady: by the modules' train/eval flags, the tensors that calls do not edit; see `Memory`.
     """
@@ -46,14 +49,34 @@ class CallContext:
     frozen: Tensor | None = None
     latest_losses: Tensor | None = None
     slow_losses: set[Any] = field(default_factory=set)
+    sure_losses: set[Any] = field(default_factory=set)
     kept: Any = None
     steady: dict[tuple[bool, ...], dict[int, weakref.ref]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        learnt = {"steady": {}, "slow_losses": set(), "kept": None}  # about these very tensors and functions
+        # What has been learnt about these very tensors and functions stays here.
+        learnt = {"steady": {}, "slow_losses": set(), "sure_losses": set(), "kept": None}
         return self.__dict__ | learnt
 
 
 def context_of(batch: nn.Module) -> CallContext:
     """Return what a ModelBatch's calls go by; a function, because the batch's attributes have the user's own names."""
     return batch.__dict__["_context"]
+
+
+def model_numbers(models: int | Iterable[int], num_models: int) -> list[int]:
+    """Return the numbers of one model or of several, counted from the start.
+
+    Raises:
+        TypeError: models that are not whole numbers.
+        IndexError: there is no such model.
+    """
+    several = isinstance(models, Iterable) and not isinstance(models, str) and getattr(models, "ndim", 1)
+    numbers = []
+    for m in models if several else [models]:
+        if isinstance(m, bool) or not hasattr(m, "__index__"):
+            raise TypeError(f"Expected a model's number from 0 to {num_models - 1}, got {m!r}.")
+        numbers.append(operator.index(m))
+        if not -num_models <= numbers[-1] < num_models:
+            raise IndexError(f"Expected a model's number from 0 to {num_models - 1}, got {m}.")
+    return [m % num_models for m in numbers]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..vmap import BatchingError, PerModelValue, mix, read_state, tensors_in, write_state
-from .context import CallContext, context_of
+from .context import CallContext, context_of, model_numbers
 
 __all__ = ["CanFreeze", "check_on_nonfinite", "held", "nonfinite_models", "rows_where", "stop_nonfinite"]
 
@@ -66,18 +66,8 @@ class CanFreeze:
 
 
 def _changed(context: CallContext, models: int | Iterable[int], frozen: bool) -> Tensor | None:
-    """Return which models are frozen once `models` are (or no longer are): `[M]`, or None for none.
-
-    Raises:
-        TypeError: models that are not whole numbers.
-        IndexError: there is no such model.
-    """
-    numbers = list(models) if isinstance(models, Iterable) and not isinstance(models, str) else [models]
-    for m in numbers:
-        if isinstance(m, bool) or not isinstance(m, int):
-            raise TypeError(f"Expected a model's number, or several, got {m!r}: pass 0 to {context.num_models - 1}.")
-        if not -context.num_models <= m < context.num_models:
-            raise IndexError(f"Expected models from 0 to {context.num_models - 1}, got {m}.")
+    """Return which models are frozen once `models` are (or no longer are): `[M]`, or None for none."""
+    numbers = model_numbers(models, context.num_models)
     mask = torch.zeros(context.num_models, dtype=torch.bool) if context.frozen is None else context.frozen.clone()
     mask[numbers] = frozen
     return mask if mask.any() else None

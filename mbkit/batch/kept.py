@@ -69,6 +69,11 @@ class Kept:
                     names[id(value)] = str(name)
         return names
 
+    def has_rows(self) -> bool:
+        """Say whether something is kept for each model."""
+        leaves = [leaf for contents in self._places.read() for leaf in tree_leaves(contents)]
+        return any(hasattr(leaf, _MARK) or isinstance(leaf, PerModel) for leaf in leaves)
+
     def refuse_trained(self, losses: Tensor) -> None:
         """Refuse a loss whose gradient reaches a parameter that is kept: all models would add theirs up in it.
 

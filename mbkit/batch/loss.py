@@ -5,24 +5,33 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..vmap import mark_rows, watch_backward
+from ..vmap import BatchingError, PerModel, mark_rows, watch_backward
+from ..vmap.unwrap import as_stacked
 from .call import NO_FAULT_OF_VMAP, PLAIN_ERRORS, at_once
 from .context import CallContext
 from .freeze import held
 from .kept import kept_by, turns_in_parts
+from .loss_settings import LossSettings
 from .targets import TargetForms
 
 __all__ = ["call_losses", "loss_code", "one_loss"]
 
 
 def call_losses(
-    context: CallContext, outputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Tensor], forms: TargetForms
+    context: CallContext,
+    outputs: Any,
+    targets: Any,
+    loss_fn: Callable[..., Tensor],
+    forms: TargetForms,
+    settings: LossSettings | None = None,
 ) -> Tensor:
     """Return the loss of each model, `[M]`, and keep it, detached, in the context.
 
@@ -32,22 +41,29 @@ def call_losses(
         targets: nested tensors `[B, ...]` or `[M, B, ...]`.
         loss_fn: from one model's outputs and targets to one number.
         forms: which of the two forms the targets have.
+        settings: keyword arguments for `loss_fn`, of these M models.
     """
     with held(context):
-        losses = _losses(context, outputs, targets, loss_fn, forms)
+        losses = _losses(context, outputs, targets, loss_fn, forms, settings or LossSettings({}, loss_fn, 0))
     context.latest_losses = losses.detach()
     return losses
 
 
 def _losses(
-    context: CallContext, outputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Tensor], forms: TargetForms
+    context: CallContext,
+    outputs: Any,
+    targets: Any,
+    loss_fn: Callable[..., Tensor],
+    forms: TargetForms,
+    settings: LossSettings,
 ) -> Tensor:
-    output_leaves, output_spec = tree_flatten(outputs)
-    target_leaves, target_spec = tree_flatten(targets)
+    output_leaves = tree_leaves(outputs)
+    leaves, spec = tree_flatten((outputs, targets, settings.values))
     for leaf in output_leaves:
         if isinstance(leaf, Tensor):
             _check_outputs(leaf, context.num_models)
-    tensors = [leaf for leaf in (*output_leaves, *target_leaves) if isinstance(leaf, Tensor)]
+            settings.check_outputs(leaf.shape)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     reference = next((leaf for leaf in output_leaves if isinstance(leaf, Tensor)), None)
     if reference is None:
         raise TypeError(
@@ -55,23 +71,34 @@ def _losses(
         )
     in_dims = [0 for leaf in output_leaves if isinstance(leaf, Tensor)]
     in_dims += [None if shared else 0 for shared in forms.of(targets, reference.shape, context.num_models)]
+    for name, value in settings.values.items():
+        in_dims += [0 if name in settings.rows else None for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
-    def one_model(mode: Any, *own: Tensor) -> tuple[Tensor]:
+    def one_model(mode: Any, *own: Tensor, m: int | None = None) -> tuple[Tensor]:
         remaining = iter(own)
-        leaves = [next(remaining) if isinstance(v, Tensor) else v for v in (*output_leaves, *target_leaves)]
-        count = len(output_leaves)
-        outputs, targets = tree_unflatten(leaves[:count], output_spec), tree_unflatten(leaves[count:], target_spec)
+        mine = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if m is not None:
+            mine = [leaf.values[m] if isinstance(leaf, PerModel) else leaf for leaf in mine]
+        outputs, targets, keywords = tree_unflatten(mine, spec)
         with kept.under_vmap() if mode is not None else nullcontext():
-            return (one_loss(loss_fn, outputs, targets),)
+            loss = one_loss(partial(loss_fn, **keywords), outputs, targets)
+            if mode is not None and unsure:
+                nans.append(as_stacked(loss).isnan())
+                if nans[0].any():
+                    raise BatchingError("a number of loss_settings seems to be used outside torch, by math.log, say")
+        return (loss,)
 
     kept = kept_by(context, loss_fn)
     slow = loss_code(loss_fn)
+    nans: list[Tensor] = []
+    unsure = settings.differ and not context.traced and slow not in context.sure_losses
     context.streams.meet(slow)
     undo = context.streams.remember()
     losses, reason = None, ""
     if slow not in context.slow_losses:
         try:
-            losses = at_once(context, one_model, tensors, in_dims)[0]
+            rules = replace(context, per_model_settings=True) if settings.differ else context
+            losses = at_once(rules, one_model, tensors, in_dims)[0]
         except NO_FAULT_OF_VMAP:
             raise
         except Exception as error:
@@ -83,14 +110,16 @@ def _losses(
             with context.streams.take_turns(tensors[0].device) as turns, kept.in_parts(context.num_models) as part:
                 for m in turns_in_parts(turns, part):
                     own = [t if dim is None else t[m] for t, dim in zip(tensors, in_dims, strict=True)]
-                    each += one_model(None, *own)
+                    each += one_model(None, *own, m=m)
             losses = mark_rows(torch.stack(each))
         kept.refuse_trained(losses)
     except Exception as error:
         undo()
         known = type(error) in PLAIN_ERRORS
         raise (type(error)(f"the loss function, for one model: {error}") if known else error) from error
-    if reason:
+    if nans and torch.equal(nans[0], losses.isnan()):  # the models' own, or none
+        context.sure_losses.add(slow)
+    elif reason:
         context.slow_losses.add(slow)
         warnings.warn(f"The loss function runs model by model: torch.vmap cannot run it ({reason}).", stacklevel=4)
     if context.model_by_model or context.slow_losses:  # a gradient may come to some models only

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +13,12 @@ from ..vmap import Streams
 from .call import call_models
 from .checkpoint import CanSave, load_streams
 from .clip import clip_by_norm_, norm_limits
-from .context import CallContext, context_of
+from .context import CallContext, context_of, model_numbers
 from .each_model import CanApply, ResetEachModel
 from .freeze import CanFreeze
 from .loss import call_losses
+from .loss_settings import LossSettings
+from .select import CanSelect
 from .stack import set_memory_format, stack_models, unstack_model
 from .targets import TargetForms
 from .validate import check_models, check_paths
@@ -33,7 +34,7 @@ def _known(name: str, doc: str) -> Any:
     return property(lambda batch: getattr(context_of(batch), name), doc=doc)
 
 
-class ModelBatch(CanFreeze, CanApply, CanSave, nn.Module):
+class ModelBatch(CanFreeze, CanApply, CanSelect, CanSave, nn.Module):
     """M models of one architecture as one module, each computing exactly what it computes alone.
 
     The batch is a module like any other: `.to()`, `.double()`, `train()`, `eval()`, `state_dict()` and
@@ -130,12 +131,7 @@ class ModelBatch(CanFreeze, CanApply, CanSave, nn.Module):
         Raises:
             IndexError: no such model.
         """
-        try:
-            m = operator.index(m)
-        except TypeError:
-            raise TypeError(f"Expected a model's number from 0 to {self.num_models - 1}, got {m!r}.") from None
-        if not -self.num_models <= m < self.num_models:
-            raise IndexError(f"Expected a model's number from 0 to {self.num_models - 1}, got {m}.")
+        (m,) = model_numbers([m], self.num_models)
         return unstack_model(context_of(self).template, context_of(self).attributes, m)
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -174,10 +170,11 @@ class ModelBatch(CanFreeze, CanApply, CanSave, nn.Module):
         self,
         outputs: Any,
         targets: Any,
-        loss_fn: Callable[[Any, Any], Tensor],
+        loss_fn: Callable[..., Tensor],
         reduction: str = "sum",
         *,
         shared_targets: bool | TargetForms | None = None,
+        loss_settings: Mapping[str, Any] | LossSettings | None = None,
     ) -> Tensor:
         """Return the models' losses, added up, averaged or one by one.
 
@@ -189,17 +186,21 @@ class ModelBatch(CanFreeze, CanApply, CanSave, nn.Module):
                 divides every gradient by M.
             shared_targets: says which of the two forms the targets have, where their shape fits both; a `TargetForms`
                 keeps what it has once told.
+            loss_settings: what `loss_fn` gets by name beside: name to one value for all models, or to one per model,
+                a list of M numbers or a tensor `[M, ...]`. `{"label_smoothing": [0.0, 0.1]}`, say.
 
         Returns:
             One number, or `[M]` for "none". The losses are kept in `latest_losses`, detached.
 
         Raises:
-            ValueError: targets that fit neither form or could be both; a loss of many numbers; a wrong reduction.
+            ValueError: targets that fit neither form or could be both; a loss of many numbers; a wrong reduction;
+                settings that `loss_fn` does not take, or another number of them than of models.
         """
         if reduction not in ("sum", "mean", "none"):
             raise ValueError(f"Expected reduction 'sum', 'mean' or 'none', got {reduction!r}: choose one of them.")
         forms = TargetForms.made_of(shared_targets)
-        losses = call_losses(context_of(self), outputs, targets, loss_fn, forms)
+        settings = LossSettings.made_of(loss_settings, loss_fn, self.num_models)
+        losses = call_losses(context_of(self), outputs, targets, loss_fn, forms, settings)
         return losses if reduction == "none" else getattr(losses, reduction)()
 
     def metrics(self) -> dict[str, float]:

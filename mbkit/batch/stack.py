@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..vmap import PerModel, PerModelValue, copy_module
 from ..vmap.unwrap import stack_alike
 
-__all__ = ["may_keep", "set_memory_format", "stack_models", "unstack_model"]
+__all__ = ["each_through_its_hooks", "may_keep", "set_memory_format", "stack_models", "unstack_model"]
 
 
 def stack_models(
@@ -55,7 +55,7 @@ def stack_models(
                     stack = nn.Parameter(stack, requires_grad=tensor.requires_grad)
                     hooks = [getattr(modules[path], kind)[name]._backward_hooks or {} for modules in sources]
                     if any(hooks):
-                        stack.register_hook(partial(_each_through_its_hooks, hooks))
+                        stack.register_hook(partial(each_through_its_hooks, hooks))
                 replaced[id(tensor)] = stack
                 if plain:
                     attributes.append(stack.requires_grad_(tensor.requires_grad and tensor.is_leaf))
@@ -72,7 +72,8 @@ def may_keep(holder: Any) -> bool:
     return not of_torch and not isinstance(holder, (nn.Module, FunctionType, partial, ModuleType))
 
 
-def _each_through_its_hooks(hooks: Sequence[dict[int, Callable]], gradient: Tensor) -> Tensor:
+def each_through_its_hooks(hooks: Sequence[dict[int, Callable]], gradient: Tensor) -> Tensor:
+    """Let each model's own hooks see its row of the gradient; return what they make of it."""
     rows = []
     for own, row in zip(hooks, gradient, strict=True):
         for hook in own.values():
@@ -90,7 +91,13 @@ def unstack_model(template: nn.Module, attributes: Sequence[Tensor], m: int) -> 
     lone = copy_module(template, own, m, alone=True)
     for module in lone.modules():
         vars(module).pop("reset_parameters", None)  # the batch's, see ResetEachModel
-    return copy.deepcopy(lone)
+    lone = copy.deepcopy(lone)
+    for mine, stacked in zip(lone.parameters(), template.parameters(), strict=True):
+        for hook in (stacked._backward_hooks or {}).values():
+            if isinstance(hook, partial) and hook.func is each_through_its_hooks:
+                for own in hook.args[0][m].values():
+                    mine.register_hook(own)
+    return lone
 
 
 def set_memory_format(template: nn.Module, memory_format: torch.memory_format) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from .autocast import call_cast
 from .errors import BatchingError
@@ -26,6 +27,7 @@ __all__ = ["Interception"]
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 RULES = linear.RULES | losses.RULES | convolution.RULES | randomness.RULES
 RULES |= recurrent.RULES | embedding.RULES | reads.RULES | activations.RULES
+_TAKE_PER_MODEL = {torch.dropout, *recurrent.RULES}
 
 
 @cache
@@ -59,7 +61,7 @@ class Interception(TorchFunctionMode):
         num_models: M.
         streams: the models' random generators.
         device: where the models are.
-        per_model_settings: whether some module has a `PerModel` setting; spares looking for them otherwise.
+        per_model_settings: whether a module or the loss has a `PerModel` setting; spares looking for them otherwise.
         folding: whether convolutions may fold the models into their channels.
         traced: whether the pass is traced to be compiled, so that some rules emit what the compiler makes fast.
     """
@@ -130,9 +132,8 @@ class Interception(TorchFunctionMode):
             result = pooling.RULES_WHEN_TRACED[function](self, function, args, kwargs)
             if result is not NotImplemented:
                 return result
-        rule = RULES.get(function)
-        if rule is not None:
-            return rule(self, function, args, kwargs)
-        if self.per_model_settings and any(isinstance(v, PerModel) for v in (*args, *kwargs.values())):
+        leaves = tree_leaves((args, kwargs)) if self.per_model_settings and function not in _TAKE_PER_MODEL else ()
+        if any(isinstance(leaf, PerModel) for leaf in leaves):
             return model_by_model(self, function, args, kwargs)
-        return function(*args, **kwargs)
+        rule = RULES.get(function)
+        return function(*args, **kwargs) if rule is None else rule(self, function, args, kwargs)

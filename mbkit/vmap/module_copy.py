@@ -249,7 +249,7 @@ def merge(
         elif all(leaf is first or (isinstance(leaf, _PLAIN) and leaf == first) for leaf in column):
             return first
         if whole and key[1] == "__dict__":
-            return PerModelValue(column)
+            return PerModelValue([v.values[m] if isinstance(v, PerModelValue) else v for m, v in enumerate(column)])
         told = [f"a tensor {list(v.shape)}" if isinstance(v, Tensor) else repr(v) for v in column]
         other = next((m for m, text in enumerate(told) if text != told[0]), len(told) - 1)
         name = ".".join(part for part in (key[0], key[2]) if part)

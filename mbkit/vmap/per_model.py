@@ -1,4 +1,4 @@
-"""A float that has another value for each model: a dropout rate, a slope, BatchNorm's momentum."""
+"""A number that has another value for each model: a dropout rate, BatchNorm's momentum, a setting of a loss."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class PerModel(float):
     leak into a kernel that no rule covers poisons the result instead of silently using model 0's value.
 
     Args:
-        values: M floats.
+        values: M numbers; an operator that runs for one model after the other gets them as they are.
 
     Example:
         >>> rates = PerModel([0.25, 0.5])
@@ -72,18 +72,23 @@ class PerModel(float):
 
 def _lifted(function: Callable) -> Callable:
     def method(self: PerModel, other: Any = 0.0) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
         others = other.values if isinstance(other, PerModel) else [other] * len(self.values)
         results = [function(a, b) for a, b in zip(self.values, others, strict=True)]
-        if any(r is NotImplemented for r in results):
-            return NotImplemented
         return agreed(results, "a comparison of settings") if isinstance(results[0], bool) else PerModel(results)
 
     return method
 
 
-for _name in ("add", "sub", "mul", "truediv", "pow", "lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(PerModel, f"__{_name}__", _lifted(getattr(float, f"__{_name}__")))
-for _name in ("add", "sub", "mul", "truediv", "pow"):
-    setattr(PerModel, f"__r{_name}__", _lifted(getattr(float, f"__r{_name}__")))
+def _reflected(function: Callable) -> Callable:
+    return _lifted(lambda a, b: function(b, a))
+
+
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(PerModel, f"__{_name}__", _lifted(getattr(operator, _name)))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+    setattr(PerModel, f"__{_name}__", _lifted(getattr(operator, _name)))
+    setattr(PerModel, f"__r{_name}__", _reflected(getattr(operator, _name)))
 PerModel.__neg__ = _lifted(lambda a, _: operator.neg(a))
 PerModel.__abs__ = _lifted(lambda a, _: abs(a))

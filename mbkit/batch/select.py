@@ -1,0 +1,167 @@
+"""Some models of a batch as a batch of their own, and several batches as one: all go on as they would have."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..vmap import (
+    HOOKS,
+    PerModel,
+    PerModelValue,
+    Streams,
+    models_with_gradient,
+    named_modules,
+    note_models_with_gradient,
+    stack_alike,
+)
+from .context import CallContext, context_of, model_numbers
+from .each_model import ResetEachModel
+from .stack import each_through_its_hooks, may_keep
+
+__all__ = ["CanSelect"]
+
+
+class CanSelect:
+    """The part of a ModelBatch that takes models out of batches and puts batches together."""
+
+    def select(self, models: int | Iterable[int]) -> Any:
+        """Return a new batch of some of the models, in the order given, which go on as they would have here.
+
+        They have copies of all that is theirs: parameters and gradients, buffers, attributes that calls have kept,
+        random streams, whether they are frozen, train or eval mode. Only a batch of one model may round otherwise. This
+        batch stays as it is. Take the optimizer's share by `optimizer.select(models, batch)`.
+
+        Args:
+            models: a model's number, or several; negative numbers count from the end.
+
+        Raises:
+            TypeError: models that are not whole numbers.
+            IndexError: there is no such model.
+            ValueError: no model, or one twice; a loss function that keeps a state for each of the M models.
+
+        Example:
+            >>> from mbkit import ModelBatch
+            >>> batch = ModelBatch([nn.Linear(2, 1) for _ in range(5)], seeds=range(5))
+            >>> few = batch.select([3, -1])
+            >>> few.seeds, torch.equal(few[0].weight, batch[3].weight)
+            ([3, 4], True)
+        """
+        context = context_of(self)
+        rows = model_numbers(models, context.num_models)
+        if not rows or len(set(rows)) < len(rows):
+            raise ValueError(f"Expected at least one model, and none twice, got {rows}: name each of them once.")
+        if context.kept is not None and context.kept.has_rows():
+            raise ValueError(
+                "Expected functions that keep nothing outside of the models, got a loss function or a forward that "
+                "does for each model, and so cannot serve two batches: keep it in a buffer of the model."
+            )
+        selected = copy.deepcopy(self, _memo(context, rows))
+        mine = context_of(selected)
+        mine.num_models, mine.slow_losses = len(rows), set(context.slow_losses)
+        for parameter, old in zip(mine.template.parameters(), context.template.parameters(), strict=True):
+            for hook in (old._backward_hooks or {}).values():
+                own = isinstance(hook, partial) and hook.func is each_through_its_hooks
+                parameter.register_hook(partial(hook.func, [hook.args[0][m] for m in rows]) if own else hook)
+        _carry_over(mine, [(context, rows)])
+        return selected
+
+    @classmethod
+    def merge(cls, batches: Iterable[Any]) -> Any:
+        """Return a new batch of the models of several batches, which go on as they would have in their own.
+
+        Args:
+            batches: ModelBatches of one architecture; each model's share of everything is copied as by `select`.
+
+        Raises:
+            ValueError: no batches; batches with another `shared_input`; models that are not alike, by the rules for a
+                new batch. What calls have kept in a list or as numbers of each model's own counts as unlike.
+
+        Example:
+            >>> from mbkit import ModelBatch
+            >>> first, second = (ModelBatch([nn.Linear(2, 1) for _ in range(3)]) for _ in range(2))
+            >>> len(ModelBatch.merge([first.select(2), second]))
+            4
+        """
+        batches = list(batches)
+        sources = [(context_of(batch), list(range(len(batch)))) for batch in batches]
+        if len({context.shared_input for context, _ in sources}) != 1:
+            raise ValueError("Expected batches, all with the same shared_input, got none or others: merge those.")
+        merged = cls(
+            [model for batch in batches for model in batch],
+            sources[0][0].shared_input,
+            seeds=[seed for batch in batches for seed in batch.seeds],
+            model_by_model=set().union(*(context.model_by_model for context, _ in sources)),
+        )
+        mine = context_of(merged)
+        mine.folding = all(context.folding for context, _ in sources)
+        _carry_over(mine, sources)
+        return merged
+
+
+def _memo(context: CallContext, rows: list[int]) -> dict[int, Any]:
+    """Return a memo for `copy.deepcopy`, by which it takes the chosen models' share of what it would copy."""
+    template = context.template
+    memo: dict[int, Any] = {id(context.streams): context.streams}  # made anew
+    for tensor in (*template.parameters(), *template.buffers(), *context.attributes):
+        stack = stack_alike([tensor.detach()[m] for m in rows])
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(stack, tensor.requires_grad) if is_parameter else stack
+        memo[id(tensor)].requires_grad_(tensor.requires_grad and tensor.is_leaf)
+    for _, module in named_modules(template):
+        mine = vars(module)
+        for hook in (hook for name in HOOKS for hook in mine[name].values()):
+            holder = getattr(hook, "__self__", hook)
+            if may_keep(holder):  # an object that watches the models goes on watching
+                memo[id(hook)] = memo[id(holder)] = holder if holder is hook else hook
+        for leaf in tree_leaves(list(mine.values())):
+            if isinstance(leaf, PerModel | PerModelValue):
+                memo[id(leaf)] = type(leaf)([leaf.values[m] for m in rows])
+            elif isinstance(leaf, ResetEachModel):
+                memo[id(leaf)] = leaf  # set up anew
+    return memo
+
+
+def _carry_over(context: CallContext, sources: list[tuple[CallContext, list[int]]]) -> None:
+    """Give models what they have beside tensors and attributes: streams, gradients, latest losses, whether frozen.
+
+    Args:
+        context: the new models.
+        sources: where they come from, and their numbers there.
+    """
+    states = [old.streams.state() for old, _ in sources]
+    for device in set().union(*states):
+        for (old, _), state in zip(sources, states, strict=True):
+            if device not in state:  # nothing drawn there yet
+                fresh = Streams(old.streams.seeds)
+                fresh.on(device)
+                state |= fresh.state()
+    streams = context.streams = Streams([old.streams.seeds[m] for old, rows in sources for m in rows])
+    columns = [(state, rows) for state, (_, rows) in zip(states, sources, strict=True)]
+    streams.load_state({name: torch.cat([state[name][rows] for state, rows in columns]) for name in states[0]})
+    masks = [
+        torch.zeros(len(rows), dtype=torch.bool) if old.frozen is None else old.frozen.cpu()[rows]
+        for old, rows in sources
+    ]
+    context.frozen = torch.cat(masks) if any(mask.any() for mask in masks) else None
+    losses = [old.latest_losses[rows] for old, rows in sources if old.latest_losses is not None]
+    context.latest_losses = torch.cat(losses) if len(losses) == len(sources) else None
+    parameters = zip(*(old.template.parameters() for old, _ in sources), strict=True)
+    for new, olds in zip(context.template.parameters(), parameters, strict=True):
+        grads: list[Tensor] = []
+        present: list[bool] = []
+        for old, (source, rows) in zip(olds, sources, strict=True):
+            whole = torch.zeros_like(old) if old.grad is None else old.grad
+            known = models_with_gradient(whole, source.num_models)
+            everyone = torch.full((source.num_models,), old.grad is not None)
+            present += (everyone if known is None else known)[rows].tolist()
+            grads += [whole.detach()[m] for m in rows]
+        if any(present):
+            new.grad = stack_alike(grads)
+            note_models_with_gradient(new.grad, present)
