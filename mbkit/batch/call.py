@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..common.checks import check_inputs, check_numbers, check_output, open_mappings
+from ..common.functions import at_hand
 from ..vmap import (
     BatchingError,
     Failure,
@@ -43,7 +44,6 @@ from .context import CallContext
 from .freeze import held
 from .kept import kept_by, turns_in_parts
 from .memory import Memory
-from .places import at_hand
 from .stack import may_keep
 
 __all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models", "kept_attributes"]

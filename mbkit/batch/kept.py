@@ -12,19 +12,22 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..vmap import BatchingError, PerModel, named_modules, stack_alike
+from ..common.functions import at_hand
+from ..vmap import BatchingError, PerModel, named_modules, stack_alike, tensors_in
 from ..vmap.unwrap import as_one_model_sees, as_stacked
 from .context import CallContext
-from .places import Places, at_hand, mapped, methods_of, same
+from .python_values import Place, PythonValues, read, same, unchanged, write
 
 __all__ = ["Kept", "kept_by", "turns_in_parts"]
 
+_FIXED = (type, ModuleType, FunctionType, property, staticmethod, classmethod)
 _MARK = "mbkit_kept"  # on a tensor that is kept: its first dimension is the models'
 
 
@@ -32,8 +35,7 @@ def kept_by(context: CallContext, loss_fn: Callable | None = None) -> Kept:
     """Return what the models' forward and a loss function, or the one before, may keep."""
     known = context.kept
     if known is None or (loss_fn is not None and not known.is_for(loss_fn)):
-        classes = {type(module) for _, module in named_modules(context.template)}
-        known = context.kept = Kept([method for kind in classes for method in methods_of(kind)], loss_fn)
+        known = context.kept = Kept({type(module) for _, module in named_modules(context.template)}, loss_fn)
     return known
 
 
@@ -41,12 +43,12 @@ class Kept:
     """The places where functions may keep values: globals, closures, attributes, lists, dicts and sets.
 
     Args:
-        functions: the user's; those of torch, numpy and Python keep nothing.
-        loss_fn: one more of them.
+        classes: of the modules; torch's own keep nothing.
+        loss_fn: the loss function, if there is one yet.
     """
 
-    def __init__(self, functions: Iterable[Any], loss_fn: Callable | None) -> None:
-        self._functions, self._loss = list(functions), (loss_fn, *at_hand(loss_fn))
+    def __init__(self, classes: Iterable[type], loss_fn: Callable | None) -> None:
+        self._classes, self._loss = sorted(classes, key=lambda kind: kind.__name__), (loss_fn, *at_hand(loss_fn))
         self._steady: dict[int, weakref.ref] = {}  # the tensors that calls do not edit
         self._inside = 0  # how many calls of `in_parts` go on
         self._renew()
@@ -58,21 +60,22 @@ class Kept:
         return alike and len(others) == len(held) and all(map(operator.is_, others, held))
 
     def _renew(self) -> None:
-        self._places = Places((*self._functions, self._loss[0]))
+        classes = [(kind.__name__, kind) for kind in self._classes]
+        self._values = PythonValues([*classes, ("loss_fn", self._loss[0])])
+        self._places = list(filter(_may_change, self._values.places))
+        self._caches = [cached for _, cached in self._values.caches]
 
-    def trained(self) -> dict[int, str]:
-        """Return the names of the tensors at the places that can be trained, by their ids."""
-        names = {}
-        for contents in self._places.read():
-            for name, value in contents.items() if isinstance(contents, dict) else ():
-                if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
-                    names[id(value)] = str(name)
-        return names
+    def _read(self) -> list[Any]:
+        return [read(place) for place in self._places]
+
+    def _write(self, contents: list[Any]) -> None:
+        for place, wanted in zip(self._places, contents, strict=True):
+            if not unchanged(place, wanted):
+                write(place, wanted)
 
     def has_rows(self) -> bool:
         """Say whether something is kept for each model."""
-        leaves = [leaf for contents in self._places.read() for leaf in tree_leaves(contents)]
-        return any(hasattr(leaf, _MARK) or isinstance(leaf, PerModel) for leaf in leaves)
+        return any(hasattr(leaf, _MARK) or isinstance(leaf, PerModel) for leaf in tree_leaves(self._read()))
 
     def refuse_trained(self, losses: Tensor) -> None:
         """Refuse a loss whose gradient reaches a parameter that is kept: all models would add theirs up in it.
@@ -80,8 +83,9 @@ class Kept:
         Raises:
             ValueError: there is one.
         """
-        names, stack = self.trained() if self._places else {}, [losses.grad_fn]
-        seen = set()
+        tensors = [(name, t) for name, t in self._values.tensors if isinstance(t, Tensor)]
+        names = {id(t): name.rpartition(".")[2] for name, t in tensors if t.requires_grad and t.is_leaf}
+        stack, seen = [losses.grad_fn], set()
         while names and stack:
             node = stack.pop()
             if node is None or node in seen:
@@ -101,11 +105,11 @@ class Kept:
 
         After an error everything that is kept is what it was before.
         """
-        if not self._places and not self._places.caches:
+        if not self._places and not self._caches:
             yield
             return
-        before = self._places.read()
-        misses = [cache.cache_info().misses for cache in self._places.caches]
+        before = self._read()
+        misses = [cache.cache_info().misses for cache in self._caches]
         known: dict[int, tuple[Tensor, Tensor]] = {}  # what a model sees of a tensor, and the tensor
 
         def wrap(leaf: Any) -> Any:
@@ -125,22 +129,22 @@ class Kept:
                 return whole[0].clone()
             return _marked(whole)
 
-        self._places.write([mapped(contents, wrap) for contents in before])
+        self._write([mapped(contents, wrap) for contents in before])
         try:
             yield
         except BaseException:
-            self._places.write(before)
+            self._write(before)
             raise
         finally:
-            for cache, count in zip(self._places.caches, misses, strict=True):
+            for cache, count in zip(self._caches, misses, strict=True):
                 if cache.cache_info().misses != count:
                     cache.cache_clear()  # it has got tensors of this call, of no use after it
         # A dict may be a cache of tables that others use as well, so what is the same for all models stays as alone.
         after = [
-            mapped(contents, partial(unwrap, once=is_dict))
-            for is_dict, contents in zip(self._places.are_dicts(), self._places.read(), strict=True)
+            mapped(contents, partial(unwrap, once=isinstance(place.owner, dict)))
+            for place, contents in zip(self._places, self._read(), strict=True)
         ]
-        self._places.write(after)
+        self._write(after)
         self._renew_if(not all(map(same, before, after)))
 
     @contextmanager
@@ -152,7 +156,7 @@ class Kept:
         if not self._places:
             yield lambda models: nullcontext()
             return
-        start, self._inside = self._places.read(), self._inside + 1
+        start, self._inside = self._read(), self._inside + 1
         parts: list[int | slice] = []
         ends: list[list[Any]] = []
         sources: dict[int, tuple[Tensor, Tensor]] = {}  # what a part had of a tensor, and the tensor
@@ -178,24 +182,24 @@ class Kept:
                 source = sources[id(leaf)][1] if id(leaf) in sources else leaf
                 return source if source is not leaf and torch.equal(*memo[id(source)]) else leaf
 
-            self._places.write([mapped(contents, give) for contents in start])
+            self._write([mapped(contents, give) for contents in start])
             yield
             parts.append(models)
-            ends.append([mapped(contents, take) for contents in self._places.read()])
+            ends.append([mapped(contents, take) for contents in self._read()])
 
         try:
             yield part
         finally:
-            self._places.write(start)
+            self._write(start)
             self._inside -= 1
         if parts:
             join = partial(_joined, parts=parts, sources=sources)
             joined = [_together(columns, join) for columns in zip(*ends, strict=True)]
-            edited = {id(sources[id(leaf)][1]) for leaf in _tensors(ends) if id(leaf) in sources}
-            for leaf in _tensors([start]):
+            edited = {id(sources[id(leaf)][1]) for leaf in tensors_in(ends) if id(leaf) in sources}
+            for leaf in tensors_in(start):
                 if id(leaf) not in edited and not hasattr(leaf, _MARK):
                     self._steady[id(leaf)] = weakref.ref(leaf)
-            self._places.write(joined)
+            self._write(joined)
             self._renew_if(not all(map(same, start, joined)))
 
     def _renew_if(self, changed: bool) -> None:
@@ -208,6 +212,26 @@ class Kept:
         return tensor.requires_grad or (known is not None and known() is tensor)
 
 
+def _may_change(place: Place) -> bool:
+    """Say whether a call may put something else there: hardly where a class, a module or a function has its name."""
+    return place.key is None or not any(isinstance(value, _FIXED) for value in read(place))
+
+
+def mapped(contents: Any, function: Callable[[Any], Any]) -> Any:
+    """Return contents with a function applied to the tensors and numbers in them; a list inside is a place itself."""
+
+    def inside(value: Any) -> Any:
+        if not isinstance(value, tuple):
+            return function(value)
+        made = [inside(part) for part in value]
+        changed = type(value)(*made) if hasattr(value, "_fields") else tuple(made)
+        return value if all(map(operator.is_, made, value)) else changed
+
+    if isinstance(contents, dict):
+        return {name: inside(value) for name, value in contents.items()}
+    return contents if isinstance(contents, set) else [inside(value) for value in contents]
+
+
 def turns_in_parts(turns: Iterable[int], part: Callable) -> Iterator[int]:
     """Give out the models' numbers, each within its own part."""
     for m in turns:
@@ -218,10 +242,6 @@ def turns_in_parts(turns: Iterable[int], part: Callable) -> Iterator[int]:
 def _marked(stack: Tensor) -> Tensor:
     setattr(stack, _MARK, True)
     return stack
-
-
-def _tensors(contents: Iterable[list[Any]]) -> list[Tensor]:
-    return [leaf for places in contents for leaf in tree_leaves(places) if isinstance(leaf, Tensor)]
 
 
 def _together(columns: tuple, join: Callable[[list[Any]], Any]) -> Any:
@@ -252,13 +272,10 @@ def _joined(values: list[Any], parts: list[int | slice], sources: dict[int, tupl
     if all(spec == flat[0][1] and not spec.is_leaf() for _, spec in flat):
         columns = zip(*(leaves for leaves, _ in flat), strict=True)
         return tree_unflatten([_joined(list(column), parts, sources) for column in columns], flat[0][1])
-    if all(type(value) is type(first) and _facts(value) == _facts(first) for value in values):
+    facts = [(type(value), getattr(value, "__dict__", value)) for value in values]
+    if all(fact == facts[0] for fact in facts):
         return first
     raise BatchingError(f"a function keeps {first!r} for one model, {values[-1]!r} for another, in one place for all")
-
-
-def _facts(value: Any) -> Any:
-    return getattr(value, "__dict__", value)
 
 
 def _joined_tensors(values: list[Tensor], parts: list[int | slice], sources: dict) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a call may change in place, to undo it when the call has to start again."""
+"""What calls may change of the models, to undo it when a call has to start again or is refused."""
 
 from __future__ import annotations
 
@@ -7,29 +7,26 @@ import weakref
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
-from ..vmap import HOOKS, LayoutMatters, State, tensors_in
+from ..vmap import HOOKS, LayoutMatters, State, named_modules, read_state, tensors_in, version, write_state
 from .context import CallContext
 
 __all__ = ["Memory"]
 
 
 class Memory:
-    """What a call may change in place, to undo it when the call has to start again.
+    """What calls may change of the models: tensors, attributes, hooks, random streams.
 
     Only tensors that calls have been seen to edit are copied, once the first call has shown which those are.
     """
 
     def __init__(self, context: CallContext, before: State) -> None:
-        modules = [vars(module) for module in context.template.modules()]
-        flags = tuple(mine["training"] for mine in modules)
-        self.hooks = [(mine[name], dict(mine[name])) for mine in modules for name in HOOKS]
-        self.before = before
+        self.context, self.before, self.attributes = context, before, context.attributes
+        flags = tuple(module.training for _, module in named_modules(context.template))
         self.steady: dict[int, weakref.ref] = context.steady.setdefault(flags, {})
-        self.streams = context.streams.remember()
-        self.tensors = [
-            (t, _version(t), None if self._is_steady(t) else t.detach().clone()) for t in tensors_in(before)
-        ]
+        self.streams, self.next_hook = context.streams.remember(), RemovableHandle.next_id
+        self.tensors = [(t, version(t), None if self._is_steady(t) else t.detach().clone()) for t in tensors_in(before)]
 
     def _is_steady(self, tensor: Tensor) -> bool:
         known = self.steady.get(id(tensor))  # an id may be that of a tensor long gone
@@ -42,18 +39,19 @@ class Memory:
             RuntimeError: an edit cannot be undone, and the error may not be the user's own.
         """
         self.streams()
-        for hooks, given in self.hooks:
-            if hooks.keys() != given.keys():  # a forward that is cut short has not taken its hooks away
-                hooks.clear()
-                hooks.update(given)
-        changed = None
-        for tensor, version, copied in self.tensors:
+        template, changed = self.context.template, None
+        for hooks in (getattr(module, name) for _, module in named_modules(template) for name in HOOKS):
+            for new in [key for key in hooks if key >= self.next_hook]:  # a call that is cut short has left them there
+                del hooks[new]
+        for tensor, was, copied in self.tensors:
             if copied is not None and copied.shape == tensor.shape:
                 tensor.data.copy_(copied)
             elif copied is not None:  # a call has given it another size
                 tensor.data = copied
-            elif _version(tensor) != version:
+            elif version(tensor) != was:
                 changed = tensor
+        write_state(template, read_state(template), self.before)
+        self.context.attributes = self.attributes
         if changed is not None and isinstance(error, (RuntimeError, LayoutMatters)):
             states = self.before.items()
             path, _, name = next(key for key, value in states if any(t is changed for t in tree_leaves(value)))
@@ -65,8 +63,9 @@ class Memory:
         return changed is None
 
     def learn(self) -> None:
-        for tensor, version, copied in self.tensors:
-            if _version(tensor) != version:
+        """Note the tensors that the call has left as they were, so that the next calls need no copies of them."""
+        for tensor, was, copied in self.tensors:
+            if version(tensor) != was:
                 self.steady.pop(id(tensor), None)
             elif copied is not None and _can_compare(tensor) and torch.equal(tensor, copied):
                 self.steady[id(tensor)] = weakref.ref(tensor)  # compared, for BatchNorm's kernels count no versions
@@ -74,7 +73,3 @@ class Memory:
 
 def _can_compare(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_meta
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

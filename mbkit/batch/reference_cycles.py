@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .places import at_hand
+from ..common.functions import at_hand
 
 __all__ = ["refuse_circles"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .places import at_hand
+from ..common.functions import at_hand
 
 __all__ = ["Comparison", "Names"]
 

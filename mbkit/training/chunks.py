@@ -33,7 +33,6 @@ from ..vmap import (
     named_modules,
     note_models_with_gradient,
     read_state,
-    write_state,
 )
 from .backward import backward_pass, is_main_thread
 from .gather import collect_gradients, join_outputs, keep_state
@@ -104,7 +103,7 @@ class Chunks:
             return _backward_of_the_whole(batch, x, y, options)
         context, losses, outputs = context_of(batch), [], []
         gradients: dict[nn.Parameter, list[list[bool]]] = {}
-        undo = None if self._has_stepped else _remember(context)
+        undo = None if self._has_stepped else Memory(context, read_state(context.template)).undo
         try:
             for start, stop, chunk, out in self._calls(x, batch.shared_input, options.loss_fn):
                 losses.append(self._losses(chunk, out, y, options, slice(start, stop), undo))
@@ -258,19 +257,6 @@ def _backward_of_the_whole(batch: nn.Module, x: Any, y: Any, options: StepOption
     losses = batch.compute_loss(outputs, y, options.loss_fn, reduction="none", shared_targets=options.forms)
     backward_pass(losses)
     return losses.detach(), detach(outputs)
-
-
-def _remember(context: CallContext) -> Callable[[Exception], None]:
-    """Return a function that puts back what calls change of the models: tensors, attributes, random streams."""
-    before, attributes = read_state(context.template), context.attributes
-    memory = Memory(context, before)
-
-    def undo(error: Exception) -> None:
-        memory.undo(error)
-        write_state(context.template, read_state(context.template), before)
-        context.attributes = attributes
-
-    return undo
 
 
 def _rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:

@@ -27,7 +27,7 @@ from .module_copy import (
 )
 from .per_model import PerModel
 from .rules.convolution import LayoutMatters, is_folded
-from .snapshot import has_grad_hooks, place
+from .snapshot import has_grad_hooks, place, version
 from .streams import SharedDraw, Streams
 from .unwrap import stack_alike
 
@@ -65,6 +65,7 @@ __all__ = [
     "separate_gradients",
     "stack_alike",
     "tensors_in",
+    "version",
     "watch_backward",
     "write_state",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from collections.abc import Callable
 
 import pytest
@@ -118,6 +119,44 @@ def in_a_rebound_global() -> Callable:
     return loss_fn
 
 
+def in_a_namespace() -> Callable:
+    kept = types.SimpleNamespace(count=0)
+
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        kept.count += 1
+        return F.cross_entropy(out, y) * kept.count
+
+    return loss_fn
+
+
+def on_its_class() -> Callable:
+    class Loss:
+        count = 0
+
+        def __call__(self, out: Tensor, y: Tensor) -> Tensor:
+            Loss.count += 1
+            return F.cross_entropy(out, y) * self.count
+
+    return Loss()
+
+
+def on_itself() -> Callable:
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        loss_fn.count = getattr(loss_fn, "count", 0) + 1
+        return F.cross_entropy(out, y) * loss_fn.count
+
+    return loss_fn
+
+
+def under_a_made_up_name() -> Callable:
+    class Loss:
+        def __call__(self, out: Tensor, y: Tensor) -> Tensor:
+            setattr(self, "co" + "unt", vars(self).get("co" + "unt", 0) + 1)
+            return F.cross_entropy(out, y) * vars(self)["co" + "unt"]
+
+    return Loss()
+
+
 def as_a_partial() -> Callable:
     return functools.partial(Annealed().__call__)
 
@@ -132,6 +171,10 @@ LOSSES = {
     "list": in_a_list,
     "global": in_a_global,
     "rebound global": in_a_rebound_global,
+    "namespace": in_a_namespace,
+    "class": on_its_class,
+    "function": on_itself,
+    "made-up name": under_a_made_up_name,
     "partial": as_a_partial,
 }
 
