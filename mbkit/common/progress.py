@@ -29,72 +29,46 @@ class Progress(AbstractContextManager):
         self.done = 0
         self._total = total
         self._drawn = 0.0
-        self._bar = _make_bar(total, label) if enabled else None
+        self._bar, self._output = _make_bar(total, label) if enabled else (None, None)
 
     def advance(self, text: Callable[[], str] | None = None, steps: int = 1) -> None:
         """Count steps; `text` is called only when the bar is redrawn, so it may cost a device's answer."""
         self.done += steps
-        if self._bar is None:
-            return
         now = time.perf_counter()
-        if now - self._drawn > _REDRAW_SECONDS or self.done == self._total:
+        if self._bar is not None and (now - self._drawn > _REDRAW_SECONDS or self.done == self._total):
             self._drawn = now
-            self._bar.draw(self.done, text() if text else "")
+            self._bar.set_postfix_str(text() if text else "", refresh=False)
+            self._bar.update(self.done - self._bar.n)
 
     def close(self) -> None:
         """Take the bar away; closing twice is harmless."""
         bar, self._bar = self._bar, None
         if bar is not None:
             bar.close()
+        if bar is not None and self._output is not None:
+            bar.container.close()  # which tqdm leaves open where steps are missing
+            # Closing alone leaves "HBox(children=...)" behind on pages where no kernel runs.
+            self._output.update({"text/html": "", "text/plain": ""}, raw=True)
 
     def __exit__(self, *_: Any) -> None:
         self.close()
 
 
-def _make_bar(total: int | None, label: str) -> _Widget | _Terminal | None:
+def _make_bar(total: int | None, label: str) -> tuple[Any, Any]:
+    """Return a bar of tqdm's, and the notebook's output that it is shown in; None for what there is not."""
+    how = {"total": total, "desc": label or None, "unit": "step", "leave": False, "mininterval": 0}
     ipython = sys.modules.get("IPython")  # a kernel has imported it long ago; nobody else should pay for it
-    shell = ipython.get_ipython() if ipython else None
-    if hasattr(shell, "kernel"):
+    if hasattr(ipython and ipython.get_ipython(), "kernel"):
         try:
-            return _Widget(total, label)
+            import ipywidgets  # noqa: F401  # of which tqdm's bar is made
+            from IPython.display import display
+            from tqdm.notebook import tqdm
         except ImportError:
-            return None
-    if sys.stderr is not None and sys.stderr.isatty():
-        return _Terminal(total, label)
-    return None
+            return None, None
+        bar = tqdm(display=False, **how)
+        return bar, display(bar.container, display_id=True)
+    if sys.stderr is None or not sys.stderr.isatty():
+        return None, None
+    from tqdm import tqdm
 
-
-class _Widget:
-    def __init__(self, total: int | None, label: str):
-        import ipywidgets
-        from IPython.display import display
-
-        self._total = total
-        self._bar = ipywidgets.IntProgress(max=total or 1, description=label, style={"description_width": "initial"})
-        self._text = ipywidgets.Label()
-        self._box = ipywidgets.HBox([self._bar, self._text])
-        self._output = display(self._box, display_id=True)
-
-    def draw(self, done: int, text: str) -> None:
-        self._bar.value = done if self._total else 0
-        self._text.value = f"{done} of {self._total or '?'} steps  {text}"
-
-    def close(self) -> None:
-        for widget in (self._bar, self._text, self._box):
-            widget.close()
-        # Closing alone leaves "HBox(children=...)" behind on pages where no kernel runs.
-        self._output.update({"text/html": "", "text/plain": ""}, raw=True)
-
-
-class _Terminal:
-    def __init__(self, total: int | None, label: str):
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, desc=label or None, unit="step", leave=False, mininterval=0)
-
-    def draw(self, done: int, text: str) -> None:
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        self._bar.close()
+    return tqdm(**how), None

@@ -89,9 +89,12 @@ def test_a_kernel_gets_a_widget_that_goes(monkeypatch, total):
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: types.SimpleNamespace(kernel=object()))
     with Progress(total, "training") as bar:
         bar.advance(lambda: "median loss 0.5")
-        inner, text = shown[0].children
-        assert inner.value == (1 if total else 0)
-        assert text.value == f"1 of {total or '?'} steps  median loss 0.5"
+        label, inner, text = shown[0].children
+        assert (inner.value, inner.max) == (1, total or 1)
+        drawn = " ".join((label.value + text.value).split())
+        assert "training" in drawn
+        assert f"1/{total}" in drawn or total is None
+        assert "median loss 0.5" in drawn
     assert shown[1] == {"text/html": "", "text/plain": ""}  # a saved notebook keeps an empty output, no frozen bar
     assert shown[0].comm is None  # closed
     assert len(shown) == 2
