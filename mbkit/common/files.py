@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows, where what a killed process left behind stays until somebody removes it
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["describe", "read_tree", "temporary", "write_file", "write_tree"]
+__all__ = ["describe", "read_tree", "temporary", "write_bytes", "write_tree"]
 
 _FORMAT = "mbkit-1"
 _CHECKSUM, _ZEROS = re.compile(rb'(?<="sha256":")[0-9a-f]{64}(?=")'), "0" * 64
@@ -75,7 +75,7 @@ def _remove(part: Path, lock: int) -> None:
         os.close(lock)
 
 
-def write_file(file: Path, content: bytes) -> None:
+def write_bytes(file: Path, content: bytes) -> None:
     """Write a file by one rename, once its content is safe on the disk; its folder is made if need be.
 
     Raises:
@@ -117,7 +117,7 @@ def write_tree(file: Path, tree: Any, kind: str) -> None:
     values = json.dumps(_pack(tree, "", tensors))
     metadata = {"format": _FORMAT, "kind": kind, "values": values, "sha256": _ZEROS}
     content = safetensors.torch.save(tensors, metadata)
-    write_file(file, _CHECKSUM.sub(hashlib.sha256(content).hexdigest().encode(), content, count=1))
+    write_bytes(file, _CHECKSUM.sub(hashlib.sha256(content).hexdigest().encode(), content, count=1))
 
 
 def read_tree(file: Path, kind: str) -> Any:

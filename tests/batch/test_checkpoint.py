@@ -71,6 +71,17 @@ def good(m: int) -> dict:
     return build("batchnorm", 1)[0].state_dict()
 
 
+def unfit(spoil: Callable, text: str, dtype: torch.dtype = torch.float64) -> tuple[Callable, str]:
+    """Return states of which one holds a tensor whose numbers do not fit, and what is said of it."""
+
+    def states() -> list[dict]:
+        weight = build("batchnorm", 1, dtype=torch.float32)[0].state_dict()["3.weight"]
+        return [good(0), {**good(0), "3.weight": spoil(weight)}, good(0), good(0)]
+
+    wanted = f"Expected '3.weight' of model 1 as dense numbers that fit {str(dtype)[6:]}, got "
+    return states, wanted + text
+
+
 WRONG_STATES: dict[str, tuple[Callable, str]] = {
     "too few": (
         lambda: [good(0)] * (M - 1),
@@ -97,13 +108,24 @@ WRONG_STATES: dict[str, tuple[Callable, str]] = {
     ),
     "a number": (lambda: [{**good(0), "3.bias": 3.0}] * M, r"Expected '3.bias' of model 0 as \[2\], got float"),
     "the whole batch's": (lambda: [trained().state_dict()] * M, r"as \[4, 3\], got \[4, 4, 3\]"),
+    "sparse": unfit(lambda t: t.to_sparse(), "a tensor of the layout sparse_coo: convert it first"),
+    "csr": unfit(lambda t: t.to_sparse_csr(), "a tensor of the layout sparse_csr"),
+    "meta": unfit(lambda t: t.to("meta"), "a tensor on the meta device, without numbers"),
+    "quantized": unfit(lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "a quantized tensor of qint8"),
+    "complex": unfit(lambda t: t * 1j, "a tensor of complex64"),
+    "too large": unfit(lambda t: t.double() * 0 + 1e300, r"1e\+300: build the models in another dtype", torch.float32),
 }
 
 
 @pytest.mark.parametrize("case", WRONG_STATES)
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.filterwarnings("ignore:.*[qQ]uantiz")
 def test_a_wrong_state_loses_nothing(case: str) -> None:
-    batch, (make, text) = trained(), WRONG_STATES[case]
-    before, states = snapshot(batch), make()
+    make, text = WRONG_STATES[case]
+    states = make()
+    dtype = torch.float32 if "float32" in text else torch.float64
+    batch = ModelBatch(build("batchnorm", dtype=dtype), seeds=SEEDS)
+    before = snapshot(batch)
     with pytest.raises(ValueError, match=text):
         batch.load_model_states(states)
     assert_unchanged(batch, before)
@@ -123,18 +145,6 @@ def test_files_bring_everything_back(name: str, tmp_path: Path) -> None:
     lone, rows = build(name, 1)[0], safetensors.torch.load_file(folder / "models.safetensors")
     lone.load_state_dict({key: tensor[2] for key, tensor in rows.items()})
     assert all(torch.equal(a, b) for a, b in zip(lone.parameters(), batch[2].parameters(), strict=True))
-
-
-def test_complex_numbers_are_saved_as_they_are(tmp_path: Path) -> None:
-    class Phase(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.phase = nn.Parameter(torch.randn(3, dtype=torch.complex128))
-
-    batch, other = ModelBatch([Phase(), Phase()]), ModelBatch([Phase(), Phase()])
-    batch.save_all(tmp_path)
-    other.load_all(tmp_path)
-    assert torch.equal(other.stacked_params["phase"], batch.stacked_params["phase"])
 
 
 def truncate(share: float) -> Callable[[Path], None]:
@@ -210,53 +220,22 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         trained().save_all(tmp_path / "file")
 
 
-UNFIT = {
-    "sparse": (lambda t: t.to_sparse(), "a tensor of the layout sparse_coo: convert it first"),
-    "csr": (lambda t: t.to_sparse_csr(), "a tensor of the layout sparse_csr"),
-    "meta": (lambda t: t.to("meta"), "a tensor on the meta device, without numbers"),
-    "quantized": (lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8), "a quantized tensor of qint8"),
-    "complex": (lambda t: t * 1j, "a tensor of complex128"),
-    "too large": (lambda t: t.double() * 0 + 1e300, r"1e\+300: build the models in another dtype"),
+SPOILED_STATES: dict[str, Callable[[dict], dict]] = {
+    "one more": lambda state: {**state, "foreign": torch.zeros(4)},
+    "another shape": lambda state: {**state, "4.bias": torch.zeros(4, 7)},
+    "broken streams": lambda state: {k: t[:, :9] if k.startswith("mbkit_streams.cpu") else t for k, t in state.items()},
+    "a weight less": lambda state: {key: t for key, t in state.items() if key != "4.weight"},
 }
 
 
-@pytest.mark.parametrize("case", UNFIT)
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
-@pytest.mark.filterwarnings("ignore:.*[qQ]uantiz")
-def test_numbers_that_do_not_fit_are_refused_before_anything_changes(case: str) -> None:
-    spoil, text = UNFIT[case]
-    batch = ModelBatch(build("linear", dtype=torch.float32))
-    states = [model.state_dict() for model in build("linear", dtype=torch.float64)]
-    states[1]["weight"], before = spoil(states[1]["weight"]), snapshot(batch)
-    with pytest.raises(ValueError, match=f"Expected 'weight' of model 1 as dense numbers that fit float32, got {text}"):
-        batch.load_model_states(states)
-    assert_unchanged(batch, before)
-
-
-def with_one_more(state: dict) -> dict:
-    return {**state, "foreign": torch.zeros(4)}
-
-
-def of_another_shape(state: dict) -> dict:
-    return {**state, "4.bias": torch.zeros(4, 7)}
-
-
-def with_broken_streams(state: dict) -> dict:
-    return {key: t[:, :9] if key.startswith("mbkit_streams.cpu") else t for key, t in state.items()}
-
-
-def without_a_weight(state: dict) -> dict:
-    return {key: t for key, t in state.items() if key != "4.weight"}
-
-
-@pytest.mark.parametrize("spoil", [with_one_more, of_another_shape, with_broken_streams, without_a_weight])
-def test_a_refused_state_dict_leaves_tensors_streams_and_seeds(spoil: Callable[[dict], dict]) -> None:
+@pytest.mark.parametrize("case", SPOILED_STATES)
+def test_a_refused_state_dict_leaves_tensors_streams_and_seeds(case: str) -> None:
     batch, other = trained("dropout"), ModelBatch(build("dropout"), seeds=range(M))
     other.freeze(1)
     train_batch(other, batches(own=False)[:1])
     before, streams = snapshot(batch), batch.streams.state()
     with pytest.raises(RuntimeError):
-        batch.load_state_dict(spoil(other.state_dict()))
+        batch.load_state_dict(SPOILED_STATES[case](other.state_dict()))
     assert_unchanged(batch, before)
     assert (batch.seeds, batch.frozen) == (SEEDS, [])
     assert all(torch.equal(batch.streams.state()[device], rows) for device, rows in streams.items())
