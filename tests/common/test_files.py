@@ -124,7 +124,7 @@ import torch
 from torch import nn
 from mbkit import ModelBatch
 
-folder, kills, writers = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+folder, kills = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
 batch = ModelBatch([nn.Linear(30, 20) for _ in range(4)])
 draws = random.Random(3)
@@ -145,10 +145,11 @@ def fork(first):
         os._exit(1)
     return child
 
-def seen():
+def seen(kill):
     batch.load_all(folder)
-    return sorted({p[m].unique().tolist()[0] if len(p[m].unique()) == 1 else -1 for p in batch.parameters()
-                   for m in range(4)})
+    rows = [p[m].unique().tolist() for p in batch.parameters() for m in range(4)]
+    values = {row[0] if len(row) == 1 else -1 for row in rows}
+    return [value // 100 == kill for value in values]
 
 for p in batch.parameters():
     p.data.fill_(0.0)
@@ -156,29 +157,28 @@ batch.save_all(folder)
 loads, file = [], folder + "/models.safetensors"
 for kill in range(1, kills + 1):
     before = os.stat(file).st_mtime_ns
+    writers = 1 + kill % 2
     children = [fork(100 * kill + i) for i in range(writers)]
     while os.stat(file).st_mtime_ns == before:  # until the first of these saves is done
         time.sleep(0.001)
     time.sleep(draws.uniform(0, 0.02))
     if writers > 1:
-        loads.append(seen())
+        loads.append(seen(kill))
     ended = [os.waitpid(child, os.WNOHANG)[0] for child in children]
     assert not any(ended), "a writer failed"
     [os.kill(child, signal.SIGKILL) for child in children]
     [os.waitpid(child, 0) for child in children]
-    loads.append(seen())
+    loads.append(seen(kill))
 batch.save_all(folder)
-print(json.dumps([loads, sorted(os.listdir(folder))]))
+print(json.dumps([loads, sorted(os.listdir(folder)), [m for m in ("ipywidgets", "IPython") if m in sys.modules]]))
 """
 
 
-@pytest.mark.parametrize("writers", [1, 2])
-def test_no_saves_are_mixed_by_kill_9_or_by_two_writers(writers: int, tmp_path: Path) -> None:
-    arguments = [sys.executable, "-c", HARNESS, str(tmp_path), "30", str(writers)]
+def test_no_saves_are_mixed_by_kill_9_or_by_two_writers(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", HARNESS, str(tmp_path), "20"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    loads, names = json.loads(done.stdout)
-    assert len(loads) == 30 * writers
-    assert all(len(values) == 1 and values != [-1] for values in loads)
-    assert [values[0] // 100 for values in loads] == [kill for kill in range(1, 31) for _ in range(writers)]
+    loads, names, bars = json.loads(done.stdout)
+    assert loads == [[True]] * 30  # one value in all of a file, and one of the latest writers'
     assert names == ["models.safetensors"]  # nothing of the killed ones is left
+    assert bars == []  # what draws progress in a notebook is not loaded without one
