@@ -21,19 +21,18 @@ from ..common.functions import at_hand
 from ..vmap import (
     BatchingError,
     Failure,
-    Interception,
     LayoutMatters,
+    ModuleCopy,
+    Pass,
+    RuleMode,
     SharedDraw,
     State,
     call_in_turn,
-    copy_module,
-    flattened,
     is_folded,
     loop_inside,
     materialize,
     merge,
     module_path,
-    outcome,
     read_state,
     running_modules,
     tensors_in,
@@ -84,7 +83,7 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool) -> Any:
         memory = Memory(context, before)
         try:
             output, after, attributes = attempt(context, before, args, kwargs, shared)
-            write_state(template, before, after)
+            write_state(before, after)
             context.attributes = attributes
             break
         except LayoutMatters as error:
@@ -189,33 +188,30 @@ def attempt(
         with context.streams.take_turns(device) as turns, kept_by(context).in_parts(context.num_models) as part:
             turns = turns_in_parts(turns, part)
             output, after, new = call_in_turn(
-                template, before, args, kwargs, turns, lambda run, tensors: run(tensors, flags), whole=True
+                before, args, kwargs, turns, lambda run, tensors: run(tensors, flags), whole=True
             )
         if not isinstance(output, Failure):
             check_output(output, template)
     else:
-        origins = {id(t): t for t in kept}
         kept = [t for t in kept if id(t) in stacked]
         seen: list[State] = []
         kept_outside = kept_by(context)
 
-        def one_model(mode: Interception, *own: Tensor) -> tuple[Tensor, ...]:
+        def one_model(mode: Pass, *own: Tensor) -> tuple[Tensor, ...]:
             mine = list(leaves)
             for place, tensor in zip(places, own[len(kept) :], strict=True):
                 mine[place] = tensor
-            twin = copy_module(template, {id(t): o for t, o in zip(kept, own, strict=False)})
-            slow = [twin.get_submodule(path) for path in context.model_by_model]
+            copied = ModuleCopy(before, dict(zip(map(id, kept), own, strict=False)))
+            slow = [copied.module.get_submodule(path) for path in context.model_by_model]
             for module in slow:
                 vars(module)["_call_impl"] = loop_inside(mode, module)
-            given = flattened(twin)
             my_args, my_kwargs = tree_unflatten(mine, spec)
             with kept_outside.under_vmap():
-                output = twin(*my_args, **my_kwargs)
+                output = copied.module(*my_args, **my_kwargs)
             for module in slow:  # a circle, which would keep tensors alive
                 del vars(module)["_call_impl"]
             check_output(output, template)
-            known = origins | {id(o): t for t, o in zip(kept, own, strict=False)}
-            merged, fresh = merge([outcome(twin, given, before, set(), output)], before, [known], whole=False)
+            merged, fresh = merge([copied.state_after(output)], before)
             seen.append(merged)
             return tuple(column[0] for column in fresh)
 
@@ -235,15 +231,8 @@ def kept_attributes(after: State, stacked: list[Tensor]) -> list[Tensor]:
 def at_once(
     context: CallContext, function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor], in_dims: list[int | None]
 ) -> tuple[Tensor, ...]:
-    """Run a function of the interception and one model's tensors for all models at once."""
+    """Run a function of the pass and one model's tensors for all models at once."""
     device = tensors[0].device if tensors else torch.device("cpu")
-    index = torch.arange(context.num_models, device=device)
-    facts = (context.num_models, context.streams, device, context.per_model_settings, context.folding, context.traced)
-
-    def with_rules(index: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-        with Interception(index, *facts) as mode:
-            return function(mode, *own)
-
     lazy_load_decompositions()
     # vmap's own remark that it loops over the models for some operator is on by default, and nothing to act upon.
     functorch._set_vmap_fallback_warning_enabled(False)
@@ -251,9 +240,18 @@ def at_once(
     # "error": a random operator that no rule covers raises here, where "different" would draw wrong numbers.
     level = functorch._vmap_increment_nesting(context.num_models, "error")
     try:
-        dims = zip((index, *tensors), (0, *in_dims), strict=True)
-        with context.streams.shared_draws_refused():
-            outputs = with_rules(*(t if d is None else functorch._add_batch_dim(t, d, level) for t, d in dims))
+        mode = Pass(
+            context.num_models,
+            context.streams,
+            device,
+            level,
+            context.per_model_settings,
+            context.folding,
+            context.traced,
+        )
+        own = [t if d is None else functorch._add_batch_dim(t, d, level) for t, d in zip(tensors, in_dims, strict=True)]
+        with context.streams.shared_draws_refused(), RuleMode(mode):
+            outputs = function(mode, *own)
         return tuple(functorch._remove_batch_dim(t, level, context.num_models, 0) for t in outputs)
     finally:
         functorch._vmap_decrement_nesting()

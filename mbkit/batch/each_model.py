@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..vmap import HOOKS, named_modules
+from ..vmap import HOOKS
 from .context import CallContext, context_of
 from .freeze import held
 from .stack import stack_models, unstack_model
@@ -56,8 +56,8 @@ def do_to_each_model(context: CallContext, function: Callable[[nn.Module], Any],
 def _changes(template: nn.Module, changed: nn.Module) -> list[tuple[dict, str, Any]]:
     """Return what to put where in the template, for it to be like another stack of the models."""
     changes: list[tuple[dict, str, Any]] = []
-    others = dict(named_modules(changed))
-    for path, module in named_modules(template):
+    others = dict(changed.named_modules())
+    for path, module in template.named_modules():
         mine, other = vars(module), vars(others.get(path, nn.Module()))
         if path not in others or any(len(mine[hooks]) != len(other[hooks]) for hooks in HOOKS):
             raise _too_much(f"the hooks or layers of '{path or type(module).__name__}' others")
@@ -128,6 +128,6 @@ class ResetEachModel:
     @staticmethod
     def set_up(context: CallContext) -> None:
         """Put one into every layer of the template that has a `reset_parameters`."""
-        for path, module in named_modules(context.template):
+        for path, module in context.template.named_modules():
             if callable(getattr(type(module), "reset_parameters", None)):
                 vars(module)["reset_parameters"] = ResetEachModel(context, path)

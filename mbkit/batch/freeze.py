@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..vmap import BatchingError, PerModelValue, mix, read_state, tensors_in, write_state
+from ..vmap import BatchingError, PerModelValue, read_state, tensors_in, write_state
 from .context import CallContext, context_of, model_numbers
 
 __all__ = ["CanFreeze", "check_on_nonfinite", "held", "nonfinite_models", "rows_where", "stop_nonfinite"]
@@ -107,7 +107,7 @@ def held(context: CallContext) -> Iterator[None]:
         for key, value in after.items():
             if value is not before.get(key):
                 now[key] = _put_back(key, before.get(key), value, copies, frozen, replaced)
-        write_state(template, after, now)
+        write_state(after, now)
         context.attributes = [replaced.get(id(t), t) for t in context.attributes]
 
 
@@ -119,7 +119,7 @@ def _put_back(key: tuple, before: Any, after: Any, copies: dict, frozen: Tensor,
             if was is now or (not isinstance(now, Tensor | PerModelValue) and was == now):
                 continue
             if isinstance(now, PerModelValue) or isinstance(was, PerModelValue):
-                new[i] = mix(frozen.tolist(), was, now)
+                new[i] = PerModelValue.where(frozen.tolist(), was, now)
             elif isinstance(now, Tensor) and id(was) in copies and was.shape == now.shape and was.dtype == now.dtype:
                 new[i] = replaced[id(now)] = rows_where(frozen, copies[id(was)], now)
             else:

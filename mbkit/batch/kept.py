@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..common.functions import at_hand
-from ..vmap import BatchingError, PerModel, named_modules, stack_alike, tensors_in
-from ..vmap.unwrap import as_one_model_sees, as_stacked
+from ..vmap import BatchingError, PerModel, as_one_model_sees, as_stacked, stack_alike, tensors_in
 from .context import CallContext
 from .python_values import Place, PythonValues, read, same, unchanged, write
 
@@ -35,7 +34,7 @@ def kept_by(context: CallContext, loss_fn: Callable | None = None) -> Kept:
     """Return what the models' forward and a loss function, or the one before, may keep."""
     known = context.kept
     if known is None or (loss_fn is not None and not known.is_for(loss_fn)):
-        known = context.kept = Kept({type(module) for _, module in named_modules(context.template)}, loss_fn)
+        known = context.kept = Kept(set(map(type, context.template.modules())), loss_fn)
     return known
 
 

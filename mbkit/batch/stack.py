@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..vmap import PerModel, PerModelValue, copy_module
-from ..vmap.unwrap import stack_alike
+from ..vmap import PerModel, PerModelValue, copy_module, stack_alike
 
 __all__ = ["each_through_its_hooks", "may_keep", "set_memory_format", "stack_models", "unstack_model"]
 

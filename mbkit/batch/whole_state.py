@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..vmap import PerModelValue, named_modules, read_state, tensors_in
+from ..vmap import PerModelValue, read_state, tensors_in
 from .context import context_of
 
 __all__ = ["load_whole", "save_whole", "snapshot"]
@@ -19,7 +19,7 @@ def snapshot(batch: Any) -> Callable[[], None]:
     context = context_of(batch)
     stores = [
         (store, dict(store))
-        for _, module in named_modules(context.template)
+        for _, module in context.template.named_modules()
         for store in (vars(module)["_parameters"], vars(module)["_buffers"], vars(module))
     ]
     copies = [(t, t.detach().clone()) for t in tensors_in(read_state(context.template))]
@@ -83,7 +83,7 @@ def load_whole(batch: Any, saved: Mapping[str, Any]) -> None:
     if not saved["drew"]:
         context.streams.seeds = list(saved["seeds"])
         context.streams.load_state({})
-    modules, device = dict(named_modules(context.template)), next(batch.parameters()).device
+    modules, device = dict(context.template.named_modules()), next(batch.parameters()).device
     for path, store, name, value, per_model, flags in saved["others"]:
         if path not in modules:
             raise ValueError(f"Expected a module '{path}' as in the saved run, got none: build the same models.")

@@ -35,7 +35,6 @@ PRIVATE = {
     "torch._C._functorch.is_gradtrackingtensor": "tell a transform of the model's own; there is no public question",
     "torch._C._functorch.maybe_current_level": "likewise",
     "torch._C._functorch.maybe_get_bdim": "where the models' dimension is; likewise",
-    "torch._C._functorch.maybe_get_level": "likewise",
     "torch._functorch.pyfunctorch.temporarily_pop_interpreter_stack": "run a rule below vmap, where random numbers may "
     "be drawn; an autograd.Function does so too, at six times the cost",
     "torch._C._autograd._top_saved_tensors_default_hooks": "notice checkpointing inside vmap; hooks set by "

@@ -30,7 +30,6 @@ from ..vmap import (
     HOOKS,
     copy_module,
     has_grad_hooks,
-    named_modules,
     note_models_with_gradient,
     read_state,
 )
@@ -226,7 +225,7 @@ class Chunks:
         """
         if not is_main_thread():
             return chunk
-        everything = {path for path, _ in named_modules(chunk.template)}
+        everything = {path for path, _ in chunk.template.named_modules()}
         return replace(chunk, model_by_model=everything, slow_losses={loss_code(loss_fn)})
 
     def _row(self, tensor: Tensor, start: int, stop: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ..batch.context import context_of
 from ..common.machine import free_memory
 from ..optim.stacked import StackedOptimizer
-from ..vmap import HOOKS, has_grad_hooks, named_modules
+from ..vmap import HOOKS, has_grad_hooks
 
 __all__ = ["CannotCompile", "check_memory", "check_module", "check_step"]
 
@@ -41,7 +41,7 @@ def check_module(template: nn.Module) -> None:
         raise CannotCompile("a parameter is complex")
     if any(map(has_grad_hooks, template.parameters())):
         raise CannotCompile("a parameter has hooks")
-    for path, module in named_modules(template):
+    for path, module in template.named_modules():
         if any(vars(module)[hooks] for hooks in HOOKS):
             raise CannotCompile(f"'{path}' ({type(module).__name__}) has hooks")
 

@@ -63,7 +63,7 @@ def keep_state(context: CallContext, before: dict, after: list[dict], sizes: lis
         leaves = [join(key, name, column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
         state[key] = tree_unflatten(leaves, flat[0][1])
     if changed:
-        write_state(context.template, before, state)
+        write_state(before, state)
         plain = {id(t) for key in changed if key[1] == "__dict__" for t in tree_flatten(state[key])[0]}
         held = {id(t) for value in state.values() for t in tree_flatten(value)[0]}
         kept = [t for t in context.attributes if id(t) in held]

@@ -1,66 +1,62 @@
-"""What an operator does when M models call it at once, wherever `torch.vmap` alone is wrong, slow or silent.
+"""What M models do when they are called at once, wherever `torch.vmap` alone is wrong, slow or silent.
 
-`Interception` sees every call before vmap does and looks it up in one table of rules, a file a family: linear layers,
-losses, convolution, randomness, recurrent kernels, embedding, and reads of Python values. `model_by_model` is the rule
-of last resort: exact for any operator, at the speed of a loop.
+`RuleMode` sees every operator before vmap does and looks it up among the rules, which `rules` holds, one file a family
+of layers. `in_turn` is the way of last resort: exact whatever is called, at the speed of a loop.
 """
 
+from . import rules
 from .errors import BatchingError, module_path, running_modules
 from .gradients import mark_rows, models_with_gradient, note_models_with_gradient, separate_gradients, watch_backward
-from .layer_loop import Failure, call_in_turn, loop_inside, tensors_in
-from .mode import Interception
+from .in_turn import Failure, call_in_turn, loop_inside
+from .layout import LayoutMatters, is_folded
+from .mode import RuleMode
 from .module_copy import (
     HOOKS,
-    OUTPUT,
+    ModuleCopy,
     PerModelValue,
     State,
     copy_module,
-    flattened,
-    is_leaf,
     materialize,
     merge,
-    mix,
-    named_modules,
-    outcome,
     read_state,
+    tensors_in,
     write_state,
 )
 from .per_model import PerModel
-from .rules.convolution import LayoutMatters, is_folded
+from .registry import Pass
 from .snapshot import has_grad_hooks, place, version
 from .streams import SharedDraw, Streams
-from .unwrap import stack_alike
+from .unwrap import as_one_model_sees, as_stacked, stack_alike
 
 __all__ = [
     "HOOKS",
-    "OUTPUT",
     "BatchingError",
     "Failure",
-    "Interception",
     "LayoutMatters",
+    "ModuleCopy",
+    "Pass",
     "PerModel",
     "PerModelValue",
+    "RuleMode",
     "SharedDraw",
     "State",
     "Streams",
+    "as_one_model_sees",
+    "as_stacked",
     "call_in_turn",
     "copy_module",
-    "flattened",
     "has_grad_hooks",
     "is_folded",
-    "is_leaf",
     "loop_inside",
     "mark_rows",
     "materialize",
     "merge",
-    "mix",
     "models_with_gradient",
     "module_path",
-    "named_modules",
     "note_models_with_gradient",
-    "outcome",
     "place",
     "read_state",
+    "rules",
     "running_modules",
     "separate_gradients",
     "stack_alike",

@@ -1,37 +1,35 @@
 """A copy of a module for one model, and what a call has changed in it: the way from M models to one and back.
 
-A replica shares everything with the module it copies but its tensors, its children and its plain attributes, so a
-call can assign what it likes without touching the module. Whatever it did assign (a buffer, a tensor or number in
-a plain attribute, an entry of a list) is read off afterwards and kept for each model.
+A copy shares everything with the module but its tensors, its children and its plain attributes, so a call can assign
+what it likes without touching the module. Whatever it did assign (a buffer, a tensor or number in a plain attribute,
+an entry of a list) is read off afterwards and kept for each model.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .errors import PATH, BatchingError
 from .per_model import PerModel
 
 __all__ = [
-    "HOOKS", "OUTPUT", "PerModelValue", "State", "copy_module", "flattened", "held_inside", "is_leaf", "materialize",
-    "merge", "mix", "named_modules", "outcome", "own_attributes", "read_state", "write_state",
+    "HOOKS", "OUTPUT", "ModuleCopy", "PerModelValue", "State", "copy_module", "materialize", "merge", "read_state",
+    "tensors_in", "write_state",
 ]  # fmt: skip
 
-State = dict[tuple[str, str, str], Any]  # (module path, "_parameters", "_buffers" or "__dict__", name) -> value
+Key = tuple[str, str, str]  # module path, "_parameters", "_buffers" or "__dict__", name
 
-_OF_TORCH = set(vars(nn.Module())) | {"_call_impl", PATH}
+OUTPUT: Key = ("", "output", "output")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_TORCH = set(vars(nn.Module())) | {"_call_impl", PATH}
 _FOLLOWED = (Tensor, nn.Module, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
 _PLAIN = (int, float, bool, str, type(None))
-
-
-OUTPUT = ("", "output", "output")
-_NEW = object()
+_ALL, _NEW = slice(None), object()
 
 
 class PerModelValue:
@@ -40,18 +38,71 @@ class PerModelValue:
     def __init__(self, values: Sequence[Any]) -> None:
         self.values = list(values)
 
-
-def mix(flags: Sequence[bool], yes: Any, no: Any) -> PerModelValue:
-    """Return M values: from `yes` where the flag is set, else from `no`; either may be one value for all."""
-    columns = [v.values if isinstance(v, PerModelValue) else [v] * len(flags) for v in (yes, no)]
-    return PerModelValue([a if flag else b for flag, a, b in zip(flags, *columns, strict=True)])
+    @classmethod
+    def where(cls, flags: Sequence[bool], yes: Any, no: Any) -> PerModelValue:
+        """Return M values: from `yes` where the flag is set, else from `no`; either may be one value for all."""
+        columns = [v.values if isinstance(v, PerModelValue) else [v] * len(flags) for v in (yes, no)]
+        return cls([a if flag else b for flag, a, b in zip(flags, *columns, strict=True)])
 
 
 class Placeholder(int):
     """Stands for the i-th new tensor of a call until the M of it are stacked."""
 
 
-def own_attributes(module: nn.Module) -> list[str]:
+class State(dict[Key, Any]):
+    """Everything that a call of a module can change.
+
+    Attributes:
+        modules: the module and all below it, by their paths.
+    """
+
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]] = ()) -> None:
+        super().__init__()
+        self.modules = dict(modules)
+        for path, module in self.modules.items():
+            mine = vars(module)
+            for store in ("_parameters", "_buffers"):
+                for name, value in mine[store].items():
+                    self[path, store, name] = value
+            for name in _own_attributes(module):
+                self[path, "__dict__", name] = mine[name]
+
+
+def read_state(model: nn.Module) -> State:
+    """Return everything that a call of the model can change."""
+    return State(model.named_modules())
+
+
+def write_state(before: State, after: Mapping[Key, Any]) -> None:
+    """Assign in the modules of `before` what differs between two states.
+
+    Raises:
+        BatchingError: a parameter has come, gone or been replaced.
+    """
+    for key in before.keys() | after.keys():
+        path, store, name = key
+        if key in after and key in before and after[key] is before[key]:
+            continue
+        if store == "_parameters" or path not in before.modules:
+            raise BatchingError(f"forward makes, replaces or deletes '{path}.{name}': build all layers in __init__")
+        target = getattr(before.modules[path], store)
+        if key in after:
+            target[name] = after[key]
+        else:
+            del target[name]
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors of a nested value, each once."""
+    found: dict[int, Tensor] = {}
+    for value in tree.values() if isinstance(tree, dict) else [tree]:
+        for leaf in [value] if isinstance(value, Tensor) else () if type(value) in _PLAIN else tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                found[id(leaf)] = leaf
+    return list(found.values())
+
+
+def _own_attributes(module: nn.Module) -> list[str]:
     """Return the plain attributes that a call might change; torch's own layers have none unless they are hooked."""
     mine = vars(module)
     if type(module).__module__.startswith("torch.nn.") and not any(mine[hooks] for hooks in HOOKS):
@@ -59,172 +110,126 @@ def own_attributes(module: nn.Module) -> list[str]:
     return [name for name in mine if name not in _OF_TORCH]
 
 
-def read_state(model: nn.Module) -> State:
-    """Return everything that a call of the model can change."""
-    state: State = {}
-    for path, module in named_modules(model):
-        mine = vars(module)
-        for store in ("_parameters", "_buffers"):
-            for name, value in mine[store].items():
-                state[path, store, name] = value
-        for name in own_attributes(module):
-            state[path, "__dict__", name] = mine[name]
-    return state
+def copy_module(root: nn.Module, own: dict[int, Tensor], m: int | slice = _ALL, *, alone: bool = False) -> nn.Module:
+    """Return a copy of a module; the arguments are those of `ModuleCopy`."""
+    return ModuleCopy(read_state(root), own, m, alone).module
 
 
-def named_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return what `root.named_modules()` yields, several times as fast: a call of the batch needs it three times."""
-    found: list[tuple[str, nn.Module]] = []
-    seen: set[int] = set()
-
-    def visit(path: str, module: nn.Module) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        found.append((path, module))
-        for name, child in module._modules.items():
-            if child is not None:
-                visit(f"{path}.{name}" if path else name, child)
-
-    visit("", root)
-    return found
-
-
-def write_state(model: nn.Module, before: State, after: State) -> None:
-    """Assign what differs between two states.
-
-    Raises:
-        BatchingError: a parameter has come, gone or been replaced.
-    """
-    modules = dict(model.named_modules())
-    for key in before.keys() | after.keys():
-        path, store, name = key
-        if key in after and key in before and after[key] is before[key]:
-            continue
-        if store == "_parameters" or path not in modules:
-            raise BatchingError(f"forward makes, replaces or deletes '{path}.{name}': build all layers in __init__")
-        target = getattr(modules[path], store)
-        if key in after:
-            target[name] = after[key]
-        else:
-            del target[name]
-
-
-def copy_module(
-    root: nn.Module, own: dict[int, Tensor], m: int | slice = slice(None), *, alone: bool = False
-) -> nn.Module:
-    """Return a copy of a module that holds one model's tensors, and `m`'s own values where the models differ.
+class ModuleCopy:
+    """A copy of a module that holds one model's tensors, and `m`'s own values where the models differ.
 
     Args:
-        root: the module.
+        before: the module's state.
         own: from the id of a tensor in it to the one that takes its place.
         m: the model's number, or those of several for what stands for all of them.
-        alone: the replica is to live on its own, so it gets no note of where it came from.
+        alone: the copy is to live on its own, so it gets no note of where it came from.
+
+    Attributes:
+        module: the copy; None of a state without modules.
     """
-    modules = dict(named_modules(root))
-    twins = {id(module): object.__new__(type(module)) for module in modules.values()}
 
-    def follow(leaf: Any) -> Any:
-        if isinstance(leaf, PerModelValue):
-            return leaf.values[m] if isinstance(m, int) else PerModelValue(leaf.values[m])
-        if _is_method(leaf) and id(leaf.__self__) in twins:
-            return types.MethodType(leaf.__func__, twins[id(leaf.__self__)])
-        return twins.get(id(leaf), own.get(id(leaf), leaf))
+    def __init__(self, before: State, own: dict[int, Tensor], m: int | slice = _ALL, alone: bool = False) -> None:
+        self._before, self._own, self._m = before, own, m
+        self._given: dict[Key, Any] = {}  # before the call: leaves as they are, else leaves, structure, held inside
+        self._origins: dict[int, Tensor] = {}  # from the id of a tensor in the copy to the one in the module
+        self._copies = {id(module): object.__new__(type(module)) for module in before.modules.values()}
+        for path, module in before.modules.items():
+            mine = vars(self._copies[id(module)])
+            mine.update(vars(module))
+            mine.pop("_call_impl", None)
+            if not alone:
+                mine.setdefault(PATH, path)
+            mine["_modules"] = {name: self._copies.get(id(child), child) for name, child in module._modules.items()}
+            if m != _ALL:
+                mine.update({name: self._follow(v) for name, v in mine.items() if isinstance(v, PerModel)})
+            for store in ("_parameters", "_buffers"):
+                mine[store] = {name: t if t is None else self._tensor(t) for name, t in mine[store].items()}
+                self._given.update({(path, store, name): t for name, t in mine[store].items()})
+            for name in _own_attributes(module):
+                self._given[path, "__dict__", name] = mine[name] = self._copied(mine[name])
+                if not _is_leaf(mine[name]):
+                    leaves, spec = tree_flatten(mine[name])
+                    self._given[path, "__dict__", name] = leaves, spec, _held_inside(leaves)
+            for hooks in HOOKS:
+                if any(isinstance(hook, (types.MethodType, PerModelValue)) for hook in mine[hooks].values()):
+                    mine[hooks] = tree_map(self._follow, mine[hooks])
+        root = before.modules.get("")
+        self.module = None if root is None else self._copies[id(root)]
 
-    for path, module in modules.items():
-        mine = vars(twins[id(module)])
-        mine.update(vars(module))
-        mine.pop("_call_impl", None)
-        if not alone:
-            mine.setdefault(PATH, path)
-        for store in ("_parameters", "_buffers"):
-            mine[store] = {name: own.get(id(t), t) for name, t in getattr(module, store).items()}
-        mine["_modules"] = {name: twins.get(id(child), child) for name, child in module._modules.items()}
-        for name in own_attributes(module):
-            if not isinstance(mine[name], _PLAIN):
-                mine[name] = tree_map(follow, mine[name])
-        if m != slice(None):
-            settings = {name: value.values[m] for name, value in mine.items() if isinstance(value, PerModel)}
-            mine |= settings if isinstance(m, int) else {name: PerModel(values) for name, values in settings.items()}
-        for hooks in HOOKS:
-            if mine[hooks] and any(
-                _is_method(hook) or isinstance(hook, PerModelValue) for hook in mine[hooks].values()
-            ):
-                mine[hooks] = tree_map(follow, mine[hooks])
-    return twins[id(root)]
+    def _copied(self, value: Any) -> Any:
+        return value if isinstance(value, _PLAIN) else tree_map(self._follow, value)
+
+    def _follow(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return self._tensor(leaf)
+        if isinstance(leaf, (PerModel, PerModelValue)):
+            return leaf.values[self._m] if isinstance(self._m, int) else type(leaf)(leaf.values[self._m])
+        if isinstance(leaf, types.MethodType) and id(leaf.__self__) in self._copies:
+            return types.MethodType(leaf.__func__, self._copies[id(leaf.__self__)])
+        return self._copies.get(id(leaf), leaf)
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        mine = self._own.get(id(tensor), tensor)
+        self._origins[id(mine)] = tensor
+        return mine
+
+    def state_after(self, output: Any, edited: Collection[int] = ()) -> State:
+        """Return the state after the copy's call with its output; what the call left alone is the module's own.
+
+        Args:
+            output: what the call returned.
+            edited: the ids of copies of constants that were edited in place, and so are constants no more.
+
+        Raises:
+            BatchingError: the call kept something in an object that the models share. Under vmap all models make the
+                same of such an object, if it is no tensor.
+        """
+        origins = {i: t for i, t in self._origins.items() if i not in edited} if edited else self._origins
+        after = read_state(self.module) if self.module is not None else State()
+        for key, value in after.items():
+            given = self._given.get(key, _NEW)
+            if value is given and _is_leaf(value):
+                if id(value) not in edited:
+                    after[key] = self._before[key]
+                continue
+            leaves, spec = tree_flatten(value)
+            leaves_given, spec_given, inside = given if type(given) is tuple else ((given,), None, [])
+            now = _held_inside(leaves)
+            changed = [v for v in now if not any(v is w for w in inside)]
+            alike = isinstance(self._m, slice) and not any(isinstance(v, Tensor) for v in changed)
+            if len(now) != len(inside) or (changed and not alike):
+                raise BatchingError(
+                    f"'{_dotted(key)}' holds an object that all models share, and a call keeps a value in it: "
+                    "keep it in a buffer, an attribute, a list or a dict of the module instead"
+                )
+            pairs = zip(leaves, leaves_given, strict=True) if spec == spec_given else ()
+            if spec == spec_given and all(a is b and id(a) not in edited for a, b in pairs):
+                after[key] = self._before[key]
+            else:
+                after[key] = tree_unflatten([origins.get(id(leaf), leaf) for leaf in leaves], spec)
+        after[OUTPUT] = output
+        return after
 
 
-def _is_method(value: Any) -> bool:
-    return isinstance(value, types.MethodType)
-
-
-def is_leaf(value: Any) -> bool:
+def _is_leaf(value: Any) -> bool:
     return isinstance(value, Tensor) or type(value) in _PLAIN
 
 
-def flattened(twin: nn.Module) -> dict[tuple[str, str, str], Any]:
-    """Return a replica's state: tensors and numbers as they are, else leaves, structure, and what objects hold."""
-    flat: dict[tuple[str, str, str], Any] = {}
-    for key, value in read_state(twin).items():
-        if not is_leaf(value):
-            leaves, spec = tree_flatten(value)
-            value = (leaves, spec, held_inside(leaves))
-        flat[key] = value
-    return flat
-
-
-def held_inside(leaves: list) -> list:
+def _held_inside(leaves: list) -> list:
     objects = (leaf for leaf in leaves if hasattr(leaf, "__dict__") and not isinstance(leaf, _FOLLOWED))
-    return [leaf for found in objects for leaf in tree_flatten(vars(found))[0]]
+    return [leaf for found in objects for leaf in tree_leaves(vars(found))]
 
 
-def outcome(twin: nn.Module, given: dict, before: State, edited: set[int], output: Any, m: int | None = None) -> State:
-    """Return the state after a replica's call with its output; what the call left alone is the template's own.
-
-    Args:
-        twin: the copy, after its call.
-        given: its state before, `flattened`.
-        before: the state of the module that it copies.
-        edited: the ids of copies of constants that were edited in place, and so are constants no more.
-        output: what it returned.
-        m: the model's number; None under vmap, where all models make the same of an object of the user's, if it is
-            no tensor.
-
-    Raises:
-        BatchingError: the call kept something in an object that the models share.
-    """
-    after = read_state(twin)
-    for key, value in after.items():
-        was = given.get(key, _NEW)
-        if value is was and is_leaf(value):
-            if id(value) not in edited:
-                after[key] = before[key]
-            continue
-        leaves, spec = tree_flatten(value)
-        leaves_given, spec_given, inside = was if type(was) is tuple else ((was,), None, [])
-        now = held_inside(leaves)
-        changed = [v for v in now if not any(v is w for w in inside)]
-        if len(now) != len(inside) or (changed if m is not None else any(isinstance(v, Tensor) for v in changed)):
-            raise BatchingError(
-                f"'{'.'.join(part for part in (key[0], key[2]) if part)}' holds an object that all models share, and a "
-                "call keeps a value in it: keep it in a buffer, an attribute, a list or a dict of the module instead"
-            )
-        if spec == spec_given and all(
-            a is b and id(a) not in edited for a, b in zip(leaves, leaves_given, strict=True)
-        ):
-            after[key] = before[key]
-    return {**after, OUTPUT: output}
+def _dotted(key: Key) -> str:
+    return ".".join(part for part in (key[0], key[2]) if part)
 
 
-def merge(
-    records: Sequence[State], before: State, known: Sequence[dict[int, Tensor]], whole: bool
-) -> tuple[State, list[tuple]]:
+def merge(states: Sequence[State], before: State, whole: bool = False) -> tuple[dict[Key, Any], list[tuple]]:
     """Return one state for M models, and the new tensors in it, M of each.
 
     Args:
-        records: the `outcome` of each model; a single one stands for all models under vmap.
+        states: after each model's call, from `ModuleCopy.state_after`; a single one stands for all models under vmap.
         before: the state before the calls.
-        known: for each, from the id of a tensor that it was given to the tensor in the template.
         whole: whether the module is the whole model, so that nobody else reads its attributes and each model may
             keep a value of its own there.
 
@@ -234,15 +239,14 @@ def merge(
     Raises:
         BatchingError: values that differ where only one can stand.
     """
-    merged: State = {}
+    known = set(map(id, tensors_in(before)))
     fresh: list[tuple[Tensor, ...]] = []
 
-    def settle(key: tuple[str, str, str], column: tuple) -> Any:
+    def settle(key: Key, column: tuple) -> Any:
         first = column[0]
         if all(isinstance(leaf, Tensor) for leaf in column):
-            origins = [ids.get(id(leaf)) for ids, leaf in zip(known, column, strict=True)]
-            if key != OUTPUT and origins[0] is not None and all(origin is origins[0] for origin in origins):
-                return origins[0]
+            if key != OUTPUT and id(first) in known and all(leaf is first for leaf in column):
+                return first
             if len({(t.shape, t.dtype) for t in column}) == 1:
                 fresh.append(column)
                 return Placeholder(len(fresh) - 1)
@@ -252,11 +256,13 @@ def merge(
             return PerModelValue([v.values[m] if isinstance(v, PerModelValue) else v for m, v in enumerate(column)])
         told = [f"a tensor {list(v.shape)}" if isinstance(v, Tensor) else repr(v) for v in column]
         other = next((m for m, text in enumerate(told) if text != told[0]), len(told) - 1)
-        name = ".".join(part for part in (key[0], key[2]) if part)
-        raise BatchingError(f"{name} is {told[0]} for model 0 and {told[other]} for model {other}, but has to be alike")
+        raise BatchingError(
+            f"{_dotted(key)} is {told[0]} for model 0 and {told[other]} for model {other}, but has to be alike"
+        )
 
-    for key in dict.fromkeys(key for record in records for key in record):
-        values = [record.get(key) for record in records]
+    merged: dict[Key, Any] = {}
+    for key in dict.fromkeys(key for state in states for key in state):
+        values = [state.get(key) for state in states]
         if key in before and all(value is before[key] for value in values):
             merged[key] = before[key]
             continue
@@ -269,7 +275,7 @@ def merge(
     return merged, fresh
 
 
-def materialize(merged: State, tensors: Sequence[Tensor]) -> tuple[Any, State, list[Tensor]]:
+def materialize(merged: Mapping[Key, Any], tensors: Sequence[Tensor]) -> tuple[Any, dict[Key, Any], list[Tensor]]:
     """Put the stacked new tensors where they belong.
 
     Returns:
@@ -277,13 +283,11 @@ def materialize(merged: State, tensors: Sequence[Tensor]) -> tuple[Any, State, l
     """
     filled, plain = {}, []
     for key, value in merged.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) or type(value) in _PLAIN:
             filled[key] = value
             continue
-        places = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Placeholder)]
-        if places:
-            value = tree_map(lambda leaf: tensors[leaf] if isinstance(leaf, Placeholder) else leaf, value)
+        places = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Placeholder)]
+        filled[key] = tree_map(lambda leaf: tensors[leaf] if isinstance(leaf, Placeholder) else leaf, value)
         if key[1] == "__dict__":
             plain += [tensors[place] for place in places]
-        filled[key] = value
     return filled.pop(OUTPUT), filled, plain

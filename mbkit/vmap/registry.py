@@ -1,39 +1,79 @@
-"""What a rule is told about the pass of M models in which it is called."""
+"""The rules, by the operators that they stand for, and what a rule is told about the pass of M models that calls it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
-__all__ = ["Pass"]
+from .errors import BatchingError
+
+__all__ = ["PER_MODEL", "RULES", "RULES_WHEN_TRACED", "Pass", "rule"]
+
+_saved_tensors_hooks = partial(torch._C._autograd._top_saved_tensors_default_hooks, True)
 
 
-class Pass(Protocol):
-    """One pass of M models; a rule is a function of it, the operator, its arguments and its keyword arguments.
+@dataclass(eq=False)
+class Pass:
+    """One pass of M models under vmap.
 
     Attributes:
-        index: `torch.arange(M)` as one model sees it under vmap, i.e. its own number.
-        index_values: `[M]`, what a rule returns from below vmap when it has nothing to return.
         num_models: M.
         streams: the models' random generators.
         device: where the models are.
+        level: of vmap, among the transforms that are on.
+        per_model_settings: whether a module or the loss has a `PerModel` setting; spares looking for them otherwise.
         folding, folded: whether convolutions may fold the models into their channels, and whether one has.
-        copies: storages of copies of what is a view alone.
-        off: a context in which every call passes.
-        check_hooks: refuses hooks that the model itself has put on saved tensors.
+        traced: whether the pass is traced to be compiled, so that some rules emit what the compiler makes fast.
+        copies: storages of copies of what is a view alone; see `layout`.
+        rectified: what ReLUs of a traced pass were given; see `rules/pooling`.
+        hooks: on saved tensors, the caller's, which pack whole stacks.
     """
 
-    index: Tensor
-    index_values: Tensor
     num_models: int
     streams: Any
     device: torch.device
-    folding: bool
-    folded: bool
-    copies: set[int]
-    off: Callable[[], AbstractContextManager[None]]
-    check_hooks: Callable[[], None]
+    level: int
+    per_model_settings: bool = False
+    folding: bool = False
+    traced: bool = False
+    folded: bool = False
+    copies: set[int] = field(default_factory=set)
+    rectified: dict[int, tuple] = field(default_factory=dict)
+    hooks: Any = field(default_factory=_saved_tensors_hooks)
+
+    def __post_init__(self) -> None:
+        # With one model a folded activation could not be told from a channels_last one, and gains nothing.
+        self.folding = self.folding and self.num_models > 1 and self.device.type == "cpu"
+
+    def check_hooks(self) -> None:
+        """Refuse to go on under hooks that the model itself has put on saved tensors."""
+        if _saved_tensors_hooks() != self.hooks:
+            raise BatchingError(
+                "it uses torch.utils.checkpoint or saved_tensors_hooks, which compute again during the backward pass, "
+                "when the M models are no longer apart: name the layer in model_by_model=[...]"
+            )
+
+
+# A rule gets the pass, the operator, its arguments and its keyword arguments, and returns what the operator returns;
+# NotImplemented where torch's own way is right.
+Rule = Callable[[Pass, Callable, tuple, dict], Any]
+
+RULES: dict[Callable, Rule] = {}
+RULES_WHEN_TRACED: dict[Callable, Rule] = {}  # asked first in a traced pass
+PER_MODEL: set[Rule] = set()  # the rules that take settings which differ between the models
+
+
+def rule(*operators: Callable, when_traced: bool = False, per_model: bool = False) -> Callable[[Rule], Rule]:
+    """Register the decorated function as the rule of some operators."""
+
+    def register(function: Rule) -> Rule:
+        (RULES_WHEN_TRACED if when_traced else RULES).update(dict.fromkeys(operators, function))
+        if per_model:
+            PER_MODEL.add(function)
+        return function
+
+    return register

@@ -1,8 +1,9 @@
-"""From the tensors that a model sees under vmap to the stacked tensors in memory, and back."""
+"""From the batched tensors that a model sees under vmap to the stacked tensors in memory, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,33 +12,39 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from .errors import BatchingError
 from .gradients import mark_rows
+from .registry import Pass
 
-__all__ = ["as_one_model_sees", "as_stacked", "on_stacks", "stack_alike"]
+__all__ = ["as_one_model_sees", "as_stacked", "call_unwrapped", "expanded", "stack_alike"]
 
 
-def on_stacks(
-    function: Callable[[list[Tensor], list[bool]], tuple[Tensor, ...]], index: Tensor, tensors: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """Call `function` on the tensors as they lie in memory, and return its outputs as one model sees them.
+def call_unwrapped(mode: Pass, function: Callable[[list[Tensor], list[bool]], Any], tensors: Sequence[Tensor]) -> Any:
+    """Call `function` below vmap on the tensors as they lie in memory, and return its result as one model sees it.
 
     Args:
+        mode: the pass.
         function: gets the tensors, `[M, ...]` where they differ between the models and `[...]` where they are
-            shared, and a flag for each that says which; returns a tuple of tensors `[M, ...]`.
-        index: the model's number, `torch.arange(M)` under vmap. It makes vmap look even where no tensor is stacked.
+            shared, and a flag for each that says which. A tensor `[M, ...]` that it returns, or a tuple of them, is
+            wrapped; anything else is returned as it is.
         tensors: as the model sees them.
     """
-    level = functorch.maybe_get_level(index)
-    if functorch.maybe_current_level() != level:
+    if functorch.maybe_current_level() != mode.level:
         raise BatchingError(
             "an operator with a rule of mbkit's is called inside torch.func (grad, vmap, …) in the model, where the "
             "models' tensors cannot be taken apart: name the layer in ModelBatch(..., model_by_model=[…])"
         )
-    dims = [functorch.maybe_get_bdim(t) if functorch.is_batchedtensor(t) else None for t in tensors]
-    stacks = [t if d is None else functorch.get_unwrapped(t) for t, d in zip(tensors, dims, strict=True)]
-    stacks = [t if not d else t.movedim(d, 0) for t, d in zip(stacks, dims, strict=True)]
-    with temporarily_pop_interpreter_stack():  # below vmap, where random numbers may be drawn
-        outputs = function(stacks, [d is not None for d in dims])
-    return tuple(functorch._add_batch_dim(t, 0, level) for t in outputs)
+    stacks = [as_stacked(t) for t in tensors]
+    stacked = [t is not None for t in stacks]
+    stacks = [t if stack is None else stack for t, stack in zip(tensors, stacks, strict=True)]
+    with temporarily_pop_interpreter_stack():  # where random numbers may be drawn
+        result = function(stacks, stacked)
+    if isinstance(result, Tensor):
+        return functorch._add_batch_dim(result, 0, mode.level)
+    return tuple(functorch._add_batch_dim(t, 0, mode.level) for t in result) if isinstance(result, tuple) else result
+
+
+def expanded(mode: Pass, stacks: Sequence[Tensor], stacked: Sequence[bool]) -> list[Tensor]:
+    """Return all tensors as `[M, ...]`; a shared one is repeated without a copy."""
+    return [t if s else t.expand(mode.num_models, *t.shape) for t, s in zip(stacks, stacked, strict=True)]
 
 
 def as_one_model_sees(stack: Tensor) -> Tensor:
@@ -49,7 +56,8 @@ def as_stacked(tensor: Tensor) -> Tensor | None:
     """Return a tensor that each model sees its own of as one of `[M, ...]`; None where all see the same."""
     if not functorch.is_batchedtensor(tensor):
         return None
-    return functorch.get_unwrapped(tensor).movedim(functorch.maybe_get_bdim(tensor), 0)
+    stack, dim = functorch.get_unwrapped(tensor), functorch.maybe_get_bdim(tensor)
+    return stack.movedim(dim, 0) if dim else stack
 
 
 def stack_alike(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,1 +1,8 @@
-"""What an operator does for M models at once, one family of layers a file."""
+"""What single operators do when M models call them at once: one file a family, each of which registers its rules."""
+
+from . import activations, convolution, data_dependent, embedding, linear, losses, pooling, randomness, recurrent
+
+__all__ = [
+    "activations", "convolution", "data_dependent", "embedding", "linear", "losses", "pooling", "randomness",
+    "recurrent",
+]  # fmt: skip

@@ -7,21 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import Pass
-from ..unwrap import on_stacks
-
-__all__ = ["RULES"]
+from ..registry import Pass, rule
+from ..unwrap import call_unwrapped, expanded
 
 
-def _prelu(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Tensor:
+@rule(torch.prelu)
+def _prelu(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """A shared input is laid out for each model, without a copy."""
-
-    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
-        x = stacks[0]
-        return (x if stacked[0] else x.expand(mode.num_models, *x.shape),)
-
     x, *rest = args
-    return function(on_stacks(run, mode.index, [x])[0], *rest, **kwargs)
-
-
-RULES = {torch.prelu: _prelu}
+    return operator(*call_unwrapped(mode, lambda *x: tuple(expanded(mode, *x)), [x]), *rest, **kwargs)

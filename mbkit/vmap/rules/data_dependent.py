@@ -9,70 +9,54 @@ from torch import Tensor
 
 from ..errors import BatchingError
 from ..per_model import agreed
-from ..registry import Pass
-from ..unwrap import on_stacks, stack_alike
-
-__all__ = ["RULES"]
+from ..registry import Pass, rule
+from ..unwrap import call_unwrapped, expanded, stack_alike
 
 
-def _value(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Any:
-    """`item`, `float`, `bool`, `tolist`: one Python value when all models have the same, an error otherwise."""
-    values: list[Any] = []
-
-    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
-        x = stacks[0]
-        values.extend(function(row, *args[1:], **kwargs) for row in (x if stacked[0] else [x]))
-        return (torch.zeros(mode.num_models, device=x.device),)
-
-    on_stacks(run, mode.index, args[:1])
-    return agreed(values, f"what {function.__name__.strip('_')}() reads from a tensor")
+def _methods(names: str) -> list[Any]:
+    return [getattr(Tensor, name) for name in names.split()]
 
 
-def _of_autograd(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Any:
-    """`requires_grad`, `is_leaf`, `grad_fn`: vmap hides them; a model that branches on them alone must do so here."""
+@rule(*_methods("item tolist __bool__ __float__ __int__ __index__ __complex__"))
+def _value(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
+    """One Python value when all models have the same, an error otherwise."""
+
+    def run(stacks: list[Tensor], stacked: list[bool]) -> list[Any]:
+        return [operator(row, *args[1:], **kwargs) for row in (stacks[0] if stacked[0] else stacks)]
+
+    values = call_unwrapped(mode, run, args[:1])
+    return agreed(values, f"what {operator.__name__.strip('_')}() reads from a tensor")
+
+
+@rule(Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.grad_fn.__get__)
+def _of_autograd(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
+    """vmap hides them; a model that branches on them alone must do so here."""
     if torch._C._functorch.is_gradtrackingtensor(args[0]):  # torch.func.grad inside the model answers for itself
-        return function(*args)
-    answer: list[Any] = []
-
-    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
-        answer.append(function(stacks[0]))
-        return (mode.index_values,)
-
-    on_stacks(run, mode.index, args)
-    return answer[0]
+        return NotImplemented
+    return call_unwrapped(mode, lambda stacks, _: operator(stacks[0]), args)
 
 
-def _data(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Tensor:
+@rule(Tensor.data.__get__)
+def _data(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """`x.data` is refused by vmap; it is the same memory, and edits of it do not count for autograd."""
-
-    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
-        return (stacks[0].data if stacked[0] else stacks[0].data.expand(mode.num_models, *stacks[0].shape),)
-
-    return on_stacks(run, mode.index, args)[0]
+    return call_unwrapped(mode, lambda stacks, stacked: expanded(mode, [stacks[0].data], stacked)[0], args)
 
 
-def _gradient(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Any:
+@rule(Tensor.grad.__get__)
+def _gradient(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
     """`x.grad` would read as None."""
     raise BatchingError("forward reads .grad, which one model alone cannot be given here: pass what it needs as input")
 
 
-def _made(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Tensor:
+@rule(
+    *(getattr(torch, name) for name in "empty zeros ones full empty_like zeros_like ones_like full_like".split()),
+    torch.empty_strided,
+    *_methods("new_empty new_zeros new_ones new_full"),
+)
+def _made(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """A tensor made from nothing gets one copy a model, so that each can fill its own in place."""
 
-    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
-        x = stacks[0]
-        return (x if stacked[0] else stack_alike([x] * mode.num_models),)
+    def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
+        return stacks[0] if stacked[0] else stack_alike(stacks * mode.num_models)
 
-    return on_stacks(run, mode.index, [function(*args, **kwargs)])[0]
-
-
-_READS = "item tolist __bool__ __float__ __int__ __index__ __complex__".split()
-_MADE = "empty zeros ones full empty_like zeros_like ones_like full_like empty_strided".split()
-_NEW = "new_empty new_zeros new_ones new_full".split()
-
-RULES = {getattr(Tensor, name): _value for name in _READS}
-RULES |= {getattr(torch, name): _made for name in _MADE}
-RULES |= {getattr(Tensor, name): _made for name in _NEW}
-RULES |= {getattr(Tensor, name).__get__: _of_autograd for name in ("requires_grad", "is_leaf", "grad_fn")}
-RULES[Tensor.data.__get__] = _data
-RULES[Tensor.grad.__get__] = _gradient
+    return call_unwrapped(mode, run, [operator(*args, **kwargs)])

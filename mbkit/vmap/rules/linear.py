@@ -7,35 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import Pass
-from ..unwrap import on_stacks
-
-__all__ = ["RULES"]
+from ..registry import Pass, rule
+from ..unwrap import call_unwrapped
 
 _VECTOR = 16  # numbers in a CPU's longest vector
 
 
-def _linear(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Tensor:
+@rule(torch._C._nn.linear)
+def _linear(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     x, weight, bias = (*args, None)[:3] if not kwargs else (None, None, None)
     if bias is None or x.dim() < 2:
-        return function(*args, **kwargs)
-    plan: list[bool] = []
+        return NotImplemented
 
-    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
+    def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
         x, weight, bias = stacks
         if not (stacked[1] and stacked[2] and weight.dim() == 3):
-            return (mode.index_values,)
-        plan.append(True)
+            return NotImplemented
         x = x if stacked[0] else x.expand(mode.num_models, *x.shape)
         rows = x.flatten(1, -2)
         if mode.traced:
             out = _Turned.apply(rows, weight, bias)
         else:
             out = torch.baddbmm(bias.unsqueeze(1), rows, weight.transpose(1, 2))
-        return (out.unflatten(1, x.shape[1:-1]) if x.dim() > 3 else out,)
+        return out.unflatten(1, x.shape[1:-1]) if x.dim() > 3 else out
 
-    out = on_stacks(run, mode.index, [x, weight, bias])[0]
-    return out if plan else function(*args, **kwargs)
+    return call_unwrapped(mode, run, [x, weight, bias])
 
 
 class _Turned(torch.autograd.Function):
@@ -59,6 +55,3 @@ class _Turned(torch.autograd.Function):
         if turned.shape[1] < _VECTOR:
             return of_x, torch.bmm(turned, x), turned.reshape(-1, turned.shape[2]).sum(1).view(turned.shape[:2])
         return of_x, torch.bmm(turned, x), gradient.sum(1)
-
-
-RULES = {torch._C._nn.linear: _linear}

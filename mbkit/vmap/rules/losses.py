@@ -7,35 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import Pass
-from ..unwrap import on_stacks
-
-__all__ = ["RULES"]
+from ..registry import Pass, rule
+from ..unwrap import call_unwrapped
 
 _NONE, _MEAN = 0, 1  # of torch's own numbers for reductions
 
 
-def _cross_entropy(mode: Pass, function: Any, args: tuple, kwargs: dict) -> Tensor:
+@rule(torch._C._nn.cross_entropy_loss)
+def _cross_entropy(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """Row by row the kernels are those of a lone model; only the mean over a model's rows is taken here."""
     outputs, labels, weight, reduction, ignored, smoothing = (*args, None, _MEAN, -100, 0.0)[:6]
     if kwargs or weight is not None or smoothing != 0 or outputs.dim() != 2 or labels.dim() != 1:
-        return function(*args, **kwargs)
-    plan: list[bool] = []
+        return NotImplemented
 
-    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
+    def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
         outputs, labels = stacks
         if not stacked[0] or labels.is_floating_point():
-            return (mode.index_values,)
-        plan.append(True)
+            return NotImplemented
         labels = labels if stacked[1] else labels.expand(mode.num_models, -1)
-        rows = function(outputs.flatten(0, 1), labels.flatten(), None, _NONE, ignored, 0.0)
+        rows = operator(outputs.flatten(0, 1), labels.flatten(), None, _NONE, ignored, 0.0)
         rows = rows.view(mode.num_models, -1)
         if reduction == _NONE:
-            return (rows,)
-        return (rows.sum(1) / (labels != ignored).sum(1) if reduction == _MEAN else rows.sum(1),)
+            return rows
+        return rows.sum(1) / (labels != ignored).sum(1) if reduction == _MEAN else rows.sum(1)
 
-    out = on_stacks(run, mode.index, [outputs, labels])[0]
-    return out if plan else function(*args)
-
-
-RULES = {torch._C._nn.cross_entropy_loss: _cross_entropy}
+    return call_unwrapped(mode, run, [outputs, labels])

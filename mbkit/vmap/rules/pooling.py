@@ -16,36 +16,32 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..unwrap import on_stacks
+from ..registry import Pass, rule
+from ..unwrap import call_unwrapped
 
-__all__ = ["RULES_WHEN_TRACED", "largest_of_windows"]
+__all__ = ["largest_of_windows"]
 
 _LARGEST = 9  # numbers in a window: each is compared with the largest
 _NOWHERE = -1
 
 
-def _relu(mode: Any, function: Any, args: tuple, kwargs: dict) -> Tensor:
+@rule(torch.relu, Tensor.relu, when_traced=True)
+def _relu(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """Note what a ReLU was given, for a pooling that may follow."""
-    out = function(*args, **kwargs)
+    out = operator(*args, **kwargs)
     if args:
         mode.rectified[id(out)] = (out, args[0], _versions(mode, [out, args[0]]))
     return out
 
 
-def _versions(mode: Any, tensors: list[Tensor]) -> list[int]:
+def _versions(mode: Pass, tensors: list[Tensor]) -> list[int]:
     """Return the versions of the tensors in memory; those of the tensors that one model sees do not count its edits."""
-    versions: list[int] = []
-
-    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
-        versions.extend(stack._version for stack in stacks)
-        return (mode.index_values,)
-
-    on_stacks(run, mode.index, tensors)
-    return versions
+    return call_unwrapped(mode, lambda stacks, _: [stack._version for stack in stacks], tensors)
 
 
-def _max_pool2d(mode: Any, function: Any, args: tuple, kwargs: dict) -> Tensor:
-    """Return NotImplemented where windows overlap or are large: then pooling is traced as in any step."""
+@rule(torch.max_pool2d, when_traced=True)
+def _max_pool2d(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
+    """Where windows overlap or are large, pooling is traced as in any step."""
     x, window, stride, padding, dilation, ceil_mode = (*args, *(None, 0, 1, False)[len(args) - 2 :])
     window = (window, window) if isinstance(window, int) else tuple(window)
     apart = stride in (None, [], window, list(window)) or (stride, stride) == window
@@ -54,17 +50,14 @@ def _max_pool2d(mode: Any, function: Any, args: tuple, kwargs: dict) -> Tensor:
         return NotImplemented
     out, source, versions = mode.rectified.get(id(x), (None, x, []))
     rectify = out is not None and versions == _versions(mode, [out, source])  # neither has been edited since
-    plan: list[bool] = []
 
-    def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor]:
+    def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
         order = sorted(range(stacks[0].dim()), key=stacks[0].stride, reverse=True)
         if not stacked[0] or order.index(3) > order.index(4):
-            return (mode.index_values,)
-        plan.append(True)
-        return (_LookedUp.apply(stacks[0], window, rectify, order),)
+            return NotImplemented
+        return _LookedUp.apply(stacks[0], window, rectify, order)
 
-    out = on_stacks(run, mode.index, [source if rectify else x])[0]
-    return out if plan else NotImplemented
+    return call_unwrapped(mode, run, [source if rectify else x])
 
 
 class _LookedUp(torch.autograd.Function):
@@ -118,6 +111,3 @@ def largest_of_windows(x: Tensor, window: tuple[int, int], rectify: bool) -> tup
     if rectify:
         place, largest = torch.where(largest <= 0, float(_NOWHERE), place), largest.relu()
     return largest, place.to(torch.int8)
-
-
-RULES_WHEN_TRACED = {torch.relu: _relu, Tensor.relu: _relu, torch.max_pool2d: _max_pool2d}

@@ -28,12 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operator_loop import model_by_model
+from ..in_turn import model_by_model
 from ..per_model import PerModel
-from ..registry import Pass
-from ..unwrap import on_stacks
-
-__all__ = ["RULES"]
+from ..registry import Pass, rule
+from ..unwrap import call_unwrapped, expanded
 
 LARGEST_HIDDEN_SIZE = 128
 
@@ -84,11 +82,11 @@ def _direction(
     return torch.stack(outputs[::-1] if backwards else outputs, 1), state
 
 
-def _batched(cell: Callable, mode: Pass, function: Any, args: tuple, kwargs: dict) -> Any:
+def _batched(cell: Callable, mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
     """One cell for all models where that is faster."""
     packed = not kwargs and not isinstance(args[3], bool)
     if kwargs or packed or not _worthwhile(mode, args[0], args[2], cell):
-        return model_by_model(mode, function, args, kwargs)
+        return model_by_model(mode, operator, args, kwargs)
     x, hx, weights, biases, layers, dropout, train, bidirectional, batch_first = args
     initial = hx if isinstance(hx, (tuple, list)) else (hx,)
     rates = dropout.values if isinstance(dropout, PerModel) else [dropout] * mode.num_models
@@ -96,8 +94,8 @@ def _batched(cell: Callable, mode: Pass, function: Any, args: tuple, kwargs: dic
     size = len(weights) // (layers * directions)
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor, ...]:
-        stacks = [t if s else t.expand(mode.num_models, *t.shape) for t, s in zip(stacks, stacked, strict=True)]
-        x, states, own = stacks[0], stacks[1 : 1 + len(initial)], stacks[1 + len(initial) :]
+        x, *stacks = expanded(mode, stacks, stacked)
+        states, own = stacks[: len(initial)], stacks[len(initial) :]
         x = x.transpose(1, 2) if batch_first else x  # [M, T, B, I]
         ends = []
         for layer in range(layers):
@@ -112,7 +110,7 @@ def _batched(cell: Callable, mode: Pass, function: Any, args: tuple, kwargs: dic
                 x = x * mode.streams.dropout_masks(torch.empty_like(x[0]), rates)
         return (x.transpose(1, 2) if batch_first else x, *(torch.stack(end, 1) for end in zip(*ends, strict=True)))
 
-    return on_stacks(run, mode.index, [x, *initial, *weights])
+    return call_unwrapped(mode, run, [x, *initial, *weights])
 
 
 def _worthwhile(mode: Pass, x: Tensor, weights: Sequence[Tensor], cell: Callable) -> bool:
@@ -127,5 +125,6 @@ def _worthwhile(mode: Pass, x: Tensor, weights: Sequence[Tensor], cell: Callable
 
 
 _CELLS = {"lstm": _lstm_cell, "gru": _gru_cell, "rnn_tanh": _tanh_cell, "rnn_relu": _relu_cell}
-RULES = {getattr(torch, f"{name}_cell"): model_by_model for name in _CELLS}
-RULES |= {getattr(torch, name): partial(_batched, cell) for name, cell in _CELLS.items()}
+for _name, _cell in _CELLS.items():
+    rule(getattr(torch, f"{_name}_cell"))(model_by_model)
+    rule(getattr(torch, _name), per_model=True)(partial(_batched, _cell))
