@@ -63,10 +63,10 @@ class RuleMode(TorchFunctionMode):
         return self._apply_rule(function, args, kwargs)
 
     def _apply_rule(self, function: Any, args: tuple, kwargs: dict) -> Any:
-        for rules in (RULES_WHEN_TRACED, RULES) if self.models.traced else (RULES,):
-            rule = rules.get(function)
-            if self.models.per_model_settings and rule not in PER_MODEL and _has_per_model(args, kwargs):
-                return model_by_model(self.models, function, args, kwargs)
+        rules = [RULES_WHEN_TRACED.get(function), RULES.get(function)] if self.models.traced else [RULES.get(function)]
+        if self.models.per_model_settings and PER_MODEL.isdisjoint(rules) and _has_per_model(args, kwargs):
+            return model_by_model(self.models, function, args, kwargs)
+        for rule in rules:
             result = NotImplemented if rule is None else rule(self.models, function, args, kwargs)
             if result is not NotImplemented:
                 return result
