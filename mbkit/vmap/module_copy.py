@@ -283,11 +283,10 @@ def materialize(merged: Mapping[Key, Any], tensors: Sequence[Tensor]) -> tuple[A
     """
     filled, plain = {}, []
     for key, value in merged.items():
-        if isinstance(value, Tensor) or type(value) in _PLAIN:
-            filled[key] = value
-            continue
-        places = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Placeholder)]
-        filled[key] = tree_map(lambda leaf: tensors[leaf] if isinstance(leaf, Placeholder) else leaf, value)
+        filled[key] = value
+        places = [] if _is_leaf(value) else [leaf for leaf in tree_leaves(value) if isinstance(leaf, Placeholder)]
+        if places:
+            filled[key] = tree_map(lambda leaf: tensors[leaf] if isinstance(leaf, Placeholder) else leaf, value)
         if key[1] == "__dict__":
             plain += [tensors[place] for place in places]
     return filled.pop(OUTPUT), filled, plain
