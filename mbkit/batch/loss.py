@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..vmap import BatchingError, PerModel, mark_rows, watch_backward
-from ..vmap.unwrap import as_stacked
+from ..vmap import BatchingError, PerModel, as_stacked, mark_rows, watch_backward
 from .call import NO_FAULT_OF_VMAP, PLAIN_ERRORS, at_once
 from .context import CallContext
 from .freeze import held

@@ -17,7 +17,6 @@ from ..vmap import (
     PerModelValue,
     Streams,
     models_with_gradient,
-    named_modules,
     note_models_with_gradient,
     stack_alike,
 )
@@ -114,7 +113,7 @@ def _memo(context: CallContext, rows: list[int]) -> dict[int, Any]:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(stack, tensor.requires_grad) if is_parameter else stack
         memo[id(tensor)].requires_grad_(tensor.requires_grad and tensor.is_leaf)
-    for _, module in named_modules(template):
+    for module in template.modules():
         mine = vars(module)
         for hook in (hook for name in HOOKS for hook in mine[name].values()):
             holder = getattr(hook, "__self__", hook)
