@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ..vmap import HOOKS, LayoutMatters, State, named_modules, read_state, tensors_in, version, write_state
+from ..vmap import HOOKS, LayoutMatters, State, read_state, tensors_in, version, write_state
 from .context import CallContext
 
 __all__ = ["Memory"]
@@ -23,7 +23,7 @@ class Memory:
 
     def __init__(self, context: CallContext, before: State) -> None:
         self.context, self.before, self.attributes = context, before, context.attributes
-        flags = tuple(module.training for _, module in named_modules(context.template))
+        flags = tuple(module.training for module in before.modules.values())
         self.steady: dict[int, weakref.ref] = context.steady.setdefault(flags, {})
         self.streams, self.next_hook = context.streams.remember(), RemovableHandle.next_id
         self.tensors = [(t, version(t), None if self._is_steady(t) else t.detach().clone()) for t in tensors_in(before)]
@@ -40,7 +40,7 @@ class Memory:
         """
         self.streams()
         template, changed = self.context.template, None
-        for hooks in (getattr(module, name) for _, module in named_modules(template) for name in HOOKS):
+        for hooks in (getattr(module, name) for module in template.modules() for name in HOOKS):
             for new in [key for key in hooks if key >= self.next_hook]:  # a call that is cut short has left them there
                 del hooks[new]
         for tensor, was, copied in self.tensors:
@@ -50,7 +50,7 @@ class Memory:
                 tensor.data = copied
             elif version(tensor) != was:
                 changed = tensor
-        write_state(template, read_state(template), self.before)
+        write_state(read_state(template), self.before)
         self.context.attributes = self.attributes
         if changed is not None and isinstance(error, (RuntimeError, LayoutMatters)):
             states = self.before.items()
