@@ -23,7 +23,7 @@ __all__ = ["OptimizerFactory"]
 class OptimizerFactory:
     """Makes optimizers of a batch that train each model as `optimizer_cls` trains it alone.
 
-    SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam and RAdam update all models in one pass; any other
+    SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam and Muon update all models in one pass; any other
     class, subclasses of these included, runs model by model on views: as exact, but no faster than alone.
 
     Args:
@@ -106,7 +106,8 @@ class OptimizerFactory:
         merged = merge_configs(self.optimizer_cls, batch.num_models, self.base_config, configs, hyperparameters)
         names, merged = split_groups(self.optimizer_cls, batch.stacked_params, merged, groups)
         # By identity: a subclass may have a step of its own.
-        kind = StackedOptimizer if self.optimizer_cls in RULES else ViewsOptimizer
+        rule = RULES.get(self.optimizer_cls)
+        kind = StackedOptimizer if rule is not None and rule.suits(merged) else ViewsOptimizer
         return kind(batch, self.optimizer_cls, merged, names)
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -79,25 +79,33 @@ class Columns:
     Args:
         groups: M dicts that hold at least `names`.
         names: the hyperparameters that the update rule reads.
+        common: those of them that are one value for all models.
 
     Attributes:
-        flags: for each name True or False where all models agree on whether it is nonzero, else None.
+        flags: for each name True or False where all models agree on whether it is nonzero, else None; for a common
+            one its value.
         fused: False if a model is not to have torch's fused kernel, True if all are to have it, else None.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], names: Iterable[str]) -> None:
-        self.names = tuple(names)
+    def __init__(self, groups: Iterable[dict[str, Any]], names: Iterable[str], common: Iterable[str] = ()) -> None:
+        self.names, self._common = tuple(names), tuple(common)
         self.changed = {*self.names, "fused"}
-        self.fused: bool | None = None
         self.groups = [ModelGroup(group, self.changed) for group in groups]
-        self.flags: dict[str, bool | None] = {}
+        self.flags: dict[str, Any] = {}
+        self.fused: bool | None = None
         self._values: dict[str, Tensor] = {}
         self._devices: dict[torch.device, dict[str, Tensor]] = {}
+        self._ready: dict[Any, Hyperparameters] = {}
 
     def refresh(self) -> None:
         """Take over what was written into the groups since the last call."""
+        if not self.changed:
+            return
         for name in self.changed.intersection(self.names):
             values = [group[name] for group in self.groups]
+            if name in self._common:
+                self.flags[name] = _agreed(name, values)
+                continue
             self._values[name] = _to_column(name, values)
             self.flags[name] = True if all(values) else None if any(values) else False
             for device, columns in self._devices.items():
@@ -105,20 +113,24 @@ class Columns:
         if "fused" in self.changed:
             given = {group.get("fused") for group in self.groups}
             self.fused = given.pop() if len(given) == 1 else False if False in given else None
+        self._ready.clear()
         self.changed.clear()
 
-    def on(self, name: str) -> bool | None:
-        """Return True or False where all models agree on whether `name` is nonzero, else None."""
+    def on(self, name: str) -> Any:
+        """Return True or False where all models agree on whether `name` is nonzero, else None; or the common value."""
         return self.flags[name]
 
     def at(self, params: list[Tensor], rows: slice = ALL) -> Hyperparameters:
         """Return the columns of some models on the parameters' device, ready to be spread over their parameters."""
         device = params[0].device
-        if device not in self._devices:
-            self._devices[device] = {name: _move(column, device) for name, column in self._values.items()}
-        columns = self._devices[device]
-        columns = columns if rows == ALL else {name: column[rows] for name, column in columns.items()}
-        return Hyperparameters(columns, self.flags, params)
+        key = (device, params[0].dtype, rows.start, rows.stop, *(p.shape for p in params))
+        if key not in self._ready:
+            if device not in self._devices:
+                self._devices[device] = {name: _move(column, device) for name, column in self._values.items()}
+            columns = self._devices[device]
+            columns = columns if rows == ALL else {name: column[rows] for name, column in columns.items()}
+            self._ready[key] = Hyperparameters(columns, self.flags, params)
+        return self._ready[key]
 
 
 class Hyperparameters:
@@ -126,22 +138,30 @@ class Hyperparameters:
 
     Args:
         columns: tensors `[M]` by name, in float64 as torch.optim's own Python numbers are.
-        flags: by name, True or False where all models agree on whether it is nonzero, else None.
+        flags: as in `Columns`.
         params: P real tensors `[M, ...]` of one dtype.
     """
 
-    def __init__(self, columns: dict[str, Tensor], flags: dict[str, bool | None], params: list[Tensor]) -> None:
-        self.columns, self.flags, self.params = columns, flags, params
+    def __init__(self, columns: dict[str, Tensor], flags: dict[str, Any], params: list[Tensor]) -> None:
+        self.columns, self.flags = columns, flags
+        self._dims = [p.dim() for p in params]
         # torch rounds a Python number to float32 even where the parameters are shorter.
         self._dtype = torch.promote_types(params[0].dtype, torch.float32)
+        self._kept: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
 
-    def on(self, name: str) -> bool | Tensor:
+    def on(self, name: str) -> Any:
         """Return whether `name` is nonzero: one bool where all models agree (no work at all), else a tensor `[M]`."""
         agreed = self.flags[name]
         return self.columns[name] != 0 if agreed is None else agreed
+
+    def once(self, what: str, make: Callable[[], Sequence[bool | Tensor]]) -> list[list[Any]]:
+        """Return for each of some columns what `spread` does, made anew only when a hyperparameter was written."""
+        if what not in self._kept:
+            self._kept[what] = [self.spread(column) for column in make()]
+        return self._kept[what]
 
     def spread(self, column: bool | Tensor) -> list[Any]:
         """Return the column for each of the P parameters, rounded once to their dtype.
@@ -153,13 +173,21 @@ class Hyperparameters:
             P tensors `[M, 1, ...]`, each with as many dimensions as its parameter (or P times the bool).
         """
         if isinstance(column, bool):
-            return [column] * len(self.params)
+            return [column] * len(self._dims)
         if column.dtype != torch.bool:
             column = column.to(self._dtype)
-        if column.dim() == 2:
-            return [row.view(-1, *[1] * (p.dim() - 1)) for row, p in zip(column.unbind(0), self.params, strict=True)]
-        views = {dim: column.view(-1, *[1] * (dim - 1)) for dim in {p.dim() for p in self.params}}
-        return [views[p.dim()] for p in self.params]
+        rows = column.unbind(0) if column.dim() == 2 else [column] * len(self._dims)
+        return [row.view(-1, *[1] * (dim - 1)) for row, dim in zip(rows, self._dims, strict=True)]
+
+
+def _agreed(name: str, values: list[Any]) -> Any:
+    for m, value in enumerate(values):
+        if value != values[0]:
+            raise ValueError(
+                f"Expected one {name!r} for all models, got {values[0]!r} and {value!r} for model {m}: give them to "
+                "create_optimizer, which then updates one model after the other."
+            )
+    return values[0]
 
 
 def _to_column(name: str, values: list[Any]) -> Tensor:

@@ -45,11 +45,12 @@ class StackedOptimizer(BatchOptimizer):
         # The class itself fills in and checks the numbers. Learning rates have been checked, so models that differ in
         # nothing else share one lone optimizer.
         made: dict[str, torch.optim.Optimizer] = {}
+        shapes = [nn.Parameter(torch.empty_like(p[0], device="meta")) for p in batch.stacked_params.values()]
         groups = []
         for m, config in ((m, config) for m, own in enumerate(configs) for config in own):
             but_lr = repr(sorted((name, "lr" if name == "lr" else value) for name, value in config.items()))
             if but_lr not in made:
-                made[but_lr] = construct(optimizer_cls, [[nn.Parameter(torch.zeros(1))]], [config], m)
+                made[but_lr] = construct(optimizer_cls, [shapes], [config], m)
             groups.append({**made[but_lr].param_groups[0], **config})
         lone = next(iter(made.values()))
         super().__init__(batch, optimizer_cls, configs, names, groups, lone.defaults)
@@ -67,7 +68,7 @@ class StackedOptimizer(BatchOptimizer):
     def _columns_of(self, groups: list[dict[str, Any]]) -> list[Columns]:
         """Return the columns of M models for each of their G groups."""
         names, size = [name for name in self.defaults if name not in SWITCHES], len(self._names)
-        return [Columns(groups[g::size], names) for g in range(size)]
+        return [Columns(groups[g::size], names, self.rule.common) for g in range(size)]
 
     @property
     def rule(self) -> Rule:
@@ -92,7 +93,7 @@ class StackedOptimizer(BatchOptimizer):
                 copies = [(tensor[rows], tensor[rows].clone(), who[rows]) for tensor, who in kept]
                 own = [dict(zip(state, cut(list(state.values()), rows), strict=True)) for state in states]
                 h = columns.at(cut(params, rows), rows)
-                self.rule.update(h.params, cut(grads, rows), own, h)
+                self.rule.update(cut(params, rows), cut(grads, rows), own, h)
                 for tensor, copy, who in copies:
                     tensor.copy_(rows_where(who, tensor, copy))
 

@@ -22,7 +22,7 @@ from torch import nn, optim
 
 from mbkit import ModelBatch
 from mbkit.optim import OptimizerFactory
-from mbkit.optim.hyperparameters import ModelGroup
+from mbkit.optim.hyperparameters import Hyperparameters, ModelGroup
 from mbkit.optim.rules import RULES
 
 LR = [0.1, 0.03, 0.01, 0.003]
@@ -208,7 +208,7 @@ def test_a_number_that_is_none_is_refused_by_name() -> None:
 # ---------------------------------------------------------------------- the rules' own form
 
 
-@pytest.mark.parametrize("cls", RULES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", TABLE, ids=lambda cls: cls.__name__)
 def test_rules_never_read_a_value_in_python(cls: type) -> None:
     """Fake tensors have shapes and no values: a rule that asked for one could not be compiled, and would stop here."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -223,6 +223,5 @@ def test_rules_never_read_a_value_in_python(cls: type) -> None:
         fake = {name: mode.from_tensor(column) for name, column in columns.at(params).columns.items()}
         params = [mode.from_tensor(p.detach()) for p in params]
         states = [{k: mode.from_tensor(v) for k, v in optimizer.state[p].items()} for p in batch.parameters()]
-        h = columns.at(params)
-        h.columns = fake
+        h = Hyperparameters(fake, columns.flags, params)
         RULES[cls].update(params, [torch.ones_like(p) for p in params], states, h)

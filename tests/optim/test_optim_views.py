@@ -7,21 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from optimizers import RATES, VIEWED, GlobalNorm, M, config_of, largest_difference, start, step_alone, step_batch
+from optimizers import VIEWED, GlobalNorm, M, config_of, largest_difference, start, step_alone, step_batch
 from oracle import SEEDS, assert_same_parameters, batches, train_alone
 from torch import nn, optim
 
 from mbkit import ModelBatch, fit
 from mbkit.optim import OptimizerFactory
-
-
-class Matrices(nn.Module):
-    """Muon takes nothing but matrices."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.first, self.second = (nn.Parameter(torch.randn(5, 3, dtype=dtype)) for _ in range(2))
-
 
 every_viewed = pytest.mark.parametrize("case", VIEWED, ids=lambda case: case[0].__name__)
 
@@ -94,24 +85,6 @@ def test_autograd_notices_the_update(moved: bool) -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-@pytest.mark.skipif(not hasattr(optim, "Muon"), reason="this torch has no Muon")
-def test_muon_equals_lone_runs() -> None:
-    models = [Matrices(torch.float64) for _ in range(M)]
-    batch = ModelBatch(models)
-    optimizer = OptimizerFactory(optim.Muon).create_optimizer(batch, **RATES)
-    lone = lone_of(optim.Muon, RATES, models)
-    for step in range(5):
-        g = torch.randn(2, M, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        for i, name in enumerate(("first", "second")):
-            batch.stacked_params[name].grad = g[i].clone()
-            for m in range(M):
-                getattr(models[m], name).grad = g[i, m].clone()
-        optimizer.step()
-        for one in lone:
-            one.step()
-    assert largest_difference(batch, models) == 0
 
 
 class Langevin(optim.Optimizer):
