@@ -4,7 +4,8 @@ The rooms, from the top down; each imports only from those below it, and `tests/
 
     __main__    the terminal              widgets     explorers: sliders that train
     lessons     what the notebooks tell   benchmark   ways to train, timed in turns
-    verify      compare, diagnose, faults figures     pictures; only here is matplotlib known
+    verify      compare, diagnose, faults sweep       thousands of configurations, in batches
+    figures     pictures; only here is matplotlib known
     training    fit, fit_alone, evaluate; steps at once, in chunks, compiled
     optim       one optimizer for M models: rules, hyperparameters, schedulers, scaler
     batch       ModelBatch: stacking, calls, losses, clipping, freezing, checks, saving
@@ -39,8 +40,8 @@ from .vmap import BatchingError
 __all__ = [
     "MLP", "Batches", "BatchingError", "Diagnosis", "EquivalenceReport", "GradScaler", "History", "ImageData",
     "LeNet5", "ModelBatch", "OptimizerFactory", "Step", "TinyMLP", "compare", "create_adam_configs",
-    "create_lr_sweep_configs", "create_sgd_configs", "diagnose", "evaluate", "fit", "fit_alone", "load_cifar10",
-    "load_digits", "load_images", "load_run", "save_run", "train_steps",
+    "create_lr_sweep_configs", "create_sgd_configs", "diagnose", "evaluate", "fit", "fit_alone", "grid", "load_cifar10",
+    "load_digits", "load_images", "load_run", "sample", "save_run", "sweep", "train_steps",
 ]  # fmt: skip
 
 
@@ -50,6 +51,9 @@ _LATER = {
     "diagnose": "verify",
     "EquivalenceReport": "verify",
     "compare": "verify",
+    "grid": "sweep",
+    "sample": "sweep",
+    "sweep": "sweep",  # the room itself, which can be called
 }
 
 
@@ -57,4 +61,5 @@ def __getattr__(name: str) -> object:
     """Import what is asked for, where it is one of the names in `_LATER`."""
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    room = importlib.import_module(f".{_LATER[name]}", __name__)
+    return room if name == "sweep" else getattr(room, name)

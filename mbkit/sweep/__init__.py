@@ -1,0 +1,27 @@
+"""Sweeps: thousands of configurations in batches, on one machine or many, stopped and resumed to the same bits.
+
+`mbkit.sweep` is this room and the function in one: `mbkit.sweep(build, ...)` is `mbkit.sweep.sweep(build, ...)`.
+
+    configs     grid and sample; who takes which setting; batches of trials whose models are alike
+    engine      sweep: rung after rung        executors   batches handed out; lost workers
+    worker      one batch, one rung           rows        models' rows out of several batches' files
+    folder      files, lock, sweep.json       ranking     who goes on
+    result      table, best, load, plot       ask_tell    Optuna asks, mbkit trains and ranks
+"""
+
+import sys
+from types import ModuleType
+
+from .configs import grid, sample
+from .engine import sweep
+from .executors import WorkersLost
+from .result import SweepResult, Trial
+
+__all__ = ["SweepResult", "Trial", "WorkersLost", "grid", "sample", "sweep"]
+
+
+class _CallableRoom(ModuleType):
+    __call__ = staticmethod(sweep)
+
+
+sys.modules[__name__].__class__ = _CallableRoom
