@@ -38,7 +38,8 @@ class Net(nn.Module):
 
     def __init__(self, width: int, dropout: float = 0.3) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, width, **DOUBLE), nn.BatchNorm1d(width, **DOUBLE), nn.Dropout(dropout))
+        first = nn.Linear(4, width, bias=False, **DOUBLE)  # a bias before BatchNorm has no gradient but rounding
+        self.body = nn.Sequential(first, nn.BatchNorm1d(width, **DOUBLE), nn.Dropout(dropout))
         self.head = nn.Linear(width, 3, **DOUBLE)
         self.register_buffer("mean", torch.zeros(width, **DOUBLE), persistent=False)
 

@@ -189,15 +189,19 @@ def test_a_shuffling_loader_shows_every_batch_the_same_order_and_the_callers_gen
     assert_same(result.load(3), model, "trial 3")
 
 
-def linear() -> nn.Module:
-    return nn.Linear(4, 3, **DOUBLE)
+def linear(spoiled: bool = False) -> nn.Module:
+    net = nn.Linear(4, 3, **DOUBLE)
+    with torch.no_grad():
+        net.bias[0] += math.nan if spoiled else 0
+    return net
 
 
 def test_nan_is_a_result_ranked_last_and_changes_no_neighbour() -> None:
-    def run(rates: list[float]) -> Any:
-        return standard(None, configs=grid(lr=rates), build=linear, optimizer_cls=torch.optim.SGD, seeds=[1, 2, 3, 4])
+    def run(spoiled: bool) -> Any:
+        configs = [{"lr": lr, "spoiled": spoiled and lr == 0.05} for lr in (0.1, 0.05, 0.2, 0.3)]
+        return standard(None, configs=configs, build=linear, optimizer_cls=torch.optim.SGD, seeds=[1, 2, 3, 4])
 
-    broken, whole = run([0.1, 1e300, 0.2, 0.3]), run([0.1, 0.05, 0.2, 0.3])
+    broken, whole = run(True), run(False)
     assert math.isnan(broken.trials[1].scores[0])
     assert broken.ranked[-1].number == 1
     assert broken.trials[1].epochs == 1
@@ -207,10 +211,10 @@ def test_nan_is_a_result_ranked_last_and_changes_no_neighbour() -> None:
 
 
 def test_all_nan_and_ties_go_by_number() -> None:
-    rates = {"configs": grid(lr=[1e300] * 4), "build": linear, "optimizer_cls": torch.optim.SGD}
-    result = standard(None, **rates, seeds=range(4))
+    same = {"build": linear, "optimizer_cls": torch.optim.SGD}
+    result = standard(None, **same, configs=grid(lr=[0.1] * 4, spoiled=[True]), seeds=range(4))
     assert [trial.epochs for trial in result.trials] == [4, 2, 1, 1]
-    tied = standard(None, **rates | {"configs": grid(lr=[0.1] * 4)}, seeds=[3] * 4)
+    tied = standard(None, **same, configs=grid(lr=[0.1] * 4), seeds=[3] * 4)
     assert [trial.epochs for trial in tied.trials] == [4, 2, 1, 1]
     assert tied.best.number == 0
 
