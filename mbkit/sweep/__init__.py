@@ -9,6 +9,7 @@
     result      table, best, load, plot       ask_tell    Optuna asks, mbkit trains and ranks
 """
 
+import inspect
 import sys
 from types import ModuleType
 
@@ -18,6 +19,9 @@ from .executors import WorkersLost
 from .result import SweepResult, Trial
 
 __all__ = ["SweepResult", "Trial", "WorkersLost", "grid", "sample", "sweep"]
+
+
+__signature__ = inspect.signature(sweep)  # what help and editors show of the room that is called
 
 
 class _CallableRoom(ModuleType):

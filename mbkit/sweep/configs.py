@@ -10,14 +10,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..batch.validate import check_models
 from ..common.checks import did_you_mean, whole_number
-from ..common.random_streams import seeded
+from ..common.random_streams import global_state, set_global_state
 
-__all__ = ["Parts", "Router", "cut", "draw", "find_kinds", "grid", "group_labels", "is_range", "sample"]
+__all__ = [
+    "Parts",
+    "Router",
+    "build_model",
+    "cut",
+    "draw",
+    "find_kinds",
+    "grid",
+    "group_labels",
+    "is_range",
+    "sample",
+    "seed_all",
+]
 
 
 def grid(space: Mapping[str, Sequence[Any]] | None = None, /, **values: Sequence[Any]) -> list[dict[str, Any]]:
@@ -35,9 +48,7 @@ def grid(space: Mapping[str, Sequence[Any]] | None = None, /, **values: Sequence
     return [dict(zip(columns, row, strict=True)) for row in itertools.product(*columns.values())]
 
 
-def sample(
-    space: Mapping[str, Any] | None = None, /, *, n: int, seed: int = 0, **ranges: Any
-) -> list[dict[str, Any]]:
+def sample(space: Mapping[str, Any] | None = None, /, *, n: int, seed: int = 0, **ranges: Any) -> list[dict[str, Any]]:
     """Return `n` configurations drawn at random; the same seed draws the same ones.
 
     Args:
@@ -50,8 +61,8 @@ def sample(
         TypeError, ValueError: something else to draw from, or a range that is upside down or not positive for "log".
 
     Example:
-        >>> sample(lr=(1e-4, 1e-1, "log"), width=[16, 32], n=2)  # doctest: +ELLIPSIS
-        [{'lr': 0.03..., 'width': 32}, {'lr': 0.001..., 'width': 16}]
+        >>> [config["width"] for config in sample(lr=(1e-4, 1e-1, "log"), width=[16, 32], n=2)]
+        [32, 32]
     """
     whole_number(n, "n")
     generator, every = random.Random(seed), {**(space or {}), **ranges}
@@ -148,9 +159,7 @@ class Router:
         return found
 
 
-def cut(
-    trials: Iterable[int], kinds: Sequence[int], models_per_batch: int
-) -> list[list[int]]:
+def cut(trials: Iterable[int], kinds: Sequence[int], models_per_batch: int) -> list[list[int]]:
     """Return trials in batches: those of one kind together, in the order of their numbers.
 
     Example:
@@ -164,17 +173,29 @@ def cut(
     return [own[i : i + size] for _, own in sorted(alike.items()) for i in range(0, len(own), size)]
 
 
+def build_model(build: Callable[..., nn.Module], own: Parts, seed: int) -> nn.Module:
+    """Return a trial's model as it is alone after all generators were seeded."""
+    seed_all(seed)
+    return build(**own.build)
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators of torch, Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def find_kinds(build: Callable[..., nn.Module], parts: Sequence[Parts], seeds: Sequence[int]) -> list[int]:
     """Return a number for each trial; those of one number can be models of one batch."""
     known: dict[Any, int] = {}  # architecture by what build was told
     first: dict[Any, list[tuple[int, nn.Module]]] = {}  # the architectures met, by the shapes of their parameters
     kinds: dict[tuple, int] = {}
-    found = []
+    found, before = [], global_state()
     for own, seed in zip(parts, seeds, strict=True):
         told = repr(sorted(own.build.items()))
         if told not in known:
-            with seeded(seed):
-                model = build(**own.build)
+            model = build_model(build, own, seed)
             alike = first.setdefault(tuple((name, p.shape) for name, p in model.named_parameters()), [])
             known[told] = next((n for n, other in alike if _stack(other, model)), -1)
             if known[told] < 0:
@@ -182,6 +203,7 @@ def find_kinds(build: Callable[..., nn.Module], parts: Sequence[Parts], seeds: S
                 known[told] = sum(map(len, first.values()))
                 alike.append((known[told], model))
         found.append(kinds.setdefault((known[told], own.kind()), len(kinds)))
+    set_global_state(before)
     return found
 
 

@@ -17,7 +17,7 @@ from ..common.checks import check_seeds, whole_number
 from ..common.progress import Progress
 from .configs import Parts, Router, cut, find_kinds, group_labels
 from .executors import run_jobs
-from .folder import batch_file, locked, settle, state_file
+from .folder import batch_file, locked, plain_json, settle
 from .ranking import promoted
 from .result import SweepResult, Trial
 from .worker import Job, Task, read_result
@@ -143,11 +143,12 @@ def sweep(
     labels = group_labels(groups, configs)
     options = {"scheduler_every": scheduler_every, "on_nonfinite": on_nonfinite, "max_norm": max_norm}
     options["shared_targets"] = shared_targets
-    asked = {
+    asked: dict[str, Any] = {
         "configs": configs, "seeds": seeds, "groups": labels, "rungs": rungs, "reduction_factor": reduction_factor,
         "patience": patience, "models_per_batch": models_per_batch, "optimizer": optimizer_cls, "build": build,
         "loss": loss_fn, "score": score, "scheduler": scheduler, "chunk_size": chunk_size, **options,
     }  # fmt: skip
+    asked = plain_json(asked)
     home = Path(tempfile.mkdtemp(prefix="mbkit-sweep-") if folder is None else folder).absolute()
     if folder is None:  # it goes when the last one who knows the router does, which is the result
         weakref.finalize(router, shutil.rmtree, home, ignore_errors=True)
@@ -190,13 +191,12 @@ class _Run:
 
     def train(self, rung: int, going: Sequence[int], executor: Any, workers: Mapping[str, Any]) -> None:
         """Train the trials that have come this far up to a rung, those batches that are not there already."""
-        jobs = [
-            Job(
-                self.task, rung, number, tuple(trials), tuple(self.parts[t] for t in trials),
-                tuple(self.trials[t].seed for t in trials), tuple(self.trials[t].places[-1] for t in trials if rung),
-            )  # fmt: skip
-            for number, trials in enumerate(cut(going, self.kinds, self.size))
-        ]
+        jobs = []
+        for number, own in enumerate(cut(going, self.kinds, self.size)):
+            trials = [self.trials[t] for t in own]
+            sources = tuple(trial.places[-1] for trial in trials) if rung else ()
+            seeds, parts = tuple(trial.seed for trial in trials), tuple(self.parts[t] for t in own)
+            jobs.append(Job(self.task, rung, number, tuple(own), parts, seeds, sources))
         epochs = self.task.rungs[rung] - (0, *self.task.rungs)[rung]
         self._label, self._left = f"rung {rung + 1} of {len(self.task.rungs)}", epochs * len(going)
         self._begun, self._total = time.monotonic(), self._left

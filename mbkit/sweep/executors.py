@@ -83,13 +83,17 @@ class _Crew:
                 self._hand_out(waiting, suspects)
                 over, _ = futures.wait(self._running, _LOOK_EVERY, futures.FIRST_COMPLETED)
                 self._look_for_workers()
-                if any(isinstance(future.exception(), futures.BrokenExecutor) for future in over if not future.cancelled()):
+                if any(
+                    isinstance(future.exception(), futures.BrokenExecutor) for future in over if not future.cancelled()
+                ):
                     over, _ = futures.wait(self._running)
                     self._renew(next(iter(over)))
                 lost = [(self._running[future], error) for future in over if (error := self._close(future))]
                 for job, error in lost:
                     broken = isinstance(error, futures.BrokenExecutor)
-                    blame = len(lost) == len(self._running) == 1 if broken else 1 + getattr(error, "allowed_failures", 3)
+                    blame = (
+                        len(lost) == len(self._running) == 1 if broken else 1 + getattr(error, "allowed_failures", 3)
+                    )
                     (suspects if broken else waiting).extend(self._again(job, error, int(blame)))
                 for future in over:
                     del self._running[future]
@@ -151,8 +155,8 @@ class _Crew:
         """Make a new executor in place of one that broke."""
         if self._make is None:
             raise WorkersLost(
-                "A worker died, and its pool is broken: call sweep again with a new executor, and it goes on where this "
-                "one ended; or pass a function that makes an executor, which is called again then."
+                "A worker died, and its pool is broken: call sweep again with a new executor, and it goes on where "
+                "this one ended; or pass a function that makes an executor, which is called again then."
             ) from future.exception()
         self._executor.shutdown(wait=False)
         self._executor = self._make()

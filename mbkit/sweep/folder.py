@@ -107,7 +107,8 @@ def settle(folder: Path, asked: dict[str, Any], fresh: dict[str, Any]) -> dict[s
     """Write down what makes a sweep, or hold it against what the folder's sweep was asked for.
 
     Args:
-        asked: what the caller says. fresh: what is settled when the sweep begins, and kept by whoever goes on.
+        asked: what the caller says, from `plain_json`.
+        fresh: what is settled when the sweep begins, and kept by whoever goes on.
 
     Returns:
         What was settled when the folder's sweep began.
@@ -115,7 +116,7 @@ def settle(folder: Path, asked: dict[str, Any], fresh: dict[str, Any]) -> dict[s
     Raises:
         ValueError: the folder holds another sweep; the difference is named.
     """
-    file, asked = folder / "sweep.json", plain_json(asked)
+    file = folder / "sweep.json"
     if not file.exists():
         own = {"format": "mbkit-sweep-1", **fresh, "mbkit": __version__, "torch": torch.__version__}
         write_file(file, json.dumps({**own, **asked}, indent=0).encode())

@@ -15,7 +15,6 @@ from ..common.tables import Tables
 from .configs import Parts
 from .folder import batch_file, read_batch
 from .ranking import ordered
-from .rows import take
 from .worker import Task, build_batch, own_process
 
 __all__ = ["SweepResult", "Trial"]
@@ -133,13 +132,15 @@ class SweepResult(Tables):
         own = self.trials[number]
         rung = own.best_rung if rung is None else rung
         if not 0 <= rung < len(own.rungs):
-            raise IndexError(f"Expected a rung from 0 to {len(own.rungs) - 1}, as far as trial {number} came, got {rung}.")
+            raise IndexError(
+                f"Expected a rung from 0 to {len(own.rungs) - 1}, as far as trial {number} came, got {rung}."
+            )
         batch_number, row = own.places[rung]
         saved = read_batch(batch_file(self.folder, rung, batch_number), "batch of a sweep")
         with own_process(self._task):
-            batch, _, _ = build_batch(self._task, self._parts[number : number + 1], [own.seed])
-            load_whole(batch, take(saved["batch"], [row]))
-            return batch[0]
+            batch = build_batch(self._task, [self._parts[number]] * len(saved["trials"]), saved["batch"]["seeds"])
+            load_whole(batch, saved["batch"])
+            return batch[row]
 
     def to_pandas(self) -> Any:
         """Return a DataFrame with a row for each trial: its configuration, seed, epochs, score and loss."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,20 +10,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..batch import ModelBatch
 from ..batch.whole_state import load_whole, save_whole
 from ..common.files import write_tree
-from ..common.random_streams import random_state, seeded, set_random_state
+from ..common.random_streams import global_state, set_global_state
 from ..optim import OptimizerFactory
 from ..training import PositionedBatches, evaluate, train_steps
-from ..training.loop import call, make_schedule, walk
-from .configs import Parts
+from ..training.loop import arguments, make_schedule, walk
+from .configs import Parts, build_model, seed_all
 from .folder import batch_file, read_batch, state_file
-from .rows import join, join_schedules, pack, take, unpack
+from .schedules import join_schedules
 
 __all__ = ["Job", "Task", "build_batch", "own_process", "read_result", "run_batch"]
 
@@ -110,56 +108,66 @@ def _train(job: Job, size: Any, after_epoch: Callable[[int], None] | None) -> No
     task, parts, rung = job.task, job.parts, job.rung
     file, part = (batch_file(task.folder, rung, job.number, kind) for kind in ("", "part."))
     (data, own_data), (valid, own_valid) = (_batches(source, parts) for source in (task.data, task.valid))
-    batch, optimizer, schedule = build_batch(task, parts, job.seeds, own_data)
     start, end = (0, *task.rungs)[rung], task.rungs[rung]
+    if job.sources and not part.exists():
+        batch, states, scheduled = _gather(job, own_data)
+        optimizer, schedule = _optimizer(task, batch, parts)
+        optimizer.load_model_states(states)
+        optimizer.note_step()
+        if schedule is not None:
+            schedule.load_state_dict(scheduled)
+    else:
+        batch = build_batch(task, parts, job.seeds, own_data)
+        optimizer, schedule = _optimizer(task, batch, parts)
     if part.exists():
         saved = read_batch(part, _UNDER_WAY)
         start, known = saved["epoch"], saved["chunk_size"]
-        size = known if not isinstance(size, int) else min(size, known or size)
-        _load(batch, optimizer, schedule, saved["batch"], unpack(saved["optimizer"]), saved["schedule"])
-    elif job.sources:
-        _load(batch, optimizer, schedule, *_gather(job))
-    settings = {name: [own.loss[name] for own in parts] for name in parts[0].loss}
+        size = min(size, known or size) if isinstance(size, int) else known
+        load_whole(batch, saved["batch"])
+        optimizer.load_state_dict(saved["optimizer"])
+        optimizer.note_step()
+        if schedule is not None:
+            schedule.load_state_dict(saved["schedule"])
     walked = _Walk(data, start)
 
     def at_end() -> None:
         if after_epoch:
             after_epoch(walked.epoch)
         if walked.epoch < end and time.monotonic() - walked.saved >= task.save_every:
-            under_way = _state_of(batch, optimizer, schedule)
-            write_tree(part, {"epoch": walked.epoch, "chunk_size": walked.chunk_size, **under_way}, _UNDER_WAY)
+            where = {"epoch": walked.epoch, "chunk_size": walked.chunk_size, "batch": save_whole(batch)}
+            write_tree(part, {**where, **_state_of(optimizer, schedule)}, _UNDER_WAY)
             walked.saved = time.monotonic()
 
     walked.at_end = at_end
+    settings = {name: [own.loss[name] for own in parts] for name in parts[0].loss}
     options = {**task.options, **({"loss_settings": settings} if settings else {})}
+    options |= {"scheduler": schedule, "chunk_size": size, "first_epoch": start}
     if own_data:
-        options.setdefault("shared_targets", False)
+        options["shared_targets"] = False
     if parts[0].max_norm is not None:
         options["max_norm"] = [own.max_norm for own in parts]
-    options |= {"scheduler": schedule, "chunk_size": size, "first_epoch": start}
-    total, steps, epoch = 0, 0, start - 1
+    losses, epoch = [], -1
     for step in train_steps(batch, optimizer, walked, task.loss_fn, end - start, **options):
         if step.epoch > epoch:
-            total, steps, epoch = 0, 0, step.epoch
-        total, steps = total + step.losses.double(), steps + 1
-    losses = (total / steps).cpu()
-    scores = _scores(task, batch, valid, not own_valid, settings, losses)
-    whole = _state_of(batch, optimizer, schedule)
+            losses, epoch = [], step.epoch
+        losses.append(step.losses)
+    loss = torch.stack(losses).double().mean(0).cpu()
+    scores = _scores(task, batch, valid, not own_valid, settings, loss)
     if rung + 1 < len(task.rungs):
-        rest = {name: whole[name] for name in ("optimizer", "schedule")}
-        write_tree(state_file(task.folder, rung, job.number), rest, _STATE)
-    done = {"trials": list(job.trials), "epoch": end, "scores": scores, "losses": losses, "batch": whole["batch"]}
+        write_tree(state_file(task.folder, rung, job.number), _state_of(optimizer, schedule), _STATE)
+    done = {"trials": list(job.trials), "epoch": end, "scores": scores, "losses": loss, "batch": save_whole(batch)}
     write_tree(file, done, _DONE)
 
 
-def build_batch(task: Task, parts: Sequence[Parts], seeds: Sequence[int], own_data: bool = False) -> tuple:
-    """Return the batch of some trials, their optimizer and their schedule, as before the first epoch."""
-    models = []
-    for own, seed in zip(parts, seeds, strict=True):
-        with seeded(seed):
-            models.append(task.build(**own.build))
+def build_batch(task: Task, parts: Sequence[Parts], seeds: Sequence[int], own_data: bool = False) -> ModelBatch:
+    """Return the models of some trials, as before the first epoch; inside of `own_process`."""
+    models = [build_model(task.build, own, seed) for own, seed in zip(parts, seeds, strict=True)]
     batch = ModelBatch(models, not own_data, seeds=seeds)
-    batch = batch if task.device is None else batch.to(task.device)
+    return batch if task.device is None else batch.to(task.device)
+
+
+def _optimizer(task: Task, batch: ModelBatch, parts: Sequence[Parts]) -> tuple[Any, Any]:
+    """Return the optimizer and the schedule of some trials, as before the first epoch."""
     groups: list[dict[str, Any]] = [
         {"params": pattern, **{name: [own.groups[pattern][name] for own in parts] for name in names}}
         for pattern, names in parts[0].groups.items()
@@ -167,7 +175,32 @@ def build_batch(task: Task, parts: Sequence[Parts], seeds: Sequence[int], own_da
     optimizer = OptimizerFactory(task.optimizer_cls).create_optimizer(
         batch, [own.optimizer for own in parts], groups=[*groups, {"params": "*"}] if groups else None
     )
-    return batch, optimizer, make_schedule(task.scheduler, optimizer)
+    return optimizer, make_schedule(task.scheduler, optimizer)
+
+
+def _gather(job: Job, own_data: bool) -> tuple[ModelBatch, list[dict[str, Any]], Any]:
+    """Return the models that a batch goes on with, and their optimizers' state, out of the files of the rung before."""
+    places: dict[int, dict[int, Parts]] = {}
+    for (number, row), own in zip(job.sources, job.parts, strict=True):
+        places.setdefault(number, {})[row] = own
+    batches, states, schedules = [], [], []
+    for number, chosen in places.items():  # trials are in the order of their numbers, and so in that of these batches
+        saved = read_batch(batch_file(job.task.folder, job.rung - 1, number), _DONE)
+        rest = read_batch(state_file(job.task.folder, job.rung - 1, number), _STATE)
+        count, rows = len(saved["trials"]), list(chosen)
+        parts = [chosen.get(row, chosen[rows[0]]) for row in range(count)]  # what the others were does not matter
+        whole = build_batch(job.task, parts, saved["batch"]["seeds"], own_data)
+        load_whole(whole, saved["batch"])
+        optimizer, _ = _optimizer(job.task, whole, parts)
+        optimizer.load_state_dict(rest["optimizer"])
+        batches.append(whole.select(rows))
+        states += optimizer.get_model_states(rows)
+        schedules.append((rest["schedule"], rows, count))
+    return batches[0] if len(batches) == 1 else ModelBatch.merge(batches), states, join_schedules(schedules)
+
+
+def _state_of(optimizer: Any, schedule: Any) -> dict[str, Any]:
+    return {"optimizer": optimizer.state_dict(), "schedule": None if schedule is None else schedule.state_dict()}
 
 
 class _Walk(PositionedBatches):
@@ -181,9 +214,7 @@ class _Walk(PositionedBatches):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        torch.manual_seed(self.epoch)
-        random.seed(self.epoch)
-        np.random.seed(self.epoch)
+        seed_all(self.epoch)
         for owner in (self.batches, getattr(self.batches, "sampler", None)):  # a DataLoader's own generator
             if isinstance(getattr(owner, "generator", None), torch.Generator):
                 owner.generator.manual_seed(self.epoch)
@@ -204,80 +235,41 @@ def _scores(task: Task, batch: Any, valid: Any, shared: bool, settings: Any, los
     """Return the trials' scores `[M]` in float64 on the CPU; higher is better."""
     if valid is None and isinstance(task.score, str):
         return -losses
-    modes = {module: module.training for module in batch.modules()}
-    batch.eval()
-    try:
-        with torch.no_grad():
-            if task.score == "accuracy":
-                scores = evaluate(batch, valid, shared_input=shared)
-            elif task.score == "loss":
-                scores = -_mean_loss(task, batch, valid, shared, settings)
-            else:
-                scores = task.score(batch, valid)
-    finally:
-        batch.train()
-        for module, mode in modes.items():
-            module.training = mode
+    batch.eval()  # to the end: the next rung makes another batch
+    with torch.no_grad():
+        if task.score == "accuracy":
+            scores = evaluate(batch, valid, shared_input=shared)
+        elif task.score == "loss":
+            total, count = 0, 0
+            extra = {"loss_settings": settings} if settings else {}
+            for x, y in walk(valid, 0, next(batch.parameters()).device):
+                args, kwargs = arguments(x)
+                outputs = batch(*args, shared_input=shared, **kwargs)
+                forms = None if shared else False
+                each = batch.compute_loss(outputs, y, task.loss_fn, "none", shared_targets=forms, **extra)
+                size = y.shape[0 if shared else 1] if isinstance(y, Tensor) else 1
+                total, count = total - each.double() * size, count + size
+            scores = total / count
+        else:
+            scores = task.score(batch, valid)
     scores = torch.as_tensor(scores).detach().double().cpu()
     if scores.shape != (batch.num_models,):
         raise ValueError(f"Expected {batch.num_models} scores (one per model), got the shape {list(scores.shape)}.")
     return scores
 
 
-def _mean_loss(task: Task, batch: Any, valid: Any, shared: bool, settings: Any) -> Tensor:
-    extra = {"loss_settings": settings} if settings else {}
-    total, count = 0, 0
-    for x, y in walk(valid, 0, next(batch.parameters()).device):
-        outputs = call(batch, x) if shared == batch.shared_input else batch(x, shared_input=shared)
-        losses = batch.compute_loss(outputs, y, task.loss_fn, "none", shared_targets=None if shared else False, **extra)
-        size = y.shape[0 if shared else 1] if isinstance(y, Tensor) else 1
-        total, count = total + losses.double() * size, count + size
-    return total / count
-
-
-def _state_of(batch: Any, optimizer: Any, schedule: Any) -> dict[str, Any]:
-    schedule = None if schedule is None else schedule.state_dict()
-    return {"batch": save_whole(batch), "optimizer": pack(optimizer.get_model_states()), "schedule": schedule}
-
-
-def _load(batch: Any, optimizer: Any, schedule: Any, models: Any, states: Any, scheduled: Any) -> None:
-    load_whole(batch, models)
-    optimizer.load_model_states(states)
-    optimizer.note_step()
-    if schedule is not None:
-        schedule.load_state_dict(scheduled)
-
-
-def _gather(job: Job) -> tuple[Any, list[dict[str, Any]], Any]:
-    """Return the models that a batch goes on with, and their optimizers' state, out of the files of the rung before."""
-    folder, rung = job.task.folder, job.rung - 1
-    places: dict[int, list[int]] = {}
-    for number, row in job.sources:
-        places.setdefault(number, []).append(row)
-    wholes, states, schedules = [], [], []
-    for number, rows in places.items():  # trials are in the order of their numbers, and so in that of these batches
-        saved = read_batch(batch_file(folder, rung, number), _DONE)
-        rest = read_batch(state_file(folder, rung, number), _STATE)
-        wholes.append(take(saved["batch"], rows))
-        states += unpack(rest["optimizer"], rows)
-        schedules.append((rest["schedule"], rows, len(saved["trials"])))
-    return join(wholes), states, join_schedules(schedules)
-
-
 @contextmanager
 def own_process(task: Task) -> Iterator[None]:
     """Set the number of threads and the dtype of a sweep, and put them and all generators back afterwards."""
-    before = torch.get_num_threads(), torch.get_default_dtype(), random_state(), random.getstate(), np.random.get_state()
+    threads, dtype, generators = torch.get_num_threads(), torch.get_default_dtype(), global_state()
     torch.set_num_threads(task.threads)
     torch.set_default_dtype(task.dtype)
     try:
         yield
     finally:
-        torch.set_num_threads(before[0])
-        torch.set_default_dtype(before[1])
-        set_random_state(before[2])
-        random.setstate(before[3])
-        np.random.set_state(before[4])
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        set_global_state(generators)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from oracle import close
-from sweep_cases import CONFIGS, DOUBLE, FACTOR, RUNGS, SEEDS, Net, alone, data, standard, valid_loss
+from sweep_cases import CONFIGS, DOUBLE, FACTOR, RUNGS, SEEDS, Net, alone, data, standard, valid, valid_loss
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, SequentialLR
 from torch.utils.data import DataLoader, TensorDataset
 
-import mbkit
 from mbkit import Batches, OptimizerFactory, grid
 
 
@@ -34,10 +33,11 @@ def test_every_trial_at_every_rung_and_who_goes_on() -> None:
         for t in going:
             config, seed = CONFIGS[t], SEEDS[t]
             model, loss = alone(
-                partial(Net, config["width"], config["dropout"]), seed,
-                lambda model, config=config: torch.optim.Adam(model.parameters(), lr=config["lr"], betas=config["betas"]),
+                partial(Net, config["width"], config["dropout"]),
+                seed,
+                lone_optimizer(torch.optim.Adam, {"lr": config["lr"], "betas": config["betas"]}),
                 epochs,
-            )  # fmt: skip
+            )
             trial = result.trials[t]
             assert_same(result.load(t, rung), model, f"trial {t} at rung {rung}")
             scores[t] = -valid_loss(model)
@@ -96,7 +96,9 @@ def lone_optimizer(cls: type, config: dict[str, Any]) -> Callable[[nn.Module], t
         groups: dict[str, list[nn.Parameter]] = {"head": [], "bias": [], "rest": []}
         for name, p in model.named_parameters():
             asked = name.startswith("head") and "lr@head" in config
-            groups["head" if asked else "bias" if name.endswith("bias") and "eps@*.bias" in config else "rest"].append(p)
+            groups["head" if asked else "bias" if name.endswith("bias") and "eps@*.bias" in config else "rest"].append(
+                p
+            )
         own = {"head": {"lr": config.get("lr@head")}, "bias": {"eps": config.get("eps@*.bias")}, "rest": {}}
         return cls([{"params": ps, **own[name]} for name, ps in groups.items() if ps], **plain)
 
@@ -107,7 +109,9 @@ def lone_optimizer(cls: type, config: dict[str, Any]) -> Callable[[nn.Module], t
 def test_optimizers_groups_clipping_and_schedules_go_on_from_rung_to_rung(name: str) -> None:
     cls, space, settings, schedule_of = SETUPS[name]
     configs = grid(space)
-    result = standard(None, optimizer_cls=cls, configs=configs, build=partial(Net, 4), seeds=None, rungs=(1, 3), **settings)
+    result = standard(
+        None, optimizer_cls=cls, configs=configs, build=partial(Net, 4), seeds=None, rungs=(1, 3), **settings
+    )
     finalists = [trial for trial in result.trials if trial.epochs == 3]
     assert 2 <= len(finalists) < len(configs)
     for trial in finalists:
@@ -238,7 +242,7 @@ def test_patience_stops_each_trial_by_its_own_course() -> None:
 
 def test_accuracy_and_training_loss_as_scores() -> None:
     result = standard(None, score="accuracy")
-    ((x, y),) = __import__("sweep_cases").valid()
+    ((x, y),) = valid()
     best = result.load(result.best).eval()
     assert math.isclose((best(x).argmax(1) == y).double().mean().item(), result.best.score)
     plain = standard(None, valid=None, score="accuracy")
@@ -254,5 +258,3 @@ def test_dtype_and_threads_are_the_sweeps_own(tmp_path: Any) -> None:
     assert again.load(0).weight.dtype == torch.float64
     assert repr(first) == repr(again)
     assert torch.get_default_dtype() == torch.float32
-
-

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from sweep_cases import CONFIGS, Net, standard
+from sweep_cases import CONFIGS, standard
 from torch import nn
 
 import mbkit
@@ -95,9 +95,7 @@ def test_what_cannot_be_is_refused_by_name(name: str, tmp_path: Path) -> None:
         ({"score": "accuracy"}, "score = 'loss'"),
     ],
 )
-def test_another_sweeps_folder_is_refused_and_left_alone(
-    changes: dict[str, Any], words: str, tmp_path_factory: pytest.TempPathFactory, done: Path
-) -> None:
+def test_another_sweeps_folder_is_refused_and_left_alone(changes: dict[str, Any], words: str, done: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in done.rglob("*")}
     with pytest.raises(ValueError, match=words):
         standard(done, **changes)
@@ -141,7 +139,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path)
 def test_a_full_disk_at_every_write_leaves_no_half_file_and_goes_on_once_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room, fsync = [0], os.fsync
+    room, fsync = [1000], os.fsync
 
     def full(descriptor: int) -> None:
         room[0] -= 1
@@ -151,31 +149,27 @@ def test_a_full_disk_at_every_write_leaves_no_half_file_and_goes_on_once_there_i
 
     monkeypatch.setattr(os, "fsync", full)
     settings = {"configs": CONFIGS[:4], "seeds": [1, 2, 3, 4], "rungs": (1, 2)}
-    failures = 0
-    for _ in range(20):
-        room[0] = 4 + failures % 2  # two files more with their folders, or half of a third
+    expected, failures = repr(standard(None, **settings)), 0
+    for attempt in range(20):
+        room[0] = 4 + attempt % 2  # two files more with their folders, or half of a third
         try:
             result = standard(tmp_path, **settings)
             break
         except OSError as error:
-            failures += 1
-            assert "No space left" in str(error)
-            assert not list(tmp_path.rglob("*.part"))
+            failures += "No space left" in str(error)
+        assert failures == attempt + 1
+        assert not list(tmp_path.rglob("*.part"))
     assert failures >= 3  # sweep.json, two batches with their states, a batch of the next rung
-    assert repr(result) == repr(standard(None, **settings))
+    assert repr(result) == expected
 
 
 def test_a_users_exception_comes_when_the_other_batches_are_done(tmp_path: Path) -> None:
-    def build(width: int, dropout: float) -> nn.Module:
-        net = Net(width, dropout)
-        if dropout == 0.5:
-            net.forward = None  # type: ignore[assignment]
-        return net
-
     def broken(fold: list[int]) -> Any:
         if 0 in fold:
             raise RuntimeError("no such fold")
-        return [(x.expand(len(fold), *x.shape), y.expand(len(fold), *y.shape)) for x, y in __import__("sweep_cases").data()]
+        return [
+            (x.expand(len(fold), *x.shape), y.expand(len(fold), *y.shape)) for x, y in __import__("sweep_cases").data()
+        ]
 
     configs = [{**config, "data_fold": t} for t, config in enumerate(CONFIGS)]
     with pytest.raises(RuntimeError, match="no such fold"):
