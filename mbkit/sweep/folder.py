@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..common.files import read_tree, write_file
+from ..common.files import read_tree, write_bytes
 from ..common.version import __version__
 
 try:
@@ -119,7 +119,7 @@ def settle(folder: Path, asked: dict[str, Any], fresh: dict[str, Any]) -> dict[s
     file = folder / "sweep.json"
     if not file.exists():
         own = {"format": "mbkit-sweep-1", **fresh, "mbkit": __version__, "torch": torch.__version__}
-        write_file(file, json.dumps({**own, **asked}, indent=0).encode())
+        write_bytes(file, json.dumps({**own, **asked}, indent=0).encode())
         return fresh
     try:
         saved = json.loads(file.read_bytes())
