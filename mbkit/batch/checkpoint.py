@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,19 @@ class CanSave:
             ValueError: another number of states than models, other names, other shapes, or tensors whose numbers do
                 not fit: sparse, quantized or meta ones, complex ones for real ones, too large ones for the dtype.
         """
-        _load_states(context_of(self).template.state_dict(), states, self.num_models)
+        stacked, num_models = context_of(self).template.state_dict(), self.num_models
+        states = [states] if isinstance(states, Mapping) else list(states)
+        if len(states) != num_models:
+            raise ValueError(
+                f"Expected {num_models} states (one per model), got {len(states)}: pass a list of {num_models} dicts."
+            )
+        for m, state in enumerate(states):
+            _check(m, state, stacked)
+        rows = {name: [state[name].to(tensor) for state in states] for name, tensor in stacked.items()}
+        with torch.no_grad():
+            for name, tensor in stacked.items():
+                for own, row in zip(tensor, rows[name], strict=True):
+                    own.copy_(row)
 
     def save_all(self, folder: str | Path) -> None:
         """Save all models' states as one file, `folder/models.safetensors`, which replaces an older one in one move.
@@ -83,12 +95,6 @@ class CanSave:
             ValueError: a file that has changed since it was saved, or that belongs to other models.
         """
         file = Path(folder) / _FILE
-        if not file.is_file():
-            older = " Its model_0.pt is of an older version: load such files with torch.load and load_model_states."
-            raise FileNotFoundError(
-                f"Expected {_FILE} in {folder}, got none: give the folder that save_all() wrote."
-                + older * Path(folder, "model_0.pt").is_file()
-            )
         stacked = read_tree(file, "models")
         counts = {len(rows) for rows in stacked.values()}
         if counts - {self.num_models}:
@@ -108,37 +114,30 @@ class CanSave:
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         context_of(self).template._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(_save_streams(self.streams, context_of(self).frozen, prefix))
+        # The streams go with it once they have been drawn from (before, the seeds say everything), and so do the
+        # numbers of the frozen models, if there are any.
+        own, frozen = self.streams.state(), context_of(self).frozen
+        if own:
+            own["seeds"] = torch.tensor(self.streams.seeds)
+        if frozen is not None:
+            own[_FROZEN] = frozen.cpu()
+        destination.update((f"{prefix}{_STREAMS}{name}", rows) for name, rows in own.items())
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        self.__dict__["_loading"] = _take_streams(state_dict, prefix, errors=rest[-1])
+        head = prefix + _STREAMS
+        own = {key[len(head) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(head)}
+        self.__dict__["_loading"] = own, prefix, rest[-1]  # for `load_streams`, with the list of errors
         context_of(self).template._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def _load_states(stacked: State, states: Sequence[State], num_models: int) -> None:
-    states = states if isinstance(states, Mapping) else list(states)
-    if isinstance(states, Mapping) or len(states) != num_models:
-        got = "one dict" if isinstance(states, Mapping) else f"{len(states)}"
-        raise ValueError(f"Expected {num_models} states (one per model), got {got}: pass a list of {num_models} dicts.")
-    for m, state in enumerate(states):
-        _check(m, state, stacked)
-    rows = {name: [state[name].to(tensor) for state in states] for name, tensor in stacked.items()}
-    with torch.no_grad():
-        for name, tensor in stacked.items():
-            for own, row in zip(tensor, rows[name], strict=True):
-                own.copy_(row)
 
 
 def _check(m: int, state: Any, stacked: State) -> None:
     if not isinstance(state, Mapping):
         raise ValueError(f"Expected a state dict for model {m}, got {type(state).__name__}: pass model.state_dict().")
     if state.keys() != stacked.keys():
-        missing, foreign = (
-            sorted(map(str, keys)) for keys in (stacked.keys() - state.keys(), state.keys() - stacked.keys())
-        )
+        missing, foreign = _few(stacked.keys() - state.keys()), _few(state.keys() - stacked.keys())
         raise ValueError(
-            f"The state of model {m} belongs to another architecture: missing {_few(missing)}, "
-            f"unexpected {_few(foreign)}; build the batch from models like the ones that were saved."
+            f"The state of model {m} belongs to another architecture: missing {missing}, unexpected {foreign}; build "
+            "the batch from models like the ones that were saved."
         )
     for name, tensor in stacked.items():
         given = state[name]
@@ -165,30 +164,9 @@ def _check_numbers(what: str, given: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more if names else "nothing"
-
-
-def _save_streams(streams: Streams, frozen: Tensor | None, prefix: str) -> dict[str, Tensor]:
-    """Return the streams' entries of a state_dict; none before the first draw, when the seeds say everything.
-
-    Which models are frozen goes with them, if any are.
-    """
-    states = streams.state()
-    if states:
-        states["seeds"] = torch.tensor(streams.seeds)
-    if frozen is not None:
-        states[_FROZEN] = frozen.cpu()
-    return {f"{prefix}{_STREAMS}{name}": rows for name, rows in states.items()}
-
-
-def _take_streams(
-    state_dict: dict[str, Any], prefix: str, errors: list[str]
-) -> tuple[dict[str, Tensor], str, list[str]]:
-    """Take what `_save_streams` put into a state_dict out of it, and keep it with what `load_streams` has to know."""
-    head = prefix + _STREAMS
-    return {key[len(head) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(head)}, prefix, errors
+def _few(names: Iterable[Any]) -> str:
+    first = [repr(name) for name in sorted(map(str, names))]
+    return ", ".join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "") or "nothing"
 
 
 def load_streams(batch: Any, keys: Any) -> None:

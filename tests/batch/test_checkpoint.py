@@ -87,7 +87,7 @@ WRONG_STATES: dict[str, tuple[Callable, str]] = {
         lambda: [good(0)] * (M - 1),
         rf"Expected {M} states \(one per model\), got {M - 1}: pass a list of {M}",
     ),
-    "one for all": (lambda: good(0), rf"Expected {M} states \(one per model\), got one dict: pass a list of {M} dicts"),
+    "one for all": (lambda: good(0), rf"Expected {M} states \(one per model\), got 1: pass a list of {M} dicts"),
     "no dict": (
         lambda: [good(0)] * (M - 1) + [torch.zeros(3)],
         "Expected a state dict for model 3, got Tensor: pass model.state_dict()",
@@ -166,19 +166,11 @@ def save_another(name: str, count: int = M) -> Callable[[Path], None]:
 
 
 NOT_SAVED = r"Expected .*models\.safetensors as it was saved \(mbkit-1 models\), got: \S"
+NO_FILE = "Expected a file .*models.safetensors, got none: give the folder that was saved into"
 SPOILED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
-    "missing": (
-        lambda f: f.unlink(),
-        FileNotFoundError,
-        "Expected models.safetensors in .*, got none: give the folder",
-    ),
-    "older": (
-        lambda f: f.rename(f.with_name("model_0.pt")),
-        FileNotFoundError,
-        "Its model_0.pt is of an older version: load such files with torch.load and load_model_states",
-    ),
-    "a folder": (lambda f: (f.unlink(), f.mkdir()), FileNotFoundError, "got none: give the folder"),
-    "a pipe": (lambda f: (f.unlink(), os.mkfifo(f)), FileNotFoundError, "got none: give the folder"),
+    "missing": (lambda f: f.unlink(), FileNotFoundError, NO_FILE),
+    "a folder": (lambda f: (f.unlink(), f.mkdir()), FileNotFoundError, NO_FILE),
+    "a pipe": (lambda f: (f.unlink(), os.mkfifo(f)), FileNotFoundError, NO_FILE),
     "empty": (truncate(0), ValueError, NOT_SAVED),
     "cut early": (truncate(0.05), ValueError, NOT_SAVED),
     "cut in the middle": (truncate(0.5), ValueError, NOT_SAVED + ".*header"),
