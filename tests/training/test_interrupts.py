@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -118,14 +119,21 @@ def test_two_presses_end_at_once_with_an_exception(where: str) -> None:
 
 
 def test_two_presses_in_an_update_alone_end_with_an_exception_too() -> None:
-    loss_fn = pressing_loss(2, signal.SIGINT, signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt, match="half updated"):
-        fit_alone(classifiers(), SGD, CONFIGS, points(), loss_fn, seeds=SEEDS)
+    models = classifiers(dropout=0.0)
+    before = copy.deepcopy(models)
+    loss_fn = pressing_loss(1, signal.SIGINT, signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt, match="half updated") as caught:
+        fit_alone(models, SGD, CONFIGS, points(), loss_fn, seeds=SEEDS)
+    assert (caught.value.history.interrupted, caught.value.history.steps) == (True, 0)
+    assert_same_parameters(models, before, tolerance=0)
 
 
 def test_one_press_ends_training_alone() -> None:
-    history = fit_alone(classifiers(), SGD, CONFIGS, points(), pressing_loss(M + 2, signal.SIGTERM), seeds=SEEDS)
+    models, pairs = classifiers(), points()
+    twice, once = (trained_alone(models, pairs[:n], loss_fn=cross_entropy, configs=CONFIGS) for n in (2, 1))
+    history = fit_alone(models, SGD, CONFIGS, pairs, pressing_loss(M + 2, signal.SIGTERM), seeds=SEEDS)
     assert (history.interrupted, history.steps_done) == (True, [2, 2, 1, 1])
+    assert_same_parameters(models, [*twice[:2], *once[2:]])
 
 
 def test_worker_threads_train_without_handlers() -> None:

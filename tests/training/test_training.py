@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import signal
 
 import pytest
 import torch
@@ -145,28 +144,23 @@ def test_going_on_with_the_next_epoch():
 # ------------------------------------------------------------------ modes
 
 
-def test_parts_in_eval_mode_stay_so_and_the_rest_trains():
-    models = classifiers()
-    for model in models:
-        model[2].eval()  # a frozen dropout, on purpose
+@pytest.mark.parametrize("part", ["a dropout", "all"])
+def test_a_model_in_eval_mode_trains_and_its_parts_in_eval_mode_stay_so(part):
+    models, pairs = classifiers(), points()
+    alike = models
+    if part == "all":
+        models = alike = [model.eval() for model in models]
+    else:
+        for model in models:
+            model[2].eval()  # a frozen dropout, on purpose
+        alike = [nn.Sequential(*model[:2], nn.Identity(), model[3]) for model in models]
     batch, optimizer = batched(models)
-    pairs = points()
+    expected = by_hand(alike, pairs)
     fit(batch, optimizer, pairs, cross_entropy)
-    expected = by_hand([nn.Sequential(*model[:2], nn.Identity(), model[3]) for model in models], pairs)
     fit_alone(models, SGD, CONFIGS, pairs, cross_entropy, seeds=SEEDS)
     assert_same_parameters(models, expected)
     assert_same_parameters(batch.models, expected)
-    assert not models[0][2].training
-
-
-def test_a_model_in_eval_mode_is_put_into_train_mode():
-    models, pairs = [model.eval() for model in classifiers()], points()
-    expected = by_hand(models, pairs)
-    batch, optimizer = batched(models)
-    fit(batch, optimizer, pairs, cross_entropy)
-    fit_alone(models, SGD, CONFIGS, pairs, cross_entropy, seeds=SEEDS)
-    assert_same_parameters(batch.models, expected)
-    assert_same_parameters(models, expected)
+    assert models[0][2].training == (part == "all")
 
 
 # ------------------------------------------------------------------ callbacks, stopping, losing nothing
@@ -257,39 +251,6 @@ def test_an_exception_carries_what_was_trained():
     with pytest.raises(OSError, match="gone") as caught:
         fit(batch, optimizer, Breaks(OSError("gone"), after=0), cross_entropy)
     assert caught.value.history.loss.shape == (0, M)
-
-
-def test_a_signal_waits_for_the_end_of_the_step():
-    models, pairs, calls = classifiers(), points(), []
-    untrained, expected = copy.deepcopy(models), by_hand(models, pairs[:2])
-
-    def loss_fn(outputs, targets):
-        calls.append(1)
-        if len(calls) == M + 2:  # in the second step of model 1
-            signal.raise_signal(signal.SIGINT)
-        return cross_entropy(outputs, targets)
-
-    handler = signal.getsignal(signal.SIGINT)
-    history = fit_alone(models, SGD, CONFIGS, pairs, loss_fn, seeds=SEEDS)
-    assert (history.interrupted, history.steps_done) == (True, [2, 2, 1, 1])
-    once = by_hand(untrained, pairs[:1])
-    assert_same_parameters(models, [*expected[:2], *once[2:]])
-    assert signal.getsignal(signal.SIGINT) is handler
-
-
-def test_a_second_signal_does_not_wait():
-    models, pairs = classifiers(dropout=0.0), points()
-    before = copy.deepcopy(models)
-
-    def loss_fn(outputs, targets):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        return cross_entropy(outputs, targets)
-
-    with pytest.raises(KeyboardInterrupt, match="half updated") as caught:
-        fit_alone(models, SGD, CONFIGS, pairs, loss_fn)
-    assert (caught.value.history.interrupted, caught.value.history.steps) == (True, 0)
-    assert_same_parameters(models, before, tolerance=0)
 
 
 def test_train_steps_can_be_paused_between_updates():
