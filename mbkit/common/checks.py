@@ -12,7 +12,7 @@ from torch.utils._pytree import keystr, register_pytree_node, tree_flatten_with_
 
 __all__ = [
     "check_inputs", "check_numbers", "check_output", "check_seeds", "did_you_mean", "flag", "list_of_models",
-    "memory_of", "model_numbers", "open_mappings", "per_model", "settings_per_model", "whole_number",
+    "memory_of", "model_numbers", "open_mappings", "per_model", "whole_number",
 ]  # fmt: skip
 
 _MAX_SEED = 2**63 - 1
@@ -115,36 +115,6 @@ def per_model(value: Any, num_models: int, name: str) -> list[Any]:
             f"pass one value for all models or a list of {num_models}."
         )
     return list(value)
-
-
-def settings_per_model(settings: Mapping[str, Any] | None, num_models: int, name: str) -> list[dict[str, Any]]:
-    """Return M dicts of keyword arguments, from one dict whose values are for all models or one per model.
-
-    Args:
-        settings: by name, one value for all models, a list of M values, or a tensor `[M, ...]`, whose row m is model
-            m's; None for no settings. M numbers become Python's, as model m alone would get its own.
-        num_models: M.
-        name: what the settings are, for the error message.
-
-    Raises:
-        TypeError: something else than a dict with names as keys.
-        ValueError: a list or a tensor of another length than M.
-
-    Example:
-        >>> settings_per_model({"beta": [0.5, 2.0], "reduction": "sum"}, 2, "loss_settings")
-        [{'beta': 0.5, 'reduction': 'sum'}, {'beta': 2.0, 'reduction': 'sum'}]
-    """
-    settings = {} if settings is None else settings
-    if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
-        raise TypeError(
-            f"Expected {name} as a dict of the loss function's keyword arguments, got {settings!r}: pass e.g. "
-            "{'beta': [0.1, 0.2, 0.3]}, one value for all models or one per model."
-        )
-    each = {
-        key: per_model(list(value) if getattr(value, "ndim", 0) > 1 else value, num_models, f"values of {key}")
-        for key, value in settings.items()
-    }
-    return [{key: values[m] for key, values in each.items()} for m in range(num_models)]
 
 
 def check_seeds(seeds: Sequence[int] | None, num_models: int) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..batch.clip import norm_limits
+from ..batch.loss_settings import LossSettings
 from ..batch.targets import TargetForms, targets_at
-from ..common.checks import check_seeds, list_of_models, per_model, settings_per_model
+from ..common.checks import check_seeds, list_of_models, per_model
 from ..common.random_streams import OwnDraws, in_turn
 from .evaluation import batch_accuracy
 from .history import History, Step
@@ -56,8 +56,8 @@ def fit_alone(
         seeds: one per model; drawn from torch's global generator, as ModelBatch draws them, when absent.
         shared_input: False where inputs are [M, B, ...] and model m gets inputs[m].
         shared_targets: False where targets are [M, B, ...]; told by their shape when absent.
-        loss_settings: keyword arguments of loss_fn, each one value for all models or one per model, as a list of M or
-            a tensor [M, ...]: with {"beta": [0.1, 1.0, 4.0]} model 1 is trained on loss_fn(outputs, targets, beta=1.0).
+        loss_settings: keyword arguments of loss_fn, as for ModelBatch.compute_loss: one value for all models or one
+            per model; with {"beta": [0.1, 1.0, 4.0]} model 1 is trained on loss_fn(outputs, targets, beta=1.0).
         scheduler: a callable that makes an lr scheduler from an optimizer, or a list of M.
         max_norm: clip each model's gradient to this norm; one number or one per model.
         callback: called with each Step, whose `model` says whose it is; returning False ends *that model's* training.
@@ -93,8 +93,8 @@ def fit_alone(
     lones = [LoneTrainer(model, seed, optimizer_cls, *rest) for model, seed, *rest in each]
     device = next((p.device for model in models for p in model.parameters()), torch.device("cpu"))
     forms = TargetForms(shared_targets)
-    own_losses = [partial(loss_fn, **own) for own in settings_per_model(loss_settings, num_models, "loss_settings")]
-    losses = [loss_of_model(own, m, num_models, forms) for m, own in enumerate(own_losses)]
+    settings = LossSettings(loss_settings, loss_fn, num_models)
+    losses = [loss_of_model(loss_fn, m, num_models, forms, settings) for m in range(num_models)]
     total = count_steps(batches, epochs * num_models)
     with Recording(num_models, total, alone=True, progress=progress) as run:
         going, index = list(range(num_models)), 0
@@ -269,13 +269,24 @@ def own_targets(targets: Any, outputs: Any, m: int, num_models: int, forms: Targ
     Raises:
         ValueError: the shapes fit neither form, or both.
     """
-    first = first_tensor(outputs)
-    shape = (num_models, *(() if first is None else first.shape))
-    return targets_at(targets, forms.of(targets, shape, num_models), m)
+    return targets_at(targets, forms.of(targets, _shape(outputs, num_models), num_models), m)
 
 
 def loss_of_model(
-    loss_fn: Callable[[Any, Any], Tensor], m: int, num_models: int, forms: TargetForms
+    loss_fn: Callable[..., Tensor], m: int, num_models: int, forms: TargetForms, settings: LossSettings | None = None
 ) -> Callable[[Any, Any], Tensor]:
     """Return `loss_fn` for the outputs of model m and the targets of all models; arguments as for `own_targets`."""
-    return lambda outputs, targets: loss_fn(outputs, own_targets(targets, outputs, m, num_models, forms))
+    own = settings.of_model(m) if settings else {}
+
+    def loss(outputs: Any, targets: Any) -> Tensor:
+        if settings:
+            settings.check_outputs(_shape(outputs, num_models))
+        return loss_fn(outputs, own_targets(targets, outputs, m, num_models, forms), **own)
+
+    return loss
+
+
+def _shape(outputs: Any, num_models: int) -> torch.Size:
+    """Return the shape [M, B, ...] that M models' first outputs would have."""
+    first = first_tensor(outputs)
+    return torch.Size((num_models, *(() if first is None else first.shape)))

@@ -69,8 +69,8 @@ REFUSED_BY_FIT_ALONE = {
     "loss settings in a list": (TypeError, "loss_settings as a dict", lambda: {"loss_settings": [0.1] * M}),
     "too few loss settings": (
         ValueError,
-        r"4 values of beta \(one per model\), got 2",
-        lambda: {"loss_settings": {"beta": [0.1, 0.2]}},
+        r"4 values \(one per model\) as 'label_smoothing' in loss_settings, got 2",
+        lambda: {"loss_settings": {"label_smoothing": [0.1, 0.2]}},
     ),
     "one model given often": (
         ValueError,
