@@ -50,6 +50,7 @@ __all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_model
 # Errors that can be raised again under the same name with a longer text.
 PLAIN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 NO_FAULT_OF_VMAP = (torch.OutOfMemoryError, Warning)
+_COLLECTIONS = (list, dict, set, deque)
 
 
 def call_models(context: CallContext, args: tuple, kwargs: dict, shared: bool) -> Any:
@@ -86,20 +87,19 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool) -> Any:
             write_state(before, after)
             context.attributes = attributes
             break
-        except LayoutMatters as error:
-            memory.undo(error)
-            context.folding = False
-        except SharedDraw as error:
-            memory.undo(error)
-            slow.add("")
         except Exception as error:
             undone = memory.undo(error)
-            unit = _next_slower(error, slow) if undone and not isinstance(error, NO_FAULT_OF_VMAP) else None
-            if unit is None:
-                slow.difference_update(reasons)
-                raise _named(error, context.num_models) from error
-            slow.add(unit)
-            reasons[unit] = str(error).strip().split("\n")[0]
+            if isinstance(error, LayoutMatters):
+                context.folding = False
+            elif isinstance(error, SharedDraw):
+                slow.add("")
+            else:
+                unit = _next_slower(error, slow) if undone and not isinstance(error, NO_FAULT_OF_VMAP) else None
+                if unit is None:
+                    slow.difference_update(reasons)
+                    raise _named(error, context.num_models) from error
+                slow.add(unit)
+                reasons[unit] = str(error).strip().split("\n")[0]
     memory.learn()
     if isinstance(output, Failure):  # the user's own error, so what the calls have changed before it stays, as alone
         slow.difference_update(reasons)
@@ -130,19 +130,16 @@ def _hooked(template: nn.Module) -> set[str]:
 
 def _keeps(hook: Any) -> bool:
     """Say whether a forward hook has a list or dict at hand to keep tensors in; vmap's are nobody's afterwards."""
-    if isinstance(hook, partial):
-        return any(map(_holds, (*hook.args, *hook.keywords.values()))) or _keeps(hook.func)
-    owner, function = getattr(hook, "__self__", hook), getattr(hook, "__func__", hook)
-    if may_keep(owner):
+    if may_keep(getattr(hook, "__self__", hook)):
         return True
+    if isinstance(hook, partial):
+        function, given = hook.func, [*hook.args, *hook.keywords.values()]
+        return any(isinstance(value, _COLLECTIONS) for value in given) or _keeps(function)
+    function = getattr(hook, "__func__", hook)
     held = list(at_hand(function))
     if isinstance(function, FunctionType):
         held += [function.__globals__.get(name) for name in function.__code__.co_names]
-    return any(map(_holds, held))
-
-
-def _holds(value: Any) -> bool:
-    return isinstance(value, (list, dict, set, deque))
+    return any(isinstance(value, _COLLECTIONS) for value in held)
 
 
 def _next_slower(error: Exception, slow: set[str]) -> str | None:

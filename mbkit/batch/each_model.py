@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,74 +16,9 @@ from .freeze import held
 from .stack import stack_models, unstack_model
 from .validate import check_models
 
-__all__ = ["CanApply", "ResetEachModel", "do_to_each_model"]
+__all__ = ["CanApply", "do_to_each_model", "reset_each_model"]
 
 _PLAIN = (bool, int, float, str, type(None))
-
-
-def do_to_each_model(context: CallContext, function: Callable[[nn.Module], Any], path: str = "") -> None:
-    """Call `function` with each model as it is alone, with its own random stream, and keep what it has changed.
-
-    Args:
-        context: the models; frozen ones stay as they are.
-        function: gets a lone model's module; may change numbers in tensors, flags, and plain attributes.
-        path: the module's dotted path; "" for the whole model.
-
-    Raises:
-        ValueError: the function has changed more, such as a tensor's shape; the models are as before then.
-    """
-    template, undo = context.template, context.streams.remember()
-    device = next((t.device for t in (*template.parameters(), *template.buffers())), torch.device("cpu"))
-    with held(context):
-        try:
-            lone = []
-            with context.streams.take_turns(device) as turns:
-                for m in turns:
-                    lone.append(unstack_model(template, context.attributes, m))
-                    function(lone[m].get_submodule(path))
-            changes = _changes(template, stack_models(*check_models(lone))[0])
-        except BaseException:
-            undo()
-            raise
-        for place, name, value in changes:
-            if isinstance(value, Tensor):
-                place[name].data.copy_(value.data)
-                if place[name].is_leaf:
-                    place[name].requires_grad_(value.requires_grad)
-            else:
-                place[name] = value
-
-
-def _changes(template: nn.Module, changed: nn.Module) -> list[tuple[dict, str, Any]]:
-    """Return what to put where in the template, for it to be like another stack of the models."""
-    changes: list[tuple[dict, str, Any]] = []
-    others = dict(changed.named_modules())
-    for path, module in template.named_modules():
-        mine, other = vars(module), vars(others.get(path, nn.Module()))
-        if path not in others or any(len(mine[hooks]) != len(other[hooks]) for hooks in HOOKS):
-            raise _too_much(f"the hooks or layers of '{path or type(module).__name__}' others")
-        plain = {name: value for name, value in other.items() if isinstance(value, Tensor) or _is_plain(value)}
-        stores = [(mine[store], other[store]) for store in ("_parameters", "_buffers")]
-        for old, new in (*stores, (mine, plain)):
-            for name in {*new, *(name for name, value in old.items() if isinstance(value, Tensor))}:
-                was, now = old.get(name), new.get(name)
-                if isinstance(was, Tensor) and not isinstance(now, Tensor):
-                    raise _too_much(f"'{path}.{name}' {now!r}")
-                if isinstance(was, Tensor) and (was.shape, was.dtype) != (now.shape, now.dtype):
-                    raise _too_much(f"'{path}.{name}' {list(now.shape[1:])} of {now.dtype}")
-                changes.append((old, name, now))
-    return changes
-
-
-def _too_much(what: str) -> ValueError:
-    return ValueError(
-        f"Expected a function that changes numbers only, got one that makes {what}: do that to each model, before the "
-        "batch is made."
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    return all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(value)) and not isinstance(value, dict)
 
 
 class CanApply:
@@ -109,25 +45,73 @@ class CanApply:
         return self
 
 
-class ResetEachModel:
-    """Stands for the `reset_parameters` of a layer of a batch, which would take M models for one.
+def do_to_each_model(context: CallContext, function: Callable[[nn.Module], Any], path: str = "") -> None:
+    """Call `function` with each model as it is alone, with its own random stream, and keep what it has changed.
 
     Args:
-        context: the models.
-        path: the layer's dotted path.
+        context: the models; frozen ones stay as they are.
+        function: gets a lone model's module; may change numbers in tensors, flags, and plain attributes.
+        path: the module's dotted path; "" for the whole model.
+
+    Raises:
+        ValueError: the function has changed more, such as a tensor's shape; the models are as before then.
     """
+    template, undo = context.template, context.streams.remember()
+    device = next((t.device for t in (*template.parameters(), *template.buffers())), torch.device("cpu"))
+    with held(context):
+        try:
+            lone = []
+            with context.streams.take_turns(device) as turns:
+                for m in turns:
+                    lone.append(unstack_model(template, context.attributes, m))
+                    function(lone[m].get_submodule(path))
+            changes = list(_changes(template, stack_models(*check_models(lone))[0]))
+        except BaseException:
+            undo()
+            raise
+        for place, name, value in changes:
+            if isinstance(value, Tensor):
+                place[name].data.copy_(value.data)
+                if place[name].is_leaf:
+                    place[name].requires_grad_(value.requires_grad)
+            else:
+                place[name] = value
 
-    __slots__ = ("context", "path")
 
-    def __init__(self, context: CallContext, path: str) -> None:
-        self.context, self.path = context, path
+def _changes(template: nn.Module, changed: nn.Module) -> Iterator[tuple[dict, str, Any]]:
+    """Yield what to put where in the template, for it to be like another stack of the models."""
+    others = dict(changed.named_modules())
+    for path, module in template.named_modules():
+        mine, other = vars(module), vars(others.get(path, nn.Module()))
+        if path not in others or any(len(mine[hooks]) != len(other[hooks]) for hooks in HOOKS):
+            raise _too_much(f"the hooks or layers of '{path or type(module).__name__}' others")
+        stores = [(mine[store], other[store]) for store in ("_parameters", "_buffers")]
+        for old, new in (*stores, (mine, other)):
+            for name in {**old, **new}:
+                was, now = old.get(name), new.get(name)
+                if isinstance(was, Tensor) and not isinstance(now, Tensor):
+                    raise _too_much(f"'{path}.{name}' {now!r}")
+                if isinstance(now, Tensor):
+                    if not isinstance(was, Tensor) or (was.shape, was.dtype) != (now.shape, now.dtype):
+                        raise _too_much(f"'{path}.{name}' {list(now.shape[1:])} of {now.dtype}")
+                    yield old, name, now
+                elif name in new and not isinstance(now, dict) and all(isinstance(v, _PLAIN) for v in tree_leaves(now)):
+                    yield old, name, now
 
-    def __call__(self) -> None:
-        do_to_each_model(self.context, lambda layer: layer.reset_parameters(), self.path)
 
-    @staticmethod
-    def set_up(context: CallContext) -> None:
-        """Put one into every layer of the template that has a `reset_parameters`."""
-        for path, module in context.template.named_modules():
-            if callable(getattr(type(module), "reset_parameters", None)):
-                vars(module)["reset_parameters"] = ResetEachModel(context, path)
+def _too_much(what: str) -> ValueError:
+    return ValueError(
+        f"Expected a function that changes numbers only, got one that makes {what}: do that to each model, before the "
+        "batch is made."
+    )
+
+
+def reset_each_model(context: CallContext) -> None:
+    """Have each layer's `reset_parameters`, which would take M models for one, do to each model what it does alone."""
+    for path, module in context.template.named_modules():
+        if callable(getattr(type(module), "reset_parameters", None)):
+            vars(module)["reset_parameters"] = partial(do_to_each_model, context, _reset, path)
+
+
+def _reset(layer: nn.Module) -> None:
+    layer.reset_parameters()

@@ -14,7 +14,7 @@ from .call import call_models
 from .checkpoint import CanSave, load_streams
 from .clip import clip_by_norm_, norm_limits
 from .context import CallContext, context_of, model_numbers
-from .each_model import CanApply, ResetEachModel
+from .each_model import CanApply, reset_each_model
 from .freeze import CanFreeze
 from .loss import call_losses
 from .loss_settings import LossSettings
@@ -96,7 +96,7 @@ class ModelBatch(CanFreeze, CanApply, CanSelect, CanSave, nn.Module):
         self.__dict__ |= {name: template.__dict__[name] for name in _TAKEN_OVER}
         self._load_state_dict_post_hooks.update(template._load_state_dict_post_hooks)
         self.register_load_state_dict_post_hook(load_streams)
-        ResetEachModel.set_up(context)
+        reset_each_model(context)
 
     num_models: int = _known("num_models", "M.")
     shared_input: bool = _known("shared_input", "Whether all models see one input, unless a call says otherwise.")
@@ -238,12 +238,6 @@ class ModelBatch(CanFreeze, CanApply, CanSelect, CanSave, nn.Module):
     def train(self, mode: bool = True) -> ModelBatch:
         """Put all models into training mode, through the model's own `train`."""
         context_of(self).template.train(mode)
-        self.training = context_of(self).template.training
-        return self
-
-    def eval(self) -> ModelBatch:
-        """Put all models into evaluation mode, through the model's own `eval`."""
-        context_of(self).template.eval()
         self.training = context_of(self).template.training
         return self
 

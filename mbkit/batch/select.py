@@ -21,7 +21,6 @@ from ..vmap import (
     stack_alike,
 )
 from .context import CallContext, context_of, model_numbers
-from .each_model import ResetEachModel
 from .stack import each_through_its_hooks, may_keep
 
 __all__ = ["CanSelect"]
@@ -122,8 +121,6 @@ def _memo(context: CallContext, rows: list[int]) -> dict[int, Any]:
         for leaf in tree_leaves(list(mine.values())):
             if isinstance(leaf, PerModel | PerModelValue):
                 memo[id(leaf)] = type(leaf)([leaf.values[m] for m in rows])
-            elif isinstance(leaf, ResetEachModel):
-                memo[id(leaf)] = leaf  # set up anew
     return memo
 
 
@@ -134,16 +131,13 @@ def _carry_over(context: CallContext, sources: list[tuple[CallContext, list[int]
         context: the new models.
         sources: where they come from, and their numbers there.
     """
-    states = [old.streams.state() for old, _ in sources]
-    for device in set().union(*states):
-        for (old, _), state in zip(sources, states, strict=True):
-            if device not in state:  # nothing drawn there yet
-                fresh = Streams(old.streams.seeds)
-                fresh.on(device)
-                state |= fresh.state()
-    streams = context.streams = Streams([old.streams.seeds[m] for old, rows in sources for m in rows])
-    columns = [(state, rows) for state, (_, rows) in zip(states, sources, strict=True)]
-    streams.load_state({name: torch.cat([state[name][rows] for state, rows in columns]) for name in states[0]})
+    origins = [(old, m) for old, rows in sources for m in rows]
+    streams = context.streams = Streams([old.streams.seeds[m] for old, m in origins])
+    states = {id(old): old.streams.state() for old, _ in sources}
+    for row, (old, m) in enumerate(origins):
+        for device, state in states[id(old)].items():
+            streams.on(device)[row].set_state(state[m].cpu().clone())
+    streams.from_python = any(old.streams.from_python for old, _ in sources) or None
     masks = [
         torch.zeros(len(rows), dtype=torch.bool) if old.frozen is None else old.frozen.cpu()[rows]
         for old, rows in sources

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import did_you_mean, list_of_models, memory_of
-from .reference_cycles import refuse_circles
 from .stack import may_keep
-from .structural_equality import Comparison, Names
+from .structure import Comparison, Names, refuse_circles, refuse_references
 
 __all__ = ["Settings", "check_models", "check_paths"]
 
-Settings = dict[str, dict[str, list[float]]]  # module path -> attribute -> one value a model
+Settings = dict[str, dict[str, list[float]]]  # module path -> attribute -> one value per model
 
-_KEPT_BY_TORCH = {"_parameters", "_buffers", "_modules", "training"}  # compared as tensors, children and flags
+_COMPARED = {"_parameters", "_buffers", "_modules", "training"}  # by `_facts`
 _HOOKS = {name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))}
-_REBUILT = ("_flat_weights", "_flat_weight_refs")  # what torch's RNNs derive from their parameters
+_REBUILT = {"_flat_weights", "_flat_weight_refs"}  # what torch's RNNs derive from their parameters
 
 
 def check_models(models: Iterable[nn.Module]) -> tuple[list[nn.Module], Settings]:
@@ -35,31 +34,26 @@ def check_models(models: Iterable[nn.Module]) -> tuple[list[nn.Module], Settings
         between them: module path to attribute to M values.
 
     Raises:
-        TypeError: something that is not a module, or not a list of them.
+        TypeError: something that is not a module, or not a list of them; a ModelBatch.
         ValueError: no models, the same one twice, or anything else in which they differ; the message names it.
     """
     models = list_of_models(models)
     if len({id(model) for model in models}) < len(models):
         raise ValueError("Expected M different models, got the same object twice: build each, or copy.deepcopy it.")
-    refuse_circles(models)
-
-    first = models[0]
-    modules, tensors = _modules(first), _tensors(first)
-    names = _names(modules, tensors)
+    for m, model in enumerate(models):
+        refuse_circles(m, model)
+        _refuse_late_hooks(model)
+    first, settings = models[0], {}
+    refuse_references(first)
     _refuse_what_vmap_ignores(first)
-    _refuse_shared_memory(modules, tensors)
-    settings: Settings = {}
+    _refuse_shared_memory(first)
+    facts, modules, names = dict(_facts(first)), _modules(first), _names(first)
     for m, model in enumerate(models[1:], 1):
-        if not Comparison({}, {}).same(type(model), type(first)):
-            _refuse(m, "is of another class", _kind(model), _kind(first))
-        others, others_tensors = _modules(model), _tensors(model)
-        _compare_tensors(m, others_tensors, tensors)
-        if list(others) != list(modules):
-            odd = sorted(set(others) ^ set(modules)) or ["their order"]
-            _refuse(m, f"has other submodules ({odd[0]!r} first)", len(others), len(modules))
-        others_names = _names(others, others_tensors)
+        for what, got in _facts(model):
+            _compare(m, what, got, facts[what])
+        others, compared = _modules(model), Comparison(_names(model), names)
         for path, module in modules.items():
-            _compare_modules(m, path, others[path], module, others_names, names, settings)
+            _compare_attributes(m, path, others[path], module, compared, settings)
     values = [_modules(model) for model in models] if settings else []
     return models, {
         path: {name: [float(getattr(modules_m[path], name)) for modules_m in values] for name in names}
@@ -80,16 +74,6 @@ def check_paths(model: nn.Module, paths: Iterable[str]) -> set[str]:
     return paths
 
 
-def _refuse(m: int, what: str, got: Any, expected: Any) -> None:
-    raise ValueError(
-        f"Model {m} {what}: got {got}, expected {expected} as in model 0; the models of a batch must match."
-    )
-
-
-def _kind(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return dict(model.named_modules(remove_duplicate=False))
 
@@ -100,8 +84,22 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return found | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _names(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> Names:
-    return {id(thing): name for things in (modules, tensors) for name, thing in things.items()}
+def _names(model: nn.Module) -> Names:
+    return {id(thing): name for things in (_modules(model), _tensors(model)) for name, thing in things.items()}
+
+
+def _where(path: str) -> str:
+    return f"at '{path}'" if path else "at its top"
+
+
+# ------------------------------------------------------------------ what one model must not have
+def _refuse_late_hooks(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"parameter '{name}' has a hook that runs once its gradient is there, which would see all models at "
+                "once: use register_hook, which sees each model's own."
+            )
 
 
 def _refuse_what_vmap_ignores(model: nn.Module) -> None:
@@ -113,26 +111,21 @@ def _refuse_what_vmap_ignores(model: nn.Module) -> None:
             raise ValueError(f"{where} asks for sparse gradients, which cannot be stacked: build it with sparse=False.")
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{where} keeps extra state outside tensors, which cannot be stacked: use buffers.")
-        for name, value in vars(module).items():
-            if name in _KEPT_BY_TORCH or (name in _REBUILT and isinstance(module, nn.RNNBase)):
-                continue
+        for name, value in _plain(module):
             if isinstance(value, Tensor) and not value.is_leaf and not _recomputed(module, name):
                 raise ValueError(
                     f"{where} keeps in {name!r} a tensor that carries the gradient of an earlier computation: "
                     "compute it in forward, detach it, or set it to None before making the batch."
                 )
     for name, parameter in model.named_parameters():
-        _refuse_late_hook(name, parameter)
         if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
             raise ValueError(f"parameter '{name}' is not built yet: run each model once, then make the batch.")
 
 
-def _refuse_late_hook(name: str, parameter: Tensor) -> None:
-    if getattr(parameter, "_post_accumulate_grad_hooks", None):
-        raise ValueError(
-            f"parameter '{name}' has a hook that runs once its gradient is there, which would see all models at once: "
-            "use register_hook, which sees each model's own."
-        )
+def _plain(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return the attributes that are compared one by one."""
+    skipped = _COMPARED | (_REBUILT if isinstance(module, nn.RNNBase) else set())
+    return [(name, value) for name, value in vars(module).items() if name not in skipped]
 
 
 def _recomputed(module: nn.Module, name: str) -> bool:
@@ -144,10 +137,10 @@ def _recomputed(module: nn.Module, name: str) -> bool:
     )
 
 
-def _refuse_shared_memory(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
+def _refuse_shared_memory(model: nn.Module) -> None:
     """Refuse a view of a parameter: it follows the parameter's training when alone, and a copy of it would not."""
-    everything = dict(tensors)
-    for path, module in modules.items():
+    everything = _tensors(model)
+    for path, module in _modules(model).items():
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and not _recomputed(module, name):
                 everything[f"{path}.{name}" if path else name] = value
@@ -164,63 +157,58 @@ def _refuse_shared_memory(modules: dict[str, nn.Module], tensors: dict[str, Tens
             )
 
 
-def _compare_tensors(m: int, got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    if got.keys() != expected.keys():
-        odd = sorted(got.keys() ^ expected.keys())
-        _refuse(m, f"has other parameters or buffers ({odd[0]!r} first)", len(got), len(expected))
-    for name, reference in expected.items():
-        tensor = got[name]
-        if tensor.shape != reference.shape:
-            _refuse(m, f"has '{name}' in another shape", list(tensor.shape), list(reference.shape))
-        if (tensor.dtype, tensor.device) != (reference.dtype, reference.device):
-            mine, other = f"{tensor.dtype} on {tensor.device}", f"{reference.dtype} on {reference.device}"
-            _refuse(m, f"has '{name}' as another dtype or on another device", mine, other)
-        _refuse_late_hook(name, tensor)
-        if tensor.requires_grad != reference.requires_grad:
-            flags = f"requires_grad={tensor.requires_grad}", f"requires_grad={reference.requires_grad}"
-            _refuse(m, f"has '{name}' frozen where another is not", *flags)
-    if _ties(got) != _ties(expected):
-        _refuse(m, "shares other tensors between its layers", _ties(got), _ties(expected))
-
-
-def _ties(tensors: dict[str, Tensor]) -> list[str]:
-    names: dict[int, list[str]] = {}
+# ------------------------------------------------------------------ in what two models must not differ
+def _facts(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what models must have in common, from the coarse to the fine: what is wrong where it differs, and it."""
+    tensors, modules = _tensors(model), _modules(model)
+    yield "is of another class", type(model)
+    yield "has other parameters or buffers", tuple(sorted(tensors))
     for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    return ["=".join(tied) for tied in names.values() if len(tied) > 1]
+        yield f"has '{name}' in another shape", list(tensor.shape)
+        yield f"has '{name}' as another dtype or on another device", f"{tensor.dtype} on {tensor.device}"
+        yield f"has '{name}' frozen where another is not", f"requires_grad={tensor.requires_grad}"
+    ties: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        ties.setdefault(id(tensor), []).append(name)
+    yield "shares other tensors between its layers", ["=".join(tied) for tied in ties.values() if len(tied) > 1]
+    yield "has other submodules", tuple(modules)
+    for path, module in modules.items():
+        yield f"has another layer {_where(path)}", type(module)
+        yield f"is in another mode {_where(path)}", f"{'train' if module.training else 'eval'}()"
 
 
-def _compare_modules(
-    m: int, path: str, module: nn.Module, reference: nn.Module, names: Names, other_names: Names, settings: Settings
+def _compare(m: int, what: str, got: Any, expected: Any) -> None:
+    if isinstance(got, type) and not Comparison({}, {}).same(got, expected):
+        _refuse(m, what, *(f"{kind.__module__}.{kind.__qualname__}" for kind in (got, expected)))
+    elif isinstance(got, tuple) and got != expected:
+        odd = sorted(set(got) ^ set(expected)) or ["their order"]
+        _refuse(m, f"{what} ({odd[0]!r} first)", len(got), len(expected))
+    elif not isinstance(got, type) and got != expected:
+        _refuse(m, what, got, expected)
+
+
+def _compare_attributes(
+    m: int, path: str, module: nn.Module, reference: nn.Module, compared: Comparison, settings: Settings
 ) -> None:
-    """Compare classes, train/eval flags and plain attributes; note the floats that differ in torch's own layers."""
-    where = f"at '{path}'" if path else "at its top"
-    compared = Comparison(names, other_names)
-    if not compared.same(type(module), type(reference)):
-        _refuse(m, f"has another layer {where}", _kind(module), _kind(reference))
-    if module.training != reference.training:
-        modes = [f"{'train' if flag else 'eval'}()" for flag in (module.training, reference.training)]
-        _refuse(m, f"is in another mode {where}", *modes)
-    mine, others = vars(module), vars(reference)
+    """Compare plain attributes and hooks; note the floats that differ in torch's own layers."""
+    mine, others = dict(_plain(module)), dict(_plain(reference))
     for name in mine.keys() | others.keys():
-        if name in _KEPT_BY_TORCH or (name in _REBUILT and isinstance(module, nn.RNNBase)):
-            continue
         a, b = mine.get(name), others.get(name)
         if a is b or (name in _HOOKS and not a and not b):
             continue
+        what = f"has another {name!r} {_where(path)}"
         if name in _HOOKS:  # one function runs for all models, so it may not keep anything for one of them
             own = [[_watcher(hook) for hook in hooks.values()] for hooks in (a, b)]
-            if not Comparison(names, other_names, strict=True).same(*own):
-                what = f"has other {name.strip('_').replace('_', ' ')} {where}"
-                _refuse(m, what, *_contrast([*a.values()], [*b.values()]))
+            alike = Comparison(compared.names_a, compared.names_b, strict=True).same(*own)
+            what, a, b = f"has other {name.strip('_').replace('_', ' ')} {_where(path)}", [*a.values()], [*b.values()]
         elif isinstance(a, Tensor) and isinstance(b, Tensor):
-            if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-                _refuse(m, f"has another {name!r} {where}", *_contrast(a, b))
-        elif not compared.same(a, b):
-            if _is_setting(a, b) and type(module).__module__.startswith("torch.nn."):
-                settings.setdefault(path, {})[name] = []
-            else:
-                _refuse(m, f"has another {name!r} {where}", *_contrast(a, b))
+            alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+        else:
+            alike = compared.same(a, b)
+            if not alike and _is_setting(a, b) and type(module).__module__.startswith("torch.nn."):
+                alike = settings.setdefault(path, {})[name] = True
+        if not alike:
+            _refuse(m, what, *_contrast(a, b))
 
 
 def _watcher(hook: Any) -> Any:
@@ -231,6 +219,12 @@ def _watcher(hook: Any) -> Any:
 
 def _is_setting(a: Any, b: Any) -> bool:
     return {type(a), type(b)} in ({float}, {float, int})
+
+
+def _refuse(m: int, what: str, got: Any, expected: Any) -> None:
+    raise ValueError(
+        f"Model {m} {what}: got {got}, expected {expected} as in model 0; the models of a batch must match."
+    )
 
 
 def _contrast(got: Any, expected: Any) -> tuple[str, str]:
