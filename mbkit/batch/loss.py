@@ -1,4 +1,4 @@
-"""One call of M models, or of M losses: torch.vmap under the interception, with errors that name the layer."""
+"""The losses of M models: all at once under torch.vmap, or one after the other where it cannot run them so."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from .kept import kept_by, turns_in_parts
 from .loss_settings import LossSettings
 from .targets import TargetForms
 
-__all__ = ["call_losses", "loss_code", "one_loss"]
+__all__ = ["call_losses", "loss_code"]
 
 
 def call_losses(
@@ -42,97 +41,97 @@ def call_losses(
         forms: which of the two forms the targets have.
         settings: keyword arguments for `loss_fn`, of these M models.
     """
-    with held(context):
-        losses = _losses(context, outputs, targets, loss_fn, forms, settings or LossSettings({}, loss_fn, 0))
-    context.latest_losses = losses.detach()
-    return losses
-
-
-def _losses(
-    context: CallContext,
-    outputs: Any,
-    targets: Any,
-    loss_fn: Callable[..., Tensor],
-    forms: TargetForms,
-    settings: LossSettings,
-) -> Tensor:
-    output_leaves = tree_leaves(outputs)
+    settings = settings or LossSettings(None, loss_fn, context.num_models)
+    in_dims = _in_dims(outputs, targets, forms, settings, context.num_models)
     leaves, spec = tree_flatten((outputs, targets, settings.values))
-    for leaf in output_leaves:
-        if isinstance(leaf, Tensor):
-            _check_outputs(leaf, context.num_models)
-            settings.check_outputs(leaf.shape)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    reference = next((leaf for leaf in output_leaves if isinstance(leaf, Tensor)), None)
-    if reference is None:
-        raise TypeError(
-            f"Expected outputs made of tensors, got {type(outputs).__name__}: pass what the batch returned."
-        )
-    in_dims = [0 for leaf in output_leaves if isinstance(leaf, Tensor)]
-    in_dims += [None if shared else 0 for shared in forms.of(targets, reference.shape, context.num_models)]
-    for name, value in settings.values.items():
-        in_dims += [0 if name in settings.rows else None for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    kept, code = kept_by(context, loss_fn), loss_code(loss_fn)
+    nans: list[Tensor] = []
+    unsure = settings.differ and not context.traced and code not in context.sure_losses
 
     def one_model(mode: Any, *own: Tensor, m: int | None = None) -> tuple[Tensor]:
         remaining = iter(own)
         mine = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         if m is not None:
             mine = [leaf.values[m] if isinstance(leaf, PerModel) else leaf for leaf in mine]
-        outputs, targets, keywords = tree_unflatten(mine, spec)
+        my_outputs, my_targets, keywords = tree_unflatten(mine, spec)
         with kept.under_vmap() if mode is not None else nullcontext():
-            loss = one_loss(partial(loss_fn, **keywords), outputs, targets)
+            loss = _one_number(loss_fn(my_outputs, my_targets, **keywords))
             if mode is not None and unsure:
                 nans.append(as_stacked(loss).isnan())
                 if nans[0].any():
                     raise BatchingError("a number of loss_settings seems to be used outside torch, by math.log, say")
         return (loss,)
 
-    kept = kept_by(context, loss_fn)
-    slow = loss_code(loss_fn)
-    nans: list[Tensor] = []
-    unsure = settings.differ and not context.traced and slow not in context.sure_losses
-    context.streams.meet(slow)
-    undo = context.streams.remember()
-    losses, reason = None, ""
-    if slow not in context.slow_losses:
+    with held(context):
+        context.streams.meet(code)
+        undo, losses, reason = context.streams.remember(), None, ""
+        if code not in context.slow_losses:
+            try:
+                rules = replace(context, per_model_settings=True) if settings.differ else context
+                losses = at_once(rules, one_model, tensors, in_dims)[0]
+            except NO_FAULT_OF_VMAP:
+                raise
+            except Exception as error:
+                undo()
+                reason = str(error).strip().split("\n")[0]
         try:
-            rules = replace(context, per_model_settings=True) if settings.differ else context
-            losses = at_once(rules, one_model, tensors, in_dims)[0]
-        except NO_FAULT_OF_VMAP:
-            raise
+            if losses is None:
+                each: list[Tensor] = []
+                with context.streams.take_turns(tensors[0].device) as turns, kept.in_parts(context.num_models) as part:
+                    for m in turns_in_parts(turns, part):
+                        own = [t if dim is None else t[m] for t, dim in zip(tensors, in_dims, strict=True)]
+                        each += one_model(None, *own, m=m)
+                losses = mark_rows(torch.stack(each))
+            kept.refuse_trained(losses)
         except Exception as error:
             undo()
-            reason = str(error).strip().split("\n")[0]
-    try:
-        if losses is None:
-            each = []
-            with context.streams.take_turns(tensors[0].device) as turns, kept.in_parts(context.num_models) as part:
-                for m in turns_in_parts(turns, part):
-                    own = [t if dim is None else t[m] for t, dim in zip(tensors, in_dims, strict=True)]
-                    each += one_model(None, *own, m=m)
-            losses = mark_rows(torch.stack(each))
-        kept.refuse_trained(losses)
-    except Exception as error:
-        undo()
-        known = type(error) in PLAIN_ERRORS
-        raise (type(error)(f"the loss function, for one model: {error}") if known else error) from error
+            known = type(error) in PLAIN_ERRORS
+            raise (type(error)(f"the loss function, for one model: {error}") if known else error) from error
     if nans and torch.equal(nans[0], losses.isnan()):  # the models' own, or none
-        context.sure_losses.add(slow)
+        context.sure_losses.add(code)
     elif reason:
-        context.slow_losses.add(slow)
-        warnings.warn(f"The loss function runs model by model: torch.vmap cannot run it ({reason}).", stacklevel=4)
+        context.slow_losses.add(code)
+        warnings.warn(f"The loss function runs model by model: torch.vmap cannot run it ({reason}).", stacklevel=3)
     if context.model_by_model or context.slow_losses:  # a gradient may come to some models only
         watch_backward([losses], (), context.num_models)
+    context.latest_losses = losses.detach()
     return losses
 
 
-def one_loss(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) -> Tensor:
-    """Return one model's loss as a tensor without dimensions.
+def loss_code(loss_fn: Callable) -> Any:
+    """Return what tells a loss function from others: its code, which a lambda in a loop keeps."""
+    return getattr(loss_fn, "__code__", loss_fn)
+
+
+def _in_dims(
+    outputs: Any, targets: Any, forms: TargetForms, settings: LossSettings, num_models: int
+) -> list[int | None]:
+    """Return for each tensor of outputs, targets and settings 0, where it has a row for each model, or None.
 
     Raises:
-        TypeError, ValueError: what loss_fn returns is no tensor, or not one number.
+        TypeError, ValueError: outputs that are not made of tensors, or not of M models'.
     """
-    loss = loss_fn(outputs, targets)
+    made = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    if not made:
+        raise TypeError(
+            f"Expected outputs made of tensors, got {type(outputs).__name__}: pass what the batch returned."
+        )
+    for tensor in made:
+        if tensor.dim() == 0 or tensor.shape[0] != num_models:
+            raise ValueError(
+                f"Expected outputs [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}: "
+                "pass what the batch returned, outputs first, then targets."
+            )
+        settings.check_outputs(tensor.shape)
+    dims = [0 for _ in made] + [None if shared else 0 for shared in forms.of(targets, made[0].shape, num_models)]
+    for name, value in settings.values.items():
+        dims += [0 if name in settings.rows else None for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return dims
+
+
+def _one_number(loss: Any) -> Tensor:
+    """Return one model's loss as a tensor without dimensions, or refuse what is not a tensor of one number."""
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"Expected the loss of a model to be a tensor, got {type(loss).__name__}: "
@@ -143,16 +142,3 @@ def one_loss(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) 
             f"Expected one loss a model, got a tensor {list(loss.shape)}: let loss_fn average or add up its batch."
         )
     return loss.reshape(())
-
-
-def loss_code(loss_fn: Callable) -> Any:
-    """Return what tells a loss function from others: its code, which a lambda in a loop keeps."""
-    return getattr(loss_fn, "__code__", loss_fn)
-
-
-def _check_outputs(tensor: Tensor, num_models: int) -> None:
-    if tensor.dim() == 0 or tensor.shape[0] != num_models:
-        raise ValueError(
-            f"Expected outputs [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}: "
-            "pass what the batch returned, outputs first, then targets."
-        )

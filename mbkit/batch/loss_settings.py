@@ -70,11 +70,19 @@ class LossSettings:
 
     def of_model(self, m: int) -> dict[str, Any]:
         """Return model m's keyword arguments."""
-        return self._at(m).values
+        return {
+            name: value.values[m] if isinstance(value, PerModel) else value[m] if name in self.rows else value
+            for name, value in self.values.items()
+        }
 
     def of_models(self, models: slice) -> LossSettings:
         """Return the settings of a part of the models."""
-        return self._at(models)
+        part = copy.copy(self)
+        part.values = {name: value[models] if name in self.rows else value for name, value in self.values.items()}
+        for name, value in self.values.items():
+            if isinstance(value, PerModel):
+                part.values[name] = PerModel(value.values[models])
+        return part
 
     def check_outputs(self, shape: torch.Size) -> None:
         """Refuse a tensor that is told to be per model by its first dimension only, where outputs have M classes.
@@ -109,15 +117,6 @@ class LossSettings:
                 "only be a number or a tensor."
             )
         return values[0] if all(type(v) is type(values[0]) and v == values[0] for v in values) else PerModel(values)
-
-    def _at(self, models: int | slice) -> LossSettings:
-        part = copy.copy(self)
-        part.values = {name: value[models] if name in self.rows else value for name, value in self.values.items()}
-        for name, value in self.values.items():
-            if isinstance(value, PerModel):
-                own = value.values[models]
-                part.values[name] = PerModel(own) if isinstance(models, slice) else own
-        return part
 
 
 def _check_name(name: Any, loss_fn: Callable) -> None:

@@ -241,12 +241,11 @@ class ModelBatch(CanFreeze, CanApply, CanSelect, CanSave, nn.Module):
         self.training = context_of(self).template.training
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> ModelBatch:
+    def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> ModelBatch:
         """Move or cast the stacked tensors, with `nn.Module.to`'s arguments; a memory format is each model's own."""
-        device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         if memory_format is not None:
             set_memory_format(context_of(self).template, memory_format)
-        return super().to(device, dtype, non_blocking)
+        return super().to(*args, **kwargs)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> ModelBatch:
         context_of(self).template._apply(fn)  # .to(), .double() and the rest, through the model's own

@@ -28,11 +28,15 @@ X, Y = torch.zeros(2, 3), torch.zeros(2, 2)
 
 # ------------------------------------------------------------------ training
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "per-model"])
-@pytest.mark.parametrize("name", NETS)
-def test_training_equals_each_model_alone(name: str, own: bool) -> None:
-    models, data = build(name), batches(own)
-    batch = ModelBatch(models, shared_input=not own, seeds=SEEDS)
+@pytest.mark.parametrize(
+    ("name", "count"), [*((name, M) for name in NETS), ("mlp", 1), ("dropout", 1), ("batchnorm", 1)]
+)
+def test_training_equals_each_model_alone(name: str, count: int, own: bool) -> None:
+    models, data = build(name, count), batches(own, count)
+    batch = ModelBatch(models, shared_input=not own, seeds=SEEDS[:count])
+    state = torch.get_rng_state()
     losses = train_batch(batch, data)
+    assert torch.equal(torch.get_rng_state(), state)
     close(losses, train_alone(models, data, own))
     assert_same_models(batch, models)
     taken, x = batch.eval().models, data[0][0]
@@ -41,15 +45,6 @@ def test_training_equals_each_model_alone(name: str, own: bool) -> None:
         expected = model.eval()(x[m] if own else x)
         close(together[m], expected)
         close(taken[m](x[m] if own else x), expected)
-
-
-@pytest.mark.parametrize("name", ["mlp", "dropout", "batchnorm"])
-def test_one_model_is_a_batch_too(name: str) -> None:
-    models, data = build(name, 1), batches(own=False)
-    batch = ModelBatch(models, seeds=SEEDS[:1])
-    losses = train_batch(batch, data)
-    close(losses, train_alone(models, data, own=False))
-    assert_same_models(batch, models)
 
 
 def test_a_model_without_parameters() -> None:
@@ -70,6 +65,7 @@ def test_dropout_rates_and_other_floats_may_differ() -> None:
     models, data = [net(m) for m in range(M)], batches(own=False)
     batch = ModelBatch(models, seeds=SEEDS)
     losses = train_batch(batch, data)
+    assert [type(model[3].p) for model in models] == [int, float, float, float]  # the given models' own
     close(losses, train_alone(models, data, own=False))
     assert_same_models(batch, models)
     assert [batch[m][3].p for m in range(M)] == [0, 0.9, 1.0, 0.5]
@@ -78,7 +74,7 @@ def test_dropout_rates_and_other_floats_may_differ() -> None:
 
 # ------------------------------------------------------------------ what is stacked
 @pytest.mark.parametrize("name", NETS)
-def test_stacks_have_the_users_names_order_and_shapes(name: str) -> None:
+def test_stacks_have_the_users_names_order_and_shapes_and_are_all_parameters(name: str) -> None:
     models = build(name)
     batch = ModelBatch(models)
     for stacks, named in (
@@ -90,12 +86,6 @@ def test_stacks_have_the_users_names_order_and_shapes(name: str) -> None:
             assert torch.equal(stack, torch.stack([own[key] for own in named]))
             assert stack.requires_grad == named[0][key].requires_grad
             assert stack.dtype == named[0][key].dtype
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_parameters_are_the_stacked_ones_and_nothing_else(name: str) -> None:
-    models = build(name)
-    batch = ModelBatch(models)
     parameters = list(batch.parameters())
     assert all(p is q for p, q in zip(parameters, batch.stacked_params.values(), strict=True))
     assert all(isinstance(p, nn.Parameter) and p.is_leaf for p in parameters)
@@ -129,20 +119,15 @@ def test_the_given_models_never_change(name: str, training: bool) -> None:
     train_batch(batch, data)
     batch.eval().float()
     batch.requires_grad_(False)
+    state = torch.get_rng_state()
+    batch.models, batch.get_model_states(), batch.double()(data[0][0])
+    assert torch.equal(torch.get_rng_state(), state)
     for model, was in zip(models, before, strict=True):
         assert_unchanged(model, was)
 
 
 def _double(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     return output * 2
-
-
-def test_dropout_rates_of_the_given_models_never_change() -> None:
-    models = [nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.1 * (m + 1))) for m in range(M)]
-    batch = ModelBatch(models)
-    batch(X)
-    assert [type(model[1].p) for model in models] == [float] * M
-    assert [model[1].p for model in models] == [0.1 * (m + 1) for m in range(M)]
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -232,23 +217,6 @@ def test_seeds_are_drawn_from_the_default_generator_when_absent() -> None:
     assert first.seeds == again.seeds
     assert len({*first.seeds, *second.seeds}) == 2 * M
     assert torch.equal(first(X.double()), again(X.double()))
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_batched_training_never_touches_the_global_generator(name: str) -> None:
-    models, data = build(name), batches(own=False)
-    state = torch.get_rng_state()
-    batch = ModelBatch(models, seeds=SEEDS)
-    train_batch(batch, data)
-    batch.models, batch.get_model_states(), batch.eval()(data[0][0])
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_streams_do_not_depend_on_the_other_models() -> None:
-    models, x = build("dropout"), torch.randn(5, 3, dtype=torch.float64)
-    together = ModelBatch(models, seeds=SEEDS)(x)
-    pair = ModelBatch(models[1:3], seeds=SEEDS[1:3])(x)
-    close(pair, together[1:3], 1e-14)
 
 
 def test_a_parameter_keeps_the_memory_order_that_it_has_alone() -> None:

@@ -137,19 +137,6 @@ def test_nested_outputs_and_targets(batch: ModelBatch) -> None:
         close(got[m], loss_fn(mine, {**y, "number": y["number"][m]}), 1e-14)
 
 
-def test_a_loss_may_be_a_module_and_may_draw_random_numbers() -> None:
-    class Noisy(nn.Module):
-        def forward(self, out: Tensor, y: Tensor) -> Tensor:
-            return (F.dropout(out, 0.5) - y).square().mean()
-
-    seeds = list(range(M))
-    batch, out, y = ModelBatch(build("mlp"), seeds=seeds), outputs(M, B, K), torch.randn(B, K, dtype=torch.float64)
-    got = batch.compute_loss(out, y, Noisy(), "none")
-    for m in range(M):
-        torch.manual_seed(seeds[m])
-        close(got[m], Noisy()(out[m], y), 1e-14)
-
-
 # ------------------------------------------------------------------ bad inputs
 @pytest.mark.parametrize(
     ("loss_fn", "kind", "text"),

@@ -192,14 +192,19 @@ def test_objects_that_watch_the_models_go_on_watching() -> None:
         ([], ValueError, "at least one model, and none twice"),
         ([1, 0, -2], ValueError, r"none twice, got \[1, 0, 1\]"),
         ([0, 3], IndexError, "from 0 to 2, got 3"),
+        (-4, IndexError, "from 0 to 2, got -4"),
+        ([0, 1.0], TypeError, "got 1.0"),
         ("01", TypeError, "got '01'"),
         (True, TypeError, "got True"),
         (1.0, TypeError, "got 1.0"),
     ],
 )
 def test_models_that_cannot_be_selected(models: Any, error: type[Exception], text: str) -> None:
-    with pytest.raises(error, match=text):
-        ModelBatch([nn.Linear(2, 1) for _ in range(3)]).select(models)
+    batch = ModelBatch([nn.Linear(2, 1) for _ in range(3)])
+    for verb in (batch.select, batch.freeze, batch.unfreeze) if error is not ValueError else (batch.select,):
+        with pytest.raises(error, match=text):
+            verb(models)
+    assert batch.frozen == []
 
 
 def test_a_loss_that_keeps_something_for_each_model_cannot_serve_two_batches() -> None:
