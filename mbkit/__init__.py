@@ -29,6 +29,7 @@ from .common.torch_private import check_torch
 check_torch()
 
 from .batch import ModelBatch
+from .common.machine import tune_malloc
 from .common.version import __version__ as __version__
 from .data import Batches, ImageData, load_cifar10, load_digits, load_images
 from .models import MLP, LeNet5, TinyMLP
@@ -41,7 +42,7 @@ __all__ = [
     "MLP", "Batches", "BatchingError", "Diagnosis", "EquivalenceReport", "GradScaler", "History", "ImageData",
     "LeNet5", "ModelBatch", "OptimizerFactory", "Step", "TinyMLP", "compare", "create_adam_configs",
     "create_lr_sweep_configs", "create_sgd_configs", "diagnose", "evaluate", "fit", "fit_alone", "grid", "load_cifar10",
-    "load_digits", "load_images", "load_run", "sample", "save_run", "sweep", "train_steps",
+    "load_digits", "load_images", "load_run", "sample", "save_run", "sweep", "train_steps", "tune_malloc",
 ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The sides of a benchmark, ready for their turns: here, or in a process that mbkit has not set up.
 
-`fit` has malloc keep what is freed (`machine.keep_pages`), which is a setting of the whole process. In such a process
+`fit` has malloc keep what is freed (`machine.tune_malloc`), which is a setting of the whole process. In such a process
 modelbatch and naive vmap train 16 LeNets 1.4 to 1.7 times as fast as they do for those who use them, so what mbkit is
 compared with gets a process of its own.
 """

@@ -16,7 +16,7 @@ import torch
 
 from .version import __version__
 
-__all__ = ["PeakMemory", "describe_machine", "free_memory", "keep_pages", "measure_peak_memory", "synchronize"]
+__all__ = ["PeakMemory", "describe_machine", "free_memory", "measure_peak_memory", "synchronize", "tune_malloc"]
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h; a threshold for mmap would not do, glibc takes no more than 32 MiB
 _STATUS, _RESET, _SYSTEM = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
@@ -49,12 +49,13 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 @functools.cache
-def keep_pages() -> bool:
-    """Have glibc keep the memory that tensors give back, for the next step; return whether it does.
+def tune_malloc() -> bool:
+    """Have glibc's malloc keep the memory that tensors give back, for the next step; return whether it does.
 
     By default it hands large tensors back to the system in every step and takes them anew, which on a CPU costs tens of
-    thousands of page faults a step: 64 LeNets at once take 1.6 times as long. It is a setting of the process, which
-    from then on keeps the memory that it needed at its worst. If the environment configures malloc, nothing is changed.
+    thousands of page faults a step: 64 LeNets at once take 1.6 times as long. `fit` calls this by itself; call it once
+    before a training loop of your own. It is a setting of the process, which from then on keeps the memory that it
+    needed at its worst. If the environment configures malloc, or where there is no glibc, nothing is changed.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,25 @@ from ..batch.freeze import check_on_nonfinite
 from ..common.checks import whole_number
 from ..optim.ownership import check_scheduler, check_trains
 from .checkpoint import Checkpoint
-from .evaluation import batch_accuracy, evaluate
+from .evaluation import batch_accuracy
 from .history import History, Step
 from .loop import Pairs, check_run, check_schedule, count_steps, make_schedule, walk
 from .options import StepOptions
 from .position import PositionedBatches
 from .recorder import Recording, whole_update
-from .sequential import fit_alone
-from .step import Stepper, batch_step
+from .step import Stepper
 
-__all__ = ["History", "Step", "batch_step", "evaluate", "fit", "fit_alone", "train_steps"]
+__all__ = ["fit", "train_steps"]
 
 
 def fit(
     batch: Any,
     optimizer: Any,
     batches: Pairs,
-    loss_fn: Callable[[Any, Any], Tensor],
+    loss_fn: Callable[..., Tensor],
     epochs: int = 1,
     *,
+    loss_settings: Mapping[str, Any] | None = None,
     first_epoch: int = 0,
     scheduler: Any = None,
     scheduler_every: str = "epoch",
@@ -67,6 +67,8 @@ def fit(
             spread over the model's arguments, a dict over their names. Tensors are moved to the models' device.
         loss_fn: one model's outputs and targets to one number.
         epochs: how many times to walk through the batches.
+        loss_settings: keyword arguments of loss_fn, as in ModelBatch.compute_loss: each one value for all models, or
+            one per model, as a list of M or a tensor `[M, ...]`.
         first_epoch: the first epoch's number, to go on where an earlier run ended: with the next epoch's order.
         scheduler: an lr scheduler of this optimizer, or a callable that makes one from it.
         scheduler_every: "epoch" or "step".
@@ -110,6 +112,7 @@ def fit(
     _check_batch(batch)
     whole_number(epochs, "epochs")
     total, saver = count_steps(batches, epochs), None
+    options = StepOptions(loss_fn, max_norm, shared_targets, on_nonfinite, chunk_size, compile, loss_settings)
     if checkpoint is not None:
         check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
         whole_number(first_epoch, "first_epoch", least=0)
@@ -119,27 +122,13 @@ def fit(
         saver = Checkpoint(checkpoint, checkpoint_every, batch, optimizer, scheduler, batches, settings, first_epoch)
         batches, end = saver.batches, first_epoch + epochs
         first_epoch, epochs = batches.epoch, end - batches.epoch
-        if chunk_size == "auto":  # as it was chosen in the run's first step
-            chunk_size = batches.chunk_size or chunk_size
+        if chunk_size == "auto" and batches.chunk_size:  # as it was chosen in the run's first step
+            options = replace(options, chunk_size=batches.chunk_size)
     before = (saver.steps, saver.seconds) if saver else ((), 0.0)
     with Recording(batch.num_models, total, progress=progress, steps=before[0], seconds=before[1]) as run:
         if saver:
             saver.watch(run, end)
-        steps = train_steps(
-            batch,
-            optimizer,
-            batches,
-            loss_fn,
-            max(epochs, 1),
-            first_epoch=first_epoch,
-            scheduler=scheduler,
-            scheduler_every=scheduler_every,
-            max_norm=max_norm,
-            shared_targets=shared_targets,
-            on_nonfinite=on_nonfinite,
-            chunk_size=chunk_size,
-            compile=compile,
-        )
+        steps = _steps(batch, optimizer, batches, options, max(epochs, 1), first_epoch, scheduler, scheduler_every)
         for step in steps if epochs > 0 else ():
             go_on = run.keep(replace(step, index=len(run.steps)) if before[0] else step, callback)
             if saver:
@@ -153,21 +142,18 @@ def train_steps(
     batch: Any,
     optimizer: Any,
     batches: Pairs,
-    loss_fn: Callable[[Any, Any], Tensor],
+    loss_fn: Callable[..., Tensor],
     epochs: int = 1,
     *,
     first_epoch: int = 0,
     scheduler: Any = None,
     scheduler_every: str = "epoch",
-    max_norm: float | Sequence[float] | None = None,
-    shared_targets: bool | None = None,
-    on_nonfinite: str | None = None,
-    chunk_size: int | str | None = "auto",
-    compile: bool = False,
+    **options: Any,
 ) -> Iterator[Step]:
     """Train as `fit` does, but yield a Step after each update: whoever draws the Steps can pause between them.
 
-    Args: as for `fit`. They are checked at once, training starts with the first `next`.
+    Args: as for `fit`; `options` are max_norm, shared_targets, on_nonfinite, chunk_size, compile, loss_settings. All
+        are checked at once, training starts with the first `next`.
 
     Example:
         >>> import torch
@@ -179,6 +165,20 @@ def train_steps(
         >>> next(steps).losses.shape
         torch.Size([3])
     """
+    options = StepOptions(loss_fn, **options)
+    return _steps(batch, optimizer, batches, options, epochs, first_epoch, scheduler, scheduler_every)
+
+
+def _steps(
+    batch: Any,
+    optimizer: Any,
+    batches: Pairs,
+    options: StepOptions,
+    epochs: int,
+    first_epoch: int,
+    scheduler: Any,
+    scheduler_every: str,
+) -> Iterator[Step]:
     _check_batch(batch)
     verbs = [getattr(optimizer, verb, None) for verb in ("step", "zero_grad")]
     if isinstance(optimizer, type) or not all(map(callable, verbs)):
@@ -186,11 +186,10 @@ def train_steps(
             f"Expected an optimizer with step() and zero_grad(), got {optimizer!r}: "
             "create one by OptimizerFactory(...).create_optimizer(batch, ...)."
         )
-    check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
+    check_run(batches, options.loss_fn, epochs, scheduler_every, walks=epochs)
     whole_number(first_epoch, "first_epoch", least=0)
     check_trains(optimizer, batch)
-    check_on_nonfinite(on_nonfinite, optimizer)
-    options = StepOptions(loss_fn, max_norm, shared_targets, on_nonfinite, chunk_size, compile)
+    check_on_nonfinite(options.on_nonfinite, optimizer)
     schedule = check_schedule(scheduler) if hasattr(scheduler, "step") else make_schedule(scheduler, optimizer)
     check_scheduler(schedule, optimizer)
     run = Stepper(batch, optimizer, options)

@@ -128,7 +128,9 @@ class Chunks:
             if some is not None:  # or else call_losses says what is wrong
                 shared = options.forms.of(y, (self.num_models, *some.shape[1:]), self.num_models)
                 y = targets_at(y, shared, models)
-            losses = call_losses(chunk, out, y, options.loss_fn, options.forms)
+            settings = options.settings_of(self.num_models)
+            settings = settings and settings.of_models(models)
+            losses = call_losses(chunk, out, y, options.loss_fn, options.forms, settings)
             alone = self.how == "one by one" and is_main_thread()
             with chunk.streams.take_turns(losses.device) if alone else nullcontext((0,)) as turns:
                 for _ in turns:  # the one model's own, so that its backward pass draws what it draws alone
@@ -253,7 +255,9 @@ def _calls_are_own(batch: nn.Module) -> bool:
 def _backward_of_the_whole(batch: nn.Module, x: Any, y: Any, options: StepOptions) -> tuple[Tensor, Any]:
     """Do what `Chunks.backward` does through the batch's own calls, which somebody watches or has made anew."""
     outputs = call(batch, x)
-    losses = batch.compute_loss(outputs, y, options.loss_fn, reduction="none", shared_targets=options.forms)
+    settings = options.settings_of(batch.num_models)
+    forms = options.forms
+    losses = batch.compute_loss(outputs, y, options.loss_fn, "none", shared_targets=forms, loss_settings=settings)
     backward_pass(losses)
     return losses.detach(), detach(outputs)
 

@@ -30,7 +30,7 @@ from ..batch.context import context_of
 from ..batch.loss import call_losses
 from ..optim.hyperparameters import Hyperparameters
 from ..vmap import LayoutMatters, copy_module, read_state, tensors_in
-from .compilable import CannotCompile, check_memory, check_module, check_step
+from .compilable import CannotCompile, check_memory, check_module, check_numbers, check_step
 from .graph_passes import improve
 from .guards import Guards
 from .loop import arguments
@@ -58,6 +58,7 @@ class CompiledStep:
 
     def __init__(self, batch: Any, optimizer: Any, options: StepOptions) -> None:
         self.batch, self.optimizer, self.options = batch, optimizer, options
+        self.settings = options.settings_of(batch.num_models)
         self.reason = ""
         self._programs: dict[Any, _Program] = {}
         self._guards: Guards | None = None
@@ -121,7 +122,8 @@ class CompiledStep:
         before, self._guards = self._guards, None
         check_module(template)
         self._kept = tensors_in(read_state(template))
-        guards = Guards(template, self.options.loss_fn, self._kept)
+        roots = {"": template, "loss_fn": self.options.loss_fn, "loss_settings": self.settings and self.settings.values}
+        guards = Guards(roots, self._kept)
         if before is not None:
             pairs = zip_longest(before.marks, guards.marks, fillvalue=("", None))
             self._changed = next((new[0] or old[0] for old, new in pairs if old != new), "")
@@ -235,6 +237,8 @@ class _Program:
             context_of(self._step.batch).folding = False
             return self._trace(operands)
         check_memory(graph.graph)
+        if self._step.settings and self._step.settings.differ:
+            check_numbers(graph)
         improve(graph.graph)
         graph.graph.set_codegen(torch.fx.graph.CodeGen())  # flat arguments and results, which torch.compile can enter
         graph.recompile()
@@ -267,7 +271,7 @@ class _Program:
             outputs, after, _ = attempt(context, before, args, kwargs, whole.shared_input)
             for path, _, name in before.keys() ^ after.keys() | {k for k in after if after[k] is not before.get(k)}:
                 raise CannotCompile(f"a call assigns '{path}.{name}' anew".replace("'.", "'"))
-            losses = call_losses(context, outputs, y, step.options.loss_fn, step.options.forms)
+            losses = call_losses(context, outputs, y, step.options.loss_fn, step.options.forms, step.settings)
             trained = [i for i, t in enumerate(self._kept) if t.requires_grad]
             grads = torch.autograd.grad(losses.sum(), [own[i] for i in trained], allow_unused=True)
         reached = {i: grad for i, grad in zip(trained, grads, strict=True) if grad is not None}

@@ -24,8 +24,7 @@ class Guards:
     """Finds the values that `forward` and `loss_fn` may read beside their arguments, and tells whether one has changed.
 
     Args:
-        template: the module that is called.
-        loss_fn: the loss function.
+        roots: the module that is called, the loss function and its settings, by name; no name for the module.
         inputs: the tensors that the graph takes as arguments, so that their numbers may change.
 
     Attributes:
@@ -36,10 +35,10 @@ class Guards:
         CannotCompile: something whose next value cannot be looked at, or too many values.
     """
 
-    def __init__(self, template: nn.Module, loss_fn: Any, inputs: list[Tensor]) -> None:
+    def __init__(self, roots: dict[str, Any], inputs: list[Tensor]) -> None:
         self._inputs = [(t, place(t)) for t in inputs]
         self._ids = set(map(id, inputs))
-        self._values = values = PythonValues([("", template), ("loss_fn", loss_fn)], inputs)
+        self._values = values = PythonValues(roots.items(), inputs)
         self._contents = [(p, read(p)) for p in values.places]
         self._versions = [(value, version(value)) for _, value in values.tensors]
         if sum(len(contents) for _, contents in self._contents) > _MOST:
@@ -49,7 +48,7 @@ class Guards:
                 values.unseen = values.unseen or f"{name} is a large array: make it a tensor"
         if values.unseen:
             raise CannotCompile(values.unseen)
-        self.marks: list[tuple[str, Any]] = [("loss_fn", self._mark(loss_fn))]
+        self.marks: list[tuple[str, Any]] = [(name, self._mark(root)) for name, root in roots.items()]
         for (_, _, name), contents in self._contents:
             items = contents.items() if isinstance(contents, dict) else enumerate(contents)
             self.marks.append((name, tuple((key, self._mark(value)) for key, value in items)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from ..batch.loss_settings import LossSettings
 from ..batch.targets import TargetForms
 
 __all__ = ["StepOptions"]
@@ -31,13 +32,22 @@ class StepOptions:
         ValueError: Expected a chunk_size of at least 1, got 0: pass 1 or more.
     """
 
-    loss_fn: Callable[[Any, Any], Tensor]
+    loss_fn: Callable[..., Tensor]
     max_norm: float | Sequence[float] | None = None
     shared_targets: bool | TargetForms | None = None
     on_nonfinite: str | None = None
     chunk_size: int | str | None = "auto"
     compile: bool = False
+    loss_settings: Mapping[str, Any] | None = None
     forms: TargetForms = field(init=False, repr=False)
+
+    def settings_of(self, num_models: int) -> LossSettings | None:
+        """Return the loss function's settings for M models, or None where there are none."""
+        if self.loss_settings is None:
+            return None
+        if not isinstance(self.loss_settings, LossSettings):
+            object.__setattr__(self, "loss_settings", LossSettings(self.loss_settings, self.loss_fn, num_models))
+        return self.loss_settings
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "forms", TargetForms.made_of(self.shared_targets))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..batch.clip import norm_limits
 from ..batch.freeze import stop_nonfinite
-from ..common.machine import keep_pages
+from ..common.machine import tune_malloc
 from .chunks import Chunks
 from .options import StepOptions
 
@@ -26,13 +26,13 @@ def batch_step(
     optimizer: Any,
     x: Any,
     y: Any,
-    loss_fn: Callable[[Any, Any], Tensor],
+    loss_fn: Callable[..., Tensor],
     max_norm: float | Sequence[float] | None = None,
     shared_targets: bool | None = None,
-    on_nonfinite: str | None = None,
+    loss_settings: Any = None,
 ) -> tuple[Tensor, Any]:
     """Make one update of all models at once; return the losses [M] and the outputs from before it, detached."""
-    options = StepOptions(loss_fn, max_norm, shared_targets, on_nonfinite)
+    options = StepOptions(loss_fn, max_norm, shared_targets, loss_settings=loss_settings)
     return make_update(optimizer, Chunks(batch, batch.num_models), x, y, options)
 
 
@@ -59,7 +59,7 @@ class Stepper:
         how: in words, how the last step was made.
 
     Raises:
-        ValueError: a batch without parameters, or a `max_norm` that cannot be one.
+        TypeError, ValueError: a batch without parameters, or a `max_norm` or `loss_settings` that cannot be so.
     """
 
     def __init__(self, batch: Any, optimizer: Any, options: StepOptions) -> None:
@@ -68,6 +68,7 @@ class Stepper:
             raise ValueError("Expected models with parameters, got a batch without any: there is nothing to train.")
         if options.max_norm is not None:
             norm_limits(options.max_norm, batch.num_models)
+        options.settings_of(batch.num_models)
         self.batch, self.optimizer, self.options = batch, optimizer, options
         size = {"auto": None, None: batch.num_models}.get(options.chunk_size, options.chunk_size)
         # One model by itself is a chunk of one, whose size needs no choice.
@@ -79,7 +80,7 @@ class Stepper:
             self._compiled = CompiledStep(batch, optimizer, options)
         self.how = ""
         if weight.device.type == "cpu":
-            keep_pages()
+            tune_malloc()
 
     @property
     def chunk_size(self) -> int | None:

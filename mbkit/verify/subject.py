@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..batch.model_batch import ModelBatch
 from ..batch.targets import TargetForms
 from ..optim import OptimizerFactory
-from ..training.batched import batch_step
 from ..training.loop import make_schedule
+from ..training.step import batch_step
 
 __all__ = ["BatchRecipe", "BatchSubject", "Recipe", "Subject"]
 

@@ -239,7 +239,7 @@ print(peak.bytes)
 
 
 def test_peak_memory_rises_by_what_is_allocated():
-    """In a process of its own: where fit has run, malloc keeps what is freed (see machine.keep_pages)."""
+    """In a process of its own: where fit has run, malloc keeps what is freed (see machine.tune_malloc)."""
     run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     if run.stdout.strip() == "None":
         pytest.skip("no /proc/self/clear_refs that can be written here")

@@ -6,6 +6,7 @@ What is expected comes from plain PyTorch alone: each model trains by itself, wi
 from __future__ import annotations
 
 import copy
+import math
 import random
 import warnings
 from collections import UserDict
@@ -140,6 +141,68 @@ def test_every_road_gives_the_model_trained_alone(monkeypatch, habit, road, num_
         warnings.simplefilter("ignore")  # of what is slow or cannot be compiled
         fit(batch, optimizer_of(batch), data, make_loss(), progress=False, **how)
     assert_same_parameters(batch.models, lones)
+
+
+def weighted(out: Tensor, y: Tensor, beta: float, weight: Tensor, scale: float = 1.0, power: float = 2.0) -> Tensor:
+    loss = nn.functional.cross_entropy(out * scale, y.argmax(1), weight=weight)
+    return loss + (1 - beta) * out.abs().pow(power).mean()
+
+
+def smoothed(out: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
+    return nn.functional.cross_entropy(out, y.argmax(1), label_smoothing=label_smoothing)
+
+
+def logarithmic(out: Tensor, y: Tensor, beta: float) -> Tensor:
+    return mse_loss(out, y) * (1 + math.log(1 + beta))
+
+
+def weights(m: int) -> Tensor:
+    return torch.arange(1, 5).double() + m
+
+
+SETTINGS: dict[str, tuple[Any, Any, bool]] = {  # the loss, model m's settings, whether a step can be compiled
+    "numbers and tensors": (weighted, lambda m: {"beta": 0.1 + 0.2 * m, "weight": weights(m), "scale": 0.5}, True),
+    "one for all": (weighted, lambda m: {"beta": 0.3, "weight": weights(0), "power": 3.0}, True),
+    "of an operator": (smoothed, lambda m: {"label_smoothing": 0.2 * m}, False),
+    "outside torch": (logarithmic, lambda m: {"beta": 0.1 + 0.2 * m}, False),
+}
+
+
+@pytest.mark.parametrize("num_models", [1, 3, 5])
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_settings_of_the_loss_are_each_models_own_on_every_road(monkeypatch, kind, road, num_models):
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)  # the traced graph itself, uncompiled
+    loss_fn, settings, compiles = SETTINGS[kind]
+    models = [Net().double() for _ in range(num_models)]
+    pairs = [tuple(torch.randn(B, 4, dtype=torch.float64) for _ in "xy") for _ in range(STEPS)]
+    lones = copy.deepcopy(models)
+    for m, lone in enumerate(lones):
+        optimizer = torch.optim.SGD(lone.parameters(), lr=0.1)
+        for x, y in pairs:
+            optimizer.zero_grad()
+            loss_fn(lone(x), y, **settings(m)).backward()
+            optimizer.step()
+    how = dict(ROADS[road])
+    batch = ModelBatch(models, model_by_model=how.pop("model_by_model", []))
+    given = settings(0)
+    if kind != "one for all":
+        each = given.keys() - {"scale"}
+        given |= {name: [settings(m)[name] for m in range(num_models)] for name in each}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is slow or cannot be compiled
+        history = fit(batch, optimizer_of(batch), pairs, loss_fn, loss_settings=given, progress=False, **how)
+    assert_same_parameters(batch.models, lones)
+    if road == "compiled":
+        assert (history.how == "compiled") == (compiles or num_models == 1)
+
+
+def test_settings_that_the_loss_does_not_take_are_refused_before_anything_is_trained():
+    batch = ModelBatch([Net() for _ in range(2)])
+    before = snapshot(batch)["tensors"]
+    with pytest.raises(ValueError, match=r"got 'betta'.*'beta'"):
+        fit(batch, optimizer_of(batch), [(torch.randn(B, 4), torch.randn(B, 4))], weighted, loss_settings={"betta": 1})
+    torch.testing.assert_close(snapshot(batch)["tensors"], before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("answer", [False, numpy.False_, torch.tensor(False), numpy.array(False)])

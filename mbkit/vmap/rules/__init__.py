@@ -1,8 +1,19 @@
 """What single operators do when M models call them at once: one file a family, each of which registers its rules."""
 
-from . import activations, convolution, data_dependent, embedding, linear, losses, pooling, randomness, recurrent
+from . import (
+    activations,
+    arithmetic,
+    convolution,
+    data_dependent,
+    embedding,
+    linear,
+    losses,
+    pooling,
+    randomness,
+    recurrent,
+)
 
 __all__ = [
-    "activations", "convolution", "data_dependent", "embedding", "linear", "losses", "pooling", "randomness",
-    "recurrent",
+    "activations", "arithmetic", "convolution", "data_dependent", "embedding", "linear", "losses", "pooling",
+    "randomness", "recurrent",
 ]  # fmt: skip
