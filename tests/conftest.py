@@ -6,9 +6,12 @@ import os
 import random
 import re
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -38,11 +41,24 @@ def complaints(notebook: Any) -> list[tuple[int, str]]:
     return noise + [(n, "no figure") for n, last in lines if "".join(last).startswith(drawing) and n not in shows]
 
 
+def solutions(notebook: Any) -> list[Any]:
+    """Return the code in a notebook's markdown, the exercises' solutions, as cells."""
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    return [
+        nbformat.v4.new_code_cell(code) for text in texts for code in re.findall(r"```python\n(.*?)```", text, re.S)
+    ]
+
+
 def _and_complain(execute: Callable[[NotebookRun], Any]) -> Callable[[NotebookRun], Any]:
-    """Let nbmake fail where a notebook printed to stderr, or drew nothing where it should."""
+    """Let nbmake run the solutions too, and fail where a notebook printed to stderr or drew nothing where it should."""
 
     def execute_and_complain(run: NotebookRun) -> Any:
-        result = execute(run)
+        notebook = nbformat.read(run.filename, as_version=4)
+        notebook.cells += solutions(notebook)
+        with tempfile.TemporaryDirectory() as folder:
+            run.filename = Path(folder) / Path(run.filename).name
+            nbformat.write(notebook, run.filename)
+            result = execute(run)
         for cell, what in complaints(result.nb) if result.error is None else ():
             result.error = NotebookError(what, f"cell {cell}: {what}", cell)
         return result

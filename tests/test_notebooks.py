@@ -6,6 +6,7 @@ that they print nothing to stderr and show their figures when they run.
 
 import base64
 import io
+import itertools
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from conftest import complaints
 from PIL import Image
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("[0-9]*.ipynb"))
 MOST_BYTES = 300_000
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -78,12 +79,25 @@ def test_it_teaches_as_the_others_do(path):
     assert cells[0].source.startswith("# ")
     assert "## Exercises" in text
     assert "Predict" in text
-    assert text.count("<details>") == text.count("</details>") >= 3
+    solutions = re.findall("<details>.*?</details>", text, re.S)
+    assert text.count("<details>") == len(solutions) >= 3
+    assert all("```python" in solution and "assert" in solution for solution in solutions)  # conftest.py runs them
     assert sum("assert " in cell.source for cell in code(path)) >= 5
     assert max(len(cell.source.splitlines()) for cell in code(path)) <= 40
     first = next(cell for cell in code(path))
     assert "torch.__version__" in first.source
     assert "seed" in first.source
+
+
+def test_the_index_shows_each_lesson_and_each_links_to_the_next():
+    index = read(NOTEBOOKS[0].parent / "index.ipynb").cells[0]
+    shown = re.findall(r"\[!\[[^]]+\]\(attachment:(\d\d)\.png\)\]\((\S+)\.ipynb\)", index.source)
+    assert shown == [(path.stem[:2], path.stem) for path in NOTEBOOKS]
+    for number, _ in shown:
+        picture = base64.b64decode(index.attachments[f"{number}.png"]["image/png"])
+        assert len(Image.open(io.BytesIO(picture)).convert("L").getcolors()) > 10
+    for path, after in itertools.pairwise(NOTEBOOKS):
+        assert f"]({after.name})" in read(path).cells[-1].source
 
 
 def test_noise_and_missing_figures_are_complained_about():

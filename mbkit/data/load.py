@@ -16,6 +16,7 @@ from torch import Tensor
 from ..common.checks import did_you_mean
 from .batches import Batches
 from .download import fetch_archive
+from .shipped import IN_CHECKOUT, is_installed, shipped
 
 __all__ = ["Batches", "ImageData", "demo_points", "load_cifar10", "load_digits", "load_images"]
 
@@ -126,9 +127,7 @@ def load_digits() -> ImageData:
     follows another: the first 1,415 images are the training set, and the last 382, by the last three of the fourteen
     groups that scikit-learn's course tells apart, are the test set, so that nobody wrote for both.
     """
-    beside = Path(__file__).parents[1]  # an installed wheel has the file in the package, a checkout in data/
-    file = next(path for path in (beside / "digits.npz", beside.parent / "data" / "digits.npz") if path.is_file())
-    with np.load(file, allow_pickle=False) as stored:
+    with np.load(shipped("digits.npz"), allow_pickle=False) as stored:
         small, labels = torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]).long()
     gray = (small.to(torch.int32) * 255 // 16).to(torch.uint8)  # [1797, 8, 8]
     gray = gray.repeat_interleave(4, 1).repeat_interleave(4, 2)  # [1797, 32, 32]
@@ -239,9 +238,8 @@ def demo_points(num_samples: int = 100, num_features: int = 8, num_classes: int 
 
 
 def _usual_roots() -> list[Path]:
-    beside = Path(__file__).parents[1]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mbkit"
-    own = cache if (beside / "digits.npz").is_file() else beside.parent / "data"
+    own = cache if is_installed() else IN_CHECKOUT
     named = os.environ.get("MBKIT_DATA")
     return [_folder(named, "in MBKIT_DATA"), own] if named else [own]
 

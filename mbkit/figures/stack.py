@@ -1,8 +1,8 @@
-"""A stacked tensor, drawn: the models' own matrices, and the same as sheets behind each other."""
+"""Matrices, drawn: a stacked tensor as sheets behind each other, and strips of what changes from step to step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .curves import Picture
 
-__all__ = ["stacked_tensor"]
+__all__ = ["stacked_tensor", "strips"]
 
 OFFSET = 0.55  # of a cell: how far each sheet lies behind the one before
 
@@ -55,3 +55,27 @@ def _frame(axes: Axes, title: str) -> None:
     axes.set_aspect("equal")
     axes.invert_yaxis()
     axes.axis("off")
+
+
+def strips(rows: Mapping[str, Sequence[Tensor]], columns: Sequence[str]) -> Picture:
+    """Draw rows of matrices in one scale of colors: how something changes from step to step.
+
+    Args:
+        rows: label to the matrices [rows, columns] of one strip.
+        columns: a title for each column.
+
+    Example:
+        >>> import torch
+        >>> len(strips({"kept": [torch.eye(2)] * 3, "cleared": [torch.zeros(2, 2)] * 3}, ["1", "2", "3"]).axes)
+        6
+    """
+    arrays = {name: [matrix.detach().cpu().numpy() for matrix in strip] for name, strip in rows.items()}
+    top = max(abs(array).max() for strip in arrays.values() for array in strip) or 1.0
+    picture = Picture(8.6, 1.0 + 0.9 * len(arrays))
+    panels = picture.subplots(len(arrays), len(columns), squeeze=False)
+    for line, (name, strip) in zip(panels, arrays.items(), strict=True):
+        for axes, array, title in zip(line, strip, columns, strict=True):
+            _sheet(axes, array, top, 0)
+            _frame(axes, title if line is panels[0] else "")
+        line[0].text(-0.05, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=10)
+    return picture

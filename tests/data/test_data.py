@@ -1,8 +1,10 @@
 """Images: what the files hold, where they are found, and that nothing is replaced in silence."""
 
 import hashlib
+import importlib
 import os
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -72,14 +74,22 @@ def test_digits_are_the_published_ones():
     assert digits.images.is_contiguous()
 
 
-def test_an_installed_package_has_its_digits_and_a_cache(tmp_path, monkeypatch):
-    """A wheel has the file in the package, and no checkout beside it."""
+def test_an_installed_package_has_its_files_and_a_cache(tmp_path, monkeypatch):
+    """A wheel has the files in the package, where pyproject.toml puts them, and no checkout beside it."""
     monkeypatch.undo()
-    (tmp_path / "digits.npz").write_bytes((ROOT / "data" / "digits.npz").read_bytes())
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "data" / "load.py"))
+    for here, there in re.findall(
+        r'^"data/(\S+)" = "mbkit/shipped/(\S+)"', (ROOT / "pyproject.toml").read_text(), re.M
+    ):
+        assert here == there
+        source = ROOT / "data" / here
+        shutil.copytree(source, tmp_path / there) if source.is_dir() else shutil.copy(source, tmp_path / there)
+    shipped = importlib.import_module("mbkit.data.shipped")
+    monkeypatch.setattr(shipped, "IN_WHEEL", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "/the/cache")
     monkeypatch.delenv("MBKIT_DATA", raising=False)
     assert "1,415 training and 382 test images" in repr(load_digits())
+    assert shipped.shipped("lessons/lenet_cifar10.json").is_relative_to(tmp_path)
+    assert any(shipped.shipped("benchmarks/suite").iterdir())
     assert data._usual_roots() == [Path("/the/cache/mbkit")]
 
 
