@@ -135,9 +135,9 @@ def _benchmark(options: argparse.Namespace) -> None:
         result.save(options.save)
         print(f"\nRaw runs: {options.save}")
     if options.figure:
-        from .figures import plots
+        from .figures import plots, speed
 
-        _save(plots.scaling(result.growth()) if options.suite else plots.benchmark(result), options.figure)
+        _save((speed.speedups if options.suite else plots.benchmark)(result), options.figure)
 
 
 def _race(options: argparse.Namespace) -> BenchmarkResult:

@@ -1,8 +1,9 @@
-"""The ways to train M networks that a benchmark compares: one after the other, mbkit's own, and other libraries'.
+"""The ways to train M networks that a benchmark compares: those that people would use, and mbkit's own.
 
-Each is a function of the models, a class of torch.optim, M configs for it and M seeds. It returns a `Side`, or None
-where it cannot train these models or is not installed. All train copies of the models with cross-entropy. To add one,
-write the function here and name it in `BASELINES`: `tests/benchmark/test_suite.py` then compares it with plain PyTorch.
+Each is a function of the models, a class of torch.optim, M configs for it and M seeds. It returns a `Side`, or raises
+NotImplementedError where it cannot train these models or is not installed. All train copies of the models with
+cross-entropy. To add one, write the function here and name it in `BASELINES`: `tests/benchmark/test_suite.py` then
+compares it with plain PyTorch.
 """
 
 from __future__ import annotations
@@ -13,23 +14,25 @@ import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..batch.model_batch import ModelBatch
 from ..common.machine import synchronize
-from ..models import MLP, LeNet5
 from ..optim import OptimizerFactory
 from ..training.options import StepOptions
 from ..training.sequential import LoneTrainer
 from ..training.step import Stepper
+from .jax_side import make_step as jax_step
+from .process import Worker
 
-__all__ = ["BASELINES", "OWN", "Side"]
+__all__ = ["BASELINES", "LOOP", "LOOP_AS_IT_IS", "Side"]
 
+LOOP, LOOP_AS_IT_IS = "sequential, malloc set", "sequential"
 _MANY = 1024  # models from which on modelbatch's setup and steps, a Python loop each, take minutes
 _Step = Callable[[Any, Any], Any]  # inputs and targets; returns the losses where there are any to be kept
 _Models, _Configs = Sequence[nn.Module], Sequence[dict[str, Any]]
@@ -81,49 +84,72 @@ class Side:
         return torch.cat([torch.stack([loss.view(-1) for loss, _ in run]) for run in self.runs], 1).cpu()
 
 
-def _sequential(
-    models: Sequence[nn.Module], optimizer_cls: type, configs: Sequence[dict], seeds: Sequence[int]
-) -> Side:
+def _sequential(models: _Models, optimizer_cls: type, configs: _Configs, seeds: Sequence[int]) -> Side:
     """Plain PyTorch, one model after the other."""
     trained = copy.deepcopy(list(models))
     given = zip(trained, seeds, configs, strict=True)
     lones = [LoneTrainer(model, seed, optimizer_cls, config) for model, seed, config in given]
     steps = [lambda x, y, lone=lone: lone.update(x, y, cross_entropy)[0] for lone in lones]
-
-    def read(m: int, name: str) -> Tensor:
-        return trained[m].get_parameter(name).detach()
-
+    read = lambda m, name: trained[m].get_parameter(name).detach()  # noqa: E731
     return Side(steps, len(lones), read, trained, [lone.draws for lone in lones])
 
 
-def _own(models: _Models, optimizer_cls: type, configs: _Configs, seeds: Sequence[int], **how: Any) -> Side:
-    """mbkit, its steps as `fit` makes them."""
+class _Pool(Side):
+    """A process for each thread, which trains its share of the models alone."""
+
+    def __init__(self, models: _Models, optimizer_cls: type, configs: _Configs, seeds: Sequence[int]) -> None:
+        count = min(len(models), torch.get_num_threads())
+        self._workers = [Worker(threads=1) for _ in range(count)]
+        for n, worker in enumerate(self._workers):
+            worker.send(
+                _sequential, list(models)[n::count], optimizer_cls, list(configs)[n::count], list(seeds)[n::count]
+            )
+        for worker in self._workers:
+            worker.receive()
+        read = lambda m, name: self._workers[m % count].ask("read", m // count, name)  # noqa: E731
+        super().__init__([lambda x, y: None], len(models), read)
+
+    def run(self, block: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Make the steps of a block of batches in all processes; the clock stops when the last one is done."""
+        start = time.perf_counter()
+        for worker in self._workers:
+            worker.send("run", list(block))
+        for worker in self._workers:
+            worker.receive()
+        self.runs[0] += [(None, (time.perf_counter() - start) / len(block))] * len(block)
+
+
+def _batched(models: _Models, optimizer_cls: type, configs: _Configs, seeds: Sequence[int]) -> tuple[Any, Any, Any]:
+    """Return mbkit's batch, its optimizer, and what reads a parameter."""
     batch = ModelBatch(models, seeds=seeds)
     optimizer = OptimizerFactory(optimizer_cls).create_optimizer(batch, list(configs))
+    return batch, optimizer, lambda m, name: batch.stacked_params[name].detach()[m]
+
+
+def _fit(*given: Any, **how: Any) -> Side:
+    """mbkit, its steps as `fit` makes them; what cannot be compiled warns."""
+    batch, optimizer, read = _batched(*given)
     stepper = Stepper(batch, optimizer, StepOptions(cross_entropy, **how))
-    read = lambda m, name: batch.stacked_params[name].detach()[m]  # noqa: E731
-    return Side([lambda x, y: stepper.step(x, y)[0]], len(models), read, batch, stepper=stepper)
+    return Side([lambda x, y: stepper.step(x, y)[0]], batch.num_models, read, batch, stepper=stepper)
 
 
-def _compiled(*given: Any) -> Side:
-    """mbkit with compile=True."""
-    side = _own(*given, compile=True)
-    [step] = side.steps
+def _own_loop(*given: Any) -> Side:
+    """mbkit in a training loop that its user wrote."""
+    batch, optimizer, read = _batched(*given)
 
-    def compiled(x: Tensor, y: Tensor) -> Tensor:
-        losses = step(x, y)
-        if side.stepper.how != "compiled":
-            raise RuntimeError("not compiled")
-        return losses
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        batch.compute_loss(batch(x), y, cross_entropy).backward()
+        optimizer.step()
 
-    side.steps = [compiled]
-    return side
+    return Side([step], batch.num_models, read, batch)
 
 
-def _modelbatch(models: _Models, optimizer_cls: type, configs: _Configs, _: Any) -> Side | None:
+def _modelbatch(models: _Models, optimizer_cls: type, configs: _Configs, _: Any) -> Side:
     """The library modelbatch, with its stacked gradients cleared, as its own zero_grad() does by now."""
-    if importlib.util.find_spec("modelbatch") is None or _has_buffers(models) or len(models) > _MANY:
-        return None
+    _refuse(_has_buffers(models), "it does not keep buffers such as BatchNorm's")
+    _refuse(len(models) > _MANY, f"it takes minutes for more than {_MANY} models")
+    _refuse(importlib.util.find_spec("modelbatch") is None, "modelbatch is not installed")
     import modelbatch
 
     batch = modelbatch.ModelBatch(copy.deepcopy(list(models)))
@@ -138,10 +164,9 @@ def _modelbatch(models: _Models, optimizer_cls: type, configs: _Configs, _: Any)
     return Side([step], len(models), lambda m, name: batch.get_model_states()[m][name])
 
 
-def _naive_vmap(models: _Models, optimizer_cls: type, configs: _Configs, _: Any) -> Side | None:
+def _naive_vmap(models: _Models, optimizer_cls: type, configs: _Configs, _: Any) -> Side:
     """torch.func's recipe for ensembles: stacked state, vmap, one optimizer with one rate."""
-    if _has_buffers(models):
-        return None  # running statistics are edited in place, which the recipe cannot do
+    _refuse(_has_buffers(models), "running statistics are edited in place")
     parameters, buffers = torch.func.stack_module_state(list(models))
     template = copy.deepcopy(models[0])
     optimizer = optimizer_cls(list(parameters.values()), **configs[0])
@@ -163,71 +188,26 @@ def _has_buffers(models: _Models) -> bool:
     return any(True for _ in models[0].buffers())
 
 
-def _jax(models: _Models, optimizer_cls: type, configs: _Configs, _: Any) -> Side | None:
-    """jit(vmap(...)) of the same network, loss and Adam, written in JAX; for the networks that are written here."""
-    forward = {MLP: _jax_mlp, LeNet5: _jax_lenet}.get(type(models[0]))
-    if forward is None or optimizer_cls is not torch.optim.Adam or importlib.util.find_spec("jax") is None:
-        return None
-    import jax
-    import jax.numpy as jnp
-
-    stacked, _ = torch.func.stack_module_state(list(models))
-    params = {name: jnp.asarray(p.detach().numpy()) for name, p in stacked.items()}
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    state = [params, zeros, zeros, jnp.zeros(len(models))]
-    rates = jnp.asarray([config["lr"] for config in configs])
-
-    def loss(params: dict, x: Any, y: Any) -> Any:
-        logs = jax.nn.log_softmax(forward(params, x))
-        return -jnp.take_along_axis(logs, y[:, None], 1).mean()
-
-    def one(params: dict, first: dict, second: dict, count: Any, rate: Any, x: Any, y: Any) -> tuple:
-        grads, count = jax.grad(loss)(params, x, y), count + 1
-        first = jax.tree.map(lambda a, g: 0.9 * a + 0.1 * g, first, grads)
-        second = jax.tree.map(lambda a, g: 0.999 * a + 0.001 * g * g, second, grads)
-
-        def update(p: Any, a: Any, b: Any) -> Any:
-            return p - rate * (a / (1 - 0.9**count)) / (jnp.sqrt(b / (1 - 0.999**count)) + 1e-8)
-
-        return jax.tree.map(update, params, first, second), first, second, count
-
-    run = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, 0, 0, None, None)))
-
-    def step(x: Tensor, y: Tensor) -> None:
-        state[:] = jax.block_until_ready(run(*state, rates, x.numpy(), y.numpy().astype("int32")))
-
-    return Side([step], len(models), lambda m, name: torch.from_numpy(np.array(state[0][name][m])))
+def _refuse(condition: bool, why: str) -> None:
+    if condition:
+        raise NotImplementedError(why)
 
 
-def _jax_mlp(params: dict, x: Any) -> Any:
-    import jax
-
-    count = len(params) // 2
-    for i in range(count):
-        x = x @ params[f"layers.{i}.weight"].T + params[f"layers.{i}.bias"]
-        x = jax.nn.relu(x) if i < count - 1 else x
-    return x
+def _jax(models: _Models, optimizer_cls: type, configs: _Configs, _: Any) -> Side:
+    """jit(vmap(...)) of the same network, loss and Adam, written in JAX."""
+    _refuse(optimizer_cls is not torch.optim.Adam, "only Adam is written in JAX")
+    step, read = jax_step(models, configs)
+    return Side([step], len(models), read)
 
 
-def _jax_lenet(params: dict, x: Any) -> Any:
-    import jax
-
-    for name in ("conv1", "conv2"):
-        x = jax.lax.conv(x, params[f"{name}.weight"], (1, 1), "VALID") + params[f"{name}.bias"][:, None, None]
-        x = jax.lax.reduce_window(jax.nn.relu(x), -float("inf"), jax.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
-    x = x.reshape(len(x), -1)
-    for name in ("fc1", "fc2", "fc3"):
-        x = x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
-        x = jax.nn.relu(x) if name != "fc3" else x
-    return x
-
-
-BASELINES: dict[str, Callable[..., Side | None]] = {
-    "sequential": _sequential,
-    "mbkit": _own,
-    "mbkit compiled": _compiled,
+BASELINES: dict[str, Callable[..., Side]] = {
+    LOOP_AS_IT_IS: _sequential,  # the one side whose process leaves malloc as it is
+    LOOP: _sequential,
+    "process pool": _Pool,
     "modelbatch": _modelbatch,
     "naive vmap": _naive_vmap,
     "JAX jit(vmap)": _jax,
+    "mbkit": _fit,
+    "mbkit, own loop": _own_loop,
+    "mbkit compiled": partial(_fit, compile=True),
 }
-OWN = ("mbkit", "mbkit compiled")

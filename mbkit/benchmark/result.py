@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.files import temporary
 from ..common.tables import Tables, plain
 
-__all__ = ["BenchmarkResult", "Timing", "save_json"]
+__all__ = ["BenchmarkResult", "Timing", "save_json", "title_of"]
 
 
 @dataclass(frozen=True)
@@ -94,30 +95,10 @@ class BenchmarkResult(Tables):
         """The median time alone over the median time in the batch."""
         return None if self.alone is None else self.alone.median / self.batched.median
 
-    @property
-    def accuracy_difference(self) -> Tensor | None:
-        """[M], absolute."""
-        return None if self.alone_accuracy is None else (self.alone_accuracy - self.batched_accuracy).abs()
-
-    @property
-    def best(self) -> int:
-        """The model with the highest test accuracy in the batch."""
-        return int(self.batched_accuracy.argmax())
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists with the raw runs, fit for JSON; what is not finite becomes None."""
         summary = {"speedup": self.speedup, "batched": vars(self.batched), "alone": self.alone and vars(self.alone)}
         return plain({"summary": summary, **vars(self)})
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> BenchmarkResult:
-        """Return the result that `to_dict` was called on, with NaN for what was not finite."""
-        plain = ("learning_rates", "seeds", "setup", "machine", "batched_memory", "alone_memory")
-        fields = {name: value for name, value in values.items() if name != "summary"}
-        for name, value in fields.items():
-            if name not in plain and value is not None:
-                fields[name] = torch.from_numpy(np.array(value, float))  # NumPy reads None as NaN
-        return cls(**fields)
 
     def save(self, path: str | Path) -> None:
         """Write everything, raw runs included, as JSON; folders are made, and an old file is replaced as a whole."""
@@ -125,18 +106,22 @@ class BenchmarkResult(Tables):
 
     @classmethod
     def load(cls, path: str | Path) -> BenchmarkResult:
-        """Read what `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """Read what `save` wrote, with NaN for what was not finite."""
+        fields = {name: value for name, value in json.loads(Path(path).read_text()).items() if name != "summary"}
+        for name in fields:
+            if name.endswith(("seconds", "loss", "accuracy", "difference")) and fields[name] is not None:
+                fields[name] = torch.from_numpy(np.array(fields[name], float))  # NumPy reads None as NaN
+        return cls(**fields)
 
     def _tables(self) -> list[tuple[str, list[list[str]]]]:
         return [(self._title(), []), ("", self._sides()), ("", self._models()), (self._note(), [])]
 
     def _title(self) -> str:
-        s, m = self.setup, self.machine
+        s = self.setup
         return (
             f"{self.num_models} x {s['model']} ({s['parameters']:,} parameters each) on {s['dataset']}\n"
             f"{s['optimizer']}, batches of {s['batch_size']}, {s['steps']} steps, {s['dtype']}\n"
-            f"{m['device']}, {m['threads']} of {m['cores']} threads, torch {m['torch']}, mbkit {m['mbkit']}"
+            + title_of(self.machine)
         )
 
     def _sides(self) -> list[list[str]]:
@@ -173,9 +158,14 @@ def save_json(path: str | Path, values: dict[str, Any]) -> None:
     """Write plain values to a file, which is replaced as a whole; folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(values, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    with temporary(path) as part:
+        part.write_text(json.dumps(values, allow_nan=False) + "\n")
+        os.replace(part, path)
+
+
+def title_of(m: dict[str, Any]) -> str:
+    """Return a machine's name, its threads and the versions, from `describe_machine`."""
+    return f"{m['device']}, {m['threads']} of {m['cores']} threads, torch {m['torch']}, mbkit {m['mbkit']}"
 
 
 def _percent(share: Tensor) -> str:

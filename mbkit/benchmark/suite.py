@@ -3,83 +3,108 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from ..common.machine import describe_machine
+from ..common.machine import describe_machine, measure_peak_memory
 from ..common.progress import Progress
 from ..common.tables import Tables
-from .baselines import BASELINES, OWN
-from .cases import CASES, Case
-from .result import Timing, save_json
-from .timing import Elsewhere, Turns
+from .baselines import BASELINES, LOOP, LOOP_AS_IT_IS
+from .cases import CASES, NETWORKS, Case
+from .process import Worker
+from .result import Timing, save_json, title_of
 
 __all__ = ["CASES", "Case", "SuiteResult", "run_suite"]
 
 ROUNDS = 5
 SECONDS = 0.2  # that a side's turn lasts, about, unless one step is longer
+_LONE = 8  # models that a loop trains in turn, and each process of a pool: all M would only take longer
+_WARM_UP, _MOST = 4, 50  # steps until all is compiled, allocated and chosen; steps in a turn
 
 
 @dataclass(eq=False, repr=False)
 class SuiteResult(Tables):
-    """What the suite measured; it prints as a table.
+    """What the suite measured; it prints as tables.
 
     Attributes:
-        rows: a dict a case: "network", "num_models", "batch_size", "parameters", "how" (what fit chose), and "seconds":
-            a side's name -> raw times a model and step.
+        rows: a dict a case: "network", "num_models", "batch_size", "parameters", "how" (what fit chose), and for each
+            side by its name "seconds", raw times a model and step; "costs", what it takes to get there (see `Turns`);
+            and, where there is neither, "missing", why. Files from before there were costs have the first one only.
         machine: device, threads and versions.
     """
 
     machine: dict[str, Any]
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]]
+
+    def sides(self) -> list[str]:
+        """Return the sides that were measured, but for the loop that the others are compared with."""
+        every = {side for row in self.rows for side in row["seconds"] if side != self.loop_of(row)}
+        return [side for side in BASELINES if side in every]
+
+    @staticmethod
+    def loop_of(row: dict[str, Any]) -> str:
+        """Return the name of the loop that the other sides of a row are compared with."""
+        return LOOP if LOOP in row["seconds"] else LOOP_AS_IT_IS
 
     def timing(self, row: dict[str, Any], side: str) -> Timing | None:
         """Return a side's median and quartiles, in seconds a model and step; None where it was not run."""
         seconds = row["seconds"].get(side)
         return None if seconds is None else Timing.of(torch.tensor(seconds, dtype=torch.float64))
 
-    def ratio(self, row: dict[str, Any], side: str, over: str = "sequential") -> float | None:
-        """Return how many times as fast a side is as another: the ratio of their medians."""
-        mine, other = self.timing(row, side), self.timing(row, over)
+    def ratio(self, row: dict[str, Any], side: str, over: str = "") -> float | None:
+        """Return how many times as fast a side is as another: the ratio of their medians.
+
+        Args:
+            over: the other one; when absent a loop over the models with the malloc setting that all sides have, or,
+                in files from before there was one, the loop that there is.
+        """
+        mine, other = self.timing(row, side), self.timing(row, over or self.loop_of(row))
         return None if mine is None or other is None else other.median / mine.median
 
     def table(self) -> list[list[str]]:
-        """Return the table's rows of text; the first is the header."""
-        sides = [side for side in BASELINES if any(side in row["seconds"] for row in self.rows)]
-        lines = [["network", "M", "batch", "sequential, ms (quartiles)", *sides[1:], "fit chose"]]
+        """Return the rows of the table of speeds as text; the first is the header."""
+        sides = [side for side in self.sides() if side != LOOP_AS_IT_IS]
+        lines = [["network", "M", "batch", "a loop, ms (quartiles)", "malloc alone", *sides, "fit chose"]]
         for row in self.rows:
-            ratios = [self.ratio(row, side) for side in sides[1:]]
+            ratios = [self.ratio(row, LOOP, LOOP_AS_IT_IS), *(self.ratio(row, side) for side in sides)]
             times = ["-" if ratio is None else f"{ratio:.2f} x" for ratio in ratios]
-            sizes = [row["network"], str(row["num_models"]), str(row["batch_size"])]
-            lines.append([*sizes, str(self.timing(row, "sequential")), *times, row["how"]])
+            lines.append([*_sizes(row), str(self.timing(row, self.loop_of(row))), *times, row["how"]])
         return lines
 
+    def costs(self) -> list[list[str]]:
+        """Return the rows of the table of mbkit's costs, before and in the steps; none from before they were kept."""
+        head = ["M modules, s", "batch, s", "first step, s", "compiled, s", "step, µs a model", "MB", "kB a model"]
+        lines = [["network", "M", "batch", *head]]
+        for row in self.rows:
+            if own := row.get("costs", {}).get("mbkit"):
+                first = row["costs"].get("mbkit compiled", {}).get("first")
+                times = ["-" if t is None else f"{t:.3g}" for t in (own["models"], own["build"], own["first"], first)]
+                step, memory = 1e6 * self.timing(row, "mbkit").median, own["memory"]
+                kept = ["-"] * 2 if memory is None else [f"{memory / s:.1f}" for s in (1e6, 1e3 * row["num_models"])]
+                lines.append([*_sizes(row), *times, f"{step:.3g}", *kept])
+        return lines if len(lines) > 1 else []
+
     def growth(self) -> dict[str, dict[int, Any]]:
-        """Return how cost grows, for `plots.scaling`: what grows -> its value -> the times `alone` and `batched`."""
+        """Return how a step grows with M, for `plots.scaling`: a network -> M -> the times `alone` and `batched`."""
         found: dict[str, dict[int, Any]] = {}
         for row in self.rows:
-            timed = SimpleNamespace(alone=self.timing(row, "sequential"), batched=self.timing(row, "mbkit"))
-            network, m, b = row["network"], row["num_models"], row["batch_size"]
-            if (network, b) in (("MLP", 32), ("LeNet5", 128)):
-                found.setdefault(f"models M, {network}, B = {b}", {})[m] = timed
-            if network == "LeNet5" and m == 16:
-                found.setdefault("batch B, LeNet5, M = 16", {})[b] = timed
-            if m == 8 or (network, m, b) in (("MLP", 16, 32), ("LeNet5", 16, 32)):
-                found.setdefault("parameters, M = 8 or 16, B = 32", {})[row["parameters"]] = timed
+            if row["batch_size"] == NETWORKS[row["network"]][2]:
+                timed = SimpleNamespace(alone=self.timing(row, self.loop_of(row)), batched=self.timing(row, "mbkit"))
+                found.setdefault(f"models M, {row['network']}", {})[row["num_models"]] = timed
         return {what: dict(sorted(values.items())) for what, values in found.items() if len(values) > 1}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and lists with the raw runs, fit for JSON."""
-        return {"kind": "suite", "machine": self.machine, "rows": self.rows}
-
     def save(self, path: str | Path) -> None:
-        """Write everything as JSON; folders are made."""
-        save_json(path, self.to_dict())
+        """Write everything, raw times included, as JSON; folders are made."""
+        save_json(path, {"kind": "suite", **vars(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> SuiteResult:
@@ -88,24 +113,43 @@ class SuiteResult(Tables):
         return cls(values["machine"], values["rows"])
 
     def _tables(self) -> list[tuple[str, list[list[str]]]]:
-        m = self.machine
-        title = f"{m['device']}, {m['threads']} of {m['cores']} threads, torch {m['torch']}, mbkit {m['mbkit']}"
+        fair = any(LOOP in row["seconds"] for row in self.rows)
+        malloc = "each in a process of its own, with the same malloc setting" if fair else "malloc set for mbkit alone"
         note = (
-            "Times are ms a model and step; the others' speed is a multiple of sequential, by medians. Each side has "
-            f"{ROUNDS} turns,\non one batch in float32 with Adam, mbkit in one process and what it is compared with in "
-            "another; sequential trains the first 8\nmodels. A dash: it cannot train them, or is not installed."
+            "The loop's times are ms a model and step; the other columns are multiples of its speed, by medians. It "
+            f"trains the\nfirst {_LONE} models. All sides have {ROUNDS} turns on one batch in float32 with Adam, "
+            f"{malloc}.\nmalloc alone: this loop against one without the setting. A dash: not measured."
         )
-        return [(title, self.table()), (note, [])]
+        reasons = sorted({f"{side}: {why}" for row in self.rows for side, why in row.get("missing", {}).items()})
+        title = "What mbkit takes to get there, and the peak of its memory without the modules"
+        costs = [(title, self.costs())] if self.costs() else []
+        return [(title_of(self.machine), self.table()), ("\n".join([note, *reasons]), []), *costs]
+
+
+def _sizes(row: dict[str, Any]) -> list[str]:
+    return [row["network"], f"{row['num_models']}", str(row["batch_size"])]
 
 
 def run_suite(
-    cases: Sequence[Case] = CASES, *, sides: Sequence[str] | None = None, progress: bool = True
+    cases: Sequence[Case] = CASES,
+    *,
+    sides: Sequence[str] | None = None,
+    minutes: float | None = None,
+    patience: float = 180.0,
+    save: str | Path | None = None,
+    progress: bool = True,
 ) -> SuiteResult:
     """Measure all cases, each with every side that can train it.
 
+    Each side has a process of its own, with the caller's number of threads, the same malloc setting (but for one more
+    loop, whose process has none) and the same batch. The processes wait while another one has its turn.
+
     Args:
         cases: what to measure.
-        sides: names out of BASELINES, "sequential" among them; all when absent.
+        sides: names out of BASELINES; all when absent.
+        minutes: after so many no case is begun, and no side of the present one is made ready.
+        patience: seconds that a side may take until it is ready, compilation included.
+        save: a file that is written after each case.
         progress: show a bar.
 
     Returns:
@@ -122,22 +166,104 @@ def run_suite(
     sides = list(BASELINES) if sides is None else list(sides)
     if unknown := [side for side in sides if side not in BASELINES]:
         raise ValueError(f"Expected sides out of {', '.join(BASELINES)}, got {', '.join(unknown)}.")
-    result = SuiteResult(describe_machine(torch.device("cpu")))
-    with Progress(len(cases), "suite", progress) as bar, Elsewhere() as elsewhere:
+    result = SuiteResult(describe_machine(torch.device(cases[0].device)), [])
+    end, workers = time.monotonic() + 60 * (minutes or 1e6), {}
+    with Progress(len(cases), "suite", progress) as bar, ExitStack() as stack:
         for case in cases:
-            result.rows.append(_measure(case, sides, elsewhere))
-            bar.advance(f"{case.network}, M = {case.num_models}")
+            if time.monotonic() > end:
+                break
+            for side in sides:
+                if side not in workers or workers[side].ended:
+                    workers[side] = stack.enter_context(Worker(torch.get_num_threads(), malloc=side != LOOP_AS_IT_IS))
+            result.rows.append(_measure(case, {side: workers[side] for side in sides}, patience, end))
+            if save is not None:
+                result.save(save)
+            bar.advance(lambda case=case: f"{case.network}, M = {case.num_models}")
     return result
 
 
-def _measure(case: Case, sides: Sequence[str], elsewhere: Elsewhere) -> dict[str, Any]:
-    away = elsewhere.begin(case, [side for side in sides if side not in OWN], SECONDS)
-    here = Turns(case, [side for side in sides if side in OWN], SECONDS)
-    ready = [side for side in sides if side in (*away, *here.counts)]
-    seconds: dict[str, list[float]] = {side: [] for side in ready}
-    for turn in range(ROUNDS):
-        for side in ready if turn % 2 == 0 else reversed(ready):
-            seconds[side] += (elsewhere if side in away else here).turn(side)
+def _measure(case: Case, workers: dict[str, Worker], patience: float, end: float) -> dict[str, Any]:
+    """Return a case's row."""
     row = {"network": case.network, "num_models": case.num_models, "batch_size": case.batch_size}
-    row["parameters"], row["how"] = here.parameters, here.how
-    return {**row, "seconds": {side: [round(s, 9) for s in times] for side, times in seconds.items()}}
+    row |= {"parameters": case.parameters, "how": "", "seconds": {}, "costs": {}, "missing": {}}
+
+    def ask(side: str, *question: Any, limit: float = patience) -> Any:
+        try:
+            return workers[side].ask(*question, patience=limit)
+        except RuntimeError as error:
+            row["missing"][side] = str(error).strip().splitlines()[0]
+            row["seconds"].pop(side, None)
+            return None
+
+    for side in workers:
+        ask(side, Turns, side, case, SECONDS, limit=min(patience, max(1.0, end - time.monotonic())))
+        if side not in row["missing"]:
+            row["seconds"][side], row["costs"][side] = [], ask(side, "costs")
+    for turn in range(ROUNDS):
+        ready = list(row["seconds"])
+        for side in ready if turn % 2 == 0 else reversed(ready):
+            times = ask(side, "turn")
+            row["seconds"].get(side, []).extend(round(s, 9) for s in times or ())
+    if "mbkit" in row["seconds"]:
+        row["how"] = ask("mbkit", "how")
+    return row
+
+
+class Turns:
+    """A side that trains a case's models in the present process, warmed up.
+
+    Args:
+        name: out of BASELINES.
+        case: the models and their batch.
+        seconds: that a turn lasts, about, unless one step is longer.
+    """
+
+    def __init__(self, name: str, case: Case, seconds: float) -> None:
+        threads = torch.get_num_threads()
+        if hasattr(os, "sched_setaffinity"):  # JAX, for one, counts the cores that it may use
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        lone = {LOOP: _LONE, LOOP_AS_IT_IS: _LONE, "process pool": _LONE * threads}
+        count = min(case.num_models, lone.get(name, case.num_models))
+        self._batch, given = case.data(), (torch.optim.Adam, case.configs()[:count], range(count))
+        # What is loaded once in a process is no cost of M models; a side with malloc as it is must not meet mbkit.
+        loaded = "mbkit" if name.startswith("mbkit") else LOOP_AS_IT_IS
+        BASELINES[loaded](case.models(1), torch.optim.Adam, [{"lr": 0.0}], [0]).run([self._batch])
+        start = time.perf_counter()
+        models = case.models(count)
+        self._costs = {"models": time.perf_counter() - start}
+        with measure_peak_memory(torch.device(case.device)) as peak:
+            start = time.perf_counter()
+            self._side = BASELINES[name](models, *given)
+            self._costs["build"] = time.perf_counter() - start
+            self._costs["first"] = self._run(1)[0] * self._side.num_models
+            self._run(_WARM_UP - 1)
+        self._costs["memory"] = None if name == "process pool" else peak.bytes
+        self._count = int(min(_MOST, max(1, seconds / self._side.num_models / min(self._run(2)))))
+        self._pause()
+
+    def costs(self) -> dict[str, float | None]:
+        """Return the seconds for "models", M modules; "build", all else before the "first" step; and peak "memory"."""
+        return self._costs
+
+    def how(self) -> str:
+        """Return what fit chose."""
+        return self._side.stepper.how
+
+    def turn(self) -> list[float]:
+        """Make the steps of one turn; return the seconds that each took, per model."""
+        if self._batch[1].is_cuda:
+            self._run(1)  # allocates anew what the pause has given back
+        seconds = self._run(self._count)
+        self._pause()
+        return seconds
+
+    def _pause(self) -> None:
+        if self._batch[1].is_cuda:
+            torch.cuda.empty_cache()  # the other sides have a use for it meanwhile
+
+    def _run(self, count: int) -> list[float]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a side has to say about its speed is what is measured
+            warnings.filterwarnings("error", message="compile=True")  # or it would be another side
+            self._side.run([self._batch] * count)
+        return (self._side.seconds()[-count:].sum(1) / self._side.num_models).tolist()

@@ -87,11 +87,6 @@ class Stepper:
         """How many models are trained at once; None before it has been chosen."""
         return self._chunks.size
 
-    @property
-    def settled(self) -> bool:
-        """Whether the way to make the steps has been chosen."""
-        return self._compiled is not None or self._chunks.size is not None
-
     def step(self, x: Any, y: Any) -> tuple[Tensor, Any]:
         """Make one update of all models; return the losses [M] and the outputs from before it, detached."""
         if self._compiled is not None:

@@ -2,54 +2,200 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import re
 import statistics
+import time
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from oracle import trained_alone
 from torch.nn.functional import cross_entropy
 
-from mbkit.benchmark.baselines import BASELINES
-from mbkit.benchmark.cases import CASES, NETWORKS, Case
+from mbkit.benchmark import __main__ as terminal
+from mbkit.benchmark import suite
+from mbkit.benchmark.baselines import BASELINES, LOOP, LOOP_AS_IT_IS
+from mbkit.benchmark.cases import CASES, NETWORKS, Case, cases_of
+from mbkit.benchmark.process import Worker
 from mbkit.benchmark.suite import SuiteResult, run_suite
-from mbkit.benchmark.timing import Elsewhere, Turns
-from mbkit.figures import plots
-from mbkit.models import GPT, LSTMClassifier, ResNet
+from mbkit.figures import plots, speed
+
+RECORDED = sorted((Path(__file__).parents[2] / "data/benchmarks").glob("*/*.json"))
+
+
+class Here:
+    """A worker that is no process, for tests that need none."""
+
+    made: ClassVar[list[tuple[int, bool]]] = []
+    ended = False
+
+    def __init__(self, threads, malloc):
+        self.made.append((threads, malloc))
+
+    def ask(self, what, *args, patience):
+        if isinstance(what, str):
+            return getattr(self.kept, what)(*args)
+        self.kept = what(*args)
+        return None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(suite, "SECONDS", 0.0)
+    monkeypatch.setattr(suite, "Worker", Here)
+    monkeypatch.setattr(Here, "made", [])
+    return Here.made
 
 
 @pytest.fixture(scope="module")
-def result() -> SuiteResult:
-    cases = [Case("MLP", 2, 8), Case("MLP", 3, 32), Case("MLP", 16, 32), Case("LSTM", 8, 4)]
+def worker():
+    with Worker(threads=1) as worker:
+        yield worker
+
+
+# ------------------------------------------------------------------ the sides
+
+# Half a minute of compilation; two more processes.
+SLOW = {(name, "LeNet5"): pytest.mark.slow for name in ("mbkit compiled", "process pool")}
+SIDES = [
+    pytest.param(name, network, marks=SLOW.get((name, network), ()))
+    for name in BASELINES if name != LOOP_AS_IT_IS  # the same function
+    for network in ("MLP", "LeNet5")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "network"), SIDES)
+def test_every_side_trains_the_models_that_it_is_given(name, network, worker):
+    """After three steps of Adam at one rate each side's parameters are those of plain PyTorch."""
+    pytest.importorskip({"modelbatch": "modelbatch", "JAX jit(vmap)": "jax"}.get(name, "torch"))
+    case, configs = Case(network, 3, 8), [{"lr": 0.01}] * 3
+    batch, starts = case.data(), case.models()
+    alone = trained_alone(case.models(), [batch] * 3, False, cross_entropy, None, range(3), torch.optim.Adam, configs)
+    worker.ask(torch.set_num_threads, 2 if name == "process pool" else 1)
+    worker.ask(BASELINES[name], case.models(), torch.optim.Adam, configs, range(3))
+    worker.ask("run", [batch] * 3)
+    assert worker.ask("seconds").shape in ((3, 1), (3, 3))
+    for m, (model, start) in enumerate(zip(alone, starts, strict=True)):
+        for (parameter, value), before in zip(model.named_parameters(), start.parameters(), strict=True):
+            # In float32, where Adam divides gradients by their own size: nearly zero ones are all rounding.
+            moved = (value - before).norm()
+            assert (worker.ask("read", m, parameter) - value).norm() < 0.01 * moved
+
+
+def test_what_a_side_cannot_train_is_an_error_that_says_why(worker):
+    able, said = {}, []
+    for network in NETWORKS:
+        case = Case(network, 2, 4)
+        for name in ("modelbatch", "naive vmap", "JAX jit(vmap)"):
+            try:
+                worker.ask(BASELINES[name], case.models(), torch.optim.Adam, case.configs(), range(2))
+                worker.ask("run", [case.data()])
+                able.setdefault(name, set()).add(network)
+            except RuntimeError as error:
+                said.append(str(error))
+    assert able["naive vmap"] == {"MLP", "LeNet5", "GPT"}
+    reasons = "in JAX|is not installed|edited in place|BatchNorm|Batching rule not implemented for aten::lstm"
+    assert all(re.search(reasons, each) for each in said)
+
+
+# ------------------------------------------------------------------ processes
+
+
+def test_a_worker_says_what_went_wrong_there(worker):
+    with pytest.raises(RuntimeError, match="invalid literal for int"):
+        worker.ask(int, "x")
+    worker.ask(print, "on its own standard output")  # which is not where answers go
+    worker.ask(int, "7")
+    assert worker.ask("bit_length") == 3
+    assert not worker.ended
+
+
+def test_the_end_of_a_process_is_told():
+    with Worker(threads=1) as worker:
+        with pytest.raises(RuntimeError, match=r"took longer than 4 s"):
+            worker.ask(time.sleep, 600, patience=4.0)
+        assert worker.ended
+        with pytest.raises(RuntimeError, match=r"The process ended \(-\d+\)\.$"):
+            worker.ask(int, "7")
+
+
+def test_malloc_is_set_in_all_processes_but_that_of_one_loop(here):
+    run_suite([Case("MLP", 2, 4)] * 2, sides=[LOOP_AS_IT_IS, LOOP, "naive vmap", "mbkit"], progress=False)
+    threads = torch.get_num_threads()
+    assert here == [(threads, False), (threads, True), (threads, True), (threads, True)]
+
+
+# ------------------------------------------------------------------ the suite
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory) -> SuiteResult:
+    cases = [Case("MLP", 2, 8), Case("MLP", 16, 8), Case("LSTM", 8, 4)]
+    file = tmp_path_factory.mktemp("suite") / "new" / "suite.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mbkit.benchmark.suite.SECONDS", 0.02)
-        for side in ("sequential", "naive vmap"):
-            patch.setitem(
-                BASELINES, side, None
-            )  # here, where mbkit has set the process up: they are measured elsewhere
-        return run_suite(cases, sides=["sequential", "mbkit", "naive vmap"], progress=False)
+        patch.setattr(suite, "SECONDS", 0.02)
+        result = run_suite(cases, sides=[LOOP_AS_IT_IS, LOOP, "naive vmap", "mbkit"], progress=False, save=file)
+    assert str(SuiteResult.load(file)) == str(result)
+    assert json.loads(file.read_text())["rows"] == result.rows
+    return result
 
 
-def test_a_side_that_cannot_train_a_network_has_a_dash(result):
-    assert sorted(result.rows[-1]["seconds"]) == ["mbkit", "sequential"]  # vmap has no rule for an LSTM
+def test_a_side_that_cannot_train_a_network_has_a_dash_and_a_reason(result):
+    assert sorted(result.rows[-1]["seconds"]) == ["mbkit", "sequential", "sequential, malloc set"]
+    assert result.rows[-1]["missing"].keys() == {"naive vmap"}
     assert result.table()[-1][5] == "-"
+    assert "naive vmap: Batching rule not implemented" in str(result)
 
 
 def test_ratios_are_those_of_medians_a_model_and_step(result):
     row = result.rows[1]
     medians = {side: statistics.median(times) for side, times in row["seconds"].items()}
-    assert result.ratio(row, "mbkit") == pytest.approx(medians["sequential"] / medians["mbkit"], rel=1e-9)
+    assert result.ratio(row, "mbkit") == pytest.approx(medians[LOOP] / medians["mbkit"], rel=1e-9)
+    assert f"{medians[LOOP_AS_IT_IS] / medians[LOOP]:.2f} x" == result.table()[2][4]  # what the setting alone gives
     assert row["how"]
     assert all(t > 0 for times in row["seconds"].values() for t in times)
+    # In a file from before there were two loops the one that there is takes its place.
+    old = {**row, "seconds": {side: times for side, times in row["seconds"].items() if side != LOOP}}
+    assert result.ratio(old, "mbkit") == pytest.approx(medians[LOOP_AS_IT_IS] / medians["mbkit"], rel=1e-9)
 
 
-def test_it_is_saved_and_loaded_and_drawn(result, tmp_path):
-    result.save(tmp_path / "new" / "suite.json")
-    json.loads((tmp_path / "new" / "suite.json").read_text())
-    loaded = SuiteResult.load(tmp_path / "new" / "suite.json")
-    assert str(loaded) == str(result)
-    picture = plots.scaling(result.growth())
-    assert [axes.get_xlabel() for axes in picture.axes] == ["models M, MLP, B = 32", "parameters, M = 8 or 16, B = 32"]
+def test_costs_are_kept_for_each_side(result):
+    for row in result.rows:
+        for side, costs in row["costs"].items():
+            assert side in row["seconds"]
+            assert min(costs["models"], costs["build"], costs["first"]) > 0
+            assert costs["memory"] is None or costs["memory"] >= 0
+    assert [line[:3] for line in result.costs()[1:]] == [line[:3] for line in result.table()[1:]]
+
+
+def test_it_is_drawn(result):
+    mlp, lstm = speed.speedups(result).axes
+    assert [label.get_text() for label in mlp.get_yticklabels()] == [LOOP_AS_IT_IS, "naive vmap", "mbkit"]
+    sides = ("sequential", "naive vmap", "mbkit")
+    assert [bar.get_width() for bar in mlp.patches] == pytest.approx([result.ratio(result.rows[1], s) for s in sides])
+    assert [bar.get_width() for bar in lstm.patches][1] == 0
+    assert [text.get_text() for text in lstm.texts][1] == "–"
+    axes = speed.growth(result).axes[0]
+    drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+    expected = [1e3 * result.timing(row, "mbkit").median for row in result.rows[:2]]
+    assert list(drawn["a step, mbkit"]) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="several numbers of models"):
+        speed.growth(SuiteResult(result.machine, result.rows[:1]))
+
+
+def test_after_its_minutes_no_case_is_begun_and_no_side_made_ready(here):
+    result = run_suite(CASES[:2], sides=[LOOP], minutes=1e-9, progress=False)
+    assert result.rows == []
+    result = run_suite([Case("MLP", 2, 4)] * 2, sides=[LOOP], minutes=1e-2, patience=60, progress=False)
+    assert len(result.rows) == 1
 
 
 def test_an_unknown_side_is_refused():
@@ -57,20 +203,39 @@ def test_an_unknown_side_is_refused():
         run_suite(CASES[:1], sides=["tortoise"])
 
 
-def test_the_end_of_that_process_is_told():
-    with Elsewhere() as away:
-        away._process.kill()
-        away._process.wait()
-        with pytest.raises(RuntimeError, match=r"process that measures other libraries ended \(-9\)"):
-            away.turn("sequential")
+@pytest.mark.parametrize("file", RECORDED, ids=lambda file: file.stem)
+def test_recorded_files_load_and_can_be_drawn(file, capsys):
+    terminal.main(["show", str(file)])
+    result = SuiteResult.load(file)
+    assert capsys.readouterr().out == f"{result}\n"
+    assert all(result.ratio(row, "mbkit") for row in result.rows)
+    speed.speedups(result)
+    speed.growth(result)
+    plots.scaling(result.growth())
 
 
-@pytest.mark.parametrize("cls", [ResNet, GPT, LSTMClassifier])
-def test_networks_learn_one_batch(cls):
+def test_the_terminal_measures_saves_and_draws(capsys, here, tmp_path):
+    file, bars, curves = (tmp_path / name for name in ("suite.json", "bars.png", "curves.png"))
+    terminal.main(["scale", str(file), "--models", "2", "4", "--threads", "1", "--curves", str(curves),
+                   "--figure", str(bars)])  # fmt: skip
+    result = SuiteResult.load(file)
+    assert [(row["network"], row["num_models"]) for row in result.rows] == [("MLP", 2), ("MLP", 4)]
+    assert result.rows[0]["seconds"].keys() == {LOOP, "mbkit"}
+    assert result.machine["threads"] == 1
+    assert "What mbkit takes" in capsys.readouterr().out
+    assert bars.read_bytes()[:4] == curves.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_all_cases_are_of_known_networks():
+    assert {case.network for case in CASES} == set(NETWORKS)
+    assert cases_of(["MLP"], [3], [4, 5]) == [Case("MLP", 3, 4), Case("MLP", 3, 5)]
+
+
+@pytest.mark.parametrize("name", ["ResNet", "GPT", "LSTM"])
+def test_networks_learn_one_batch(name):
     torch.manual_seed(0)
-    case = Case({GPT: "GPT", ResNet: "ResNet", LSTMClassifier: "LSTM"}[cls], 1, 8)
+    case = Case(name, 1, 8)
     (x, y), (model,) = case.data(), case.models()
-    assert isinstance(model, cls)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = []
     for _ in range(60):
@@ -80,42 +245,3 @@ def test_networks_learn_one_batch(cls):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
-
-
-SIDES = [(name, network) for name in BASELINES for network in ("MLP", "LeNet5")]
-SLOW = {("mbkit compiled", "LeNet5"): pytest.mark.slow}  # half a minute of compilation
-
-
-@pytest.mark.parametrize(("name", "network"), [pytest.param(*side, marks=SLOW.get(side, ())) for side in SIDES])
-def test_every_side_trains_the_models_that_it_is_given(name, network):
-    """After three steps of Adam at one rate each side's parameters are those of plain PyTorch."""
-    pytest.importorskip({"modelbatch": "modelbatch", "JAX jit(vmap)": "jax"}.get(name, "torch"))
-    case = Case(network, 2, 8)
-    (x, y), models = case.data(), case.models()
-    lones = copy.deepcopy(models)
-    starts = [{name: p.detach().clone() for name, p in lone.named_parameters()} for lone in lones]
-    side = BASELINES[name](models, torch.optim.Adam, [{"lr": 0.01}] * 2, [0, 1])
-    assert side.num_models == 2
-    side.run([(x, y)] * 3)
-    assert side.seconds().shape in ((3, 1), (3, 2))
-    for m, lone in enumerate(lones):
-        optimizer = torch.optim.Adam(lone.parameters(), lr=0.01)
-        for _ in range(3):
-            optimizer.zero_grad()
-            cross_entropy(lone(x), y).backward()
-            optimizer.step()
-        for parameter, value in lone.named_parameters():
-            moved = (value.detach() - starts[m][parameter]).norm()
-            # In float32, where Adam divides gradients by their own size: nearly zero ones are all rounding.
-            assert (side.read(m, parameter) - value.detach()).norm() < 0.01 * moved
-
-
-def test_every_network_trains_with_every_side_or_has_a_dash():
-    """What a side cannot train is None or an error at its first step, and never a wrong row in the table."""
-    for network in NETWORKS:
-        case = Case(network, 2, 4)
-        turns = Turns(case, ["sequential", "modelbatch", "naive vmap"], seconds=0.0)
-        assert turns.counts["sequential"] == 1
-        assert len(turns.turn("sequential")) == 1
-        assert turns.parameters == sum(p.numel() for p in case.models()[0].parameters())
-        assert ("naive vmap" in turns.counts) == (network in ("MLP", "LeNet5", "GPT"))
