@@ -1,12 +1,13 @@
-"""python -m mbkit: the story and the benchmark from a terminal."""
+"""python -m mbkit: the story, the benchmark and the lessons from a terminal."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +20,8 @@ from .data.load import load_images
 from .lessons.consistency import PRESETS, PUBLISHED, dissect, preset, run, switches
 from .lessons.demo_result import DEMO_FAULTS
 
-MOST_THREADS = 1024  # what torch cannot start would end the process
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,63 +31,67 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 2 for a wrong argument, 130 after Ctrl-C."""
-    parser = _build_parser()
-    options = parser.parse_args(arguments)
+    options = _build_parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, TypeError, OSError) as error:
         print(f"{options.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m mbkit",
         description="Train many models at once, each exactly as if it were trained alone. Without a command: the story "
-        "of the published table that nobody could explain, then a benchmark that fits into a minute.",
+        "of the published table that nobody could explain, then a benchmark.",
     )
-    parser.add_argument("--figure", type=Path, default=Path("mbkit.png"), help="where the picture goes (%(default)s)")
+    parser.add_argument("--figure", type=_picture, default="mbkit.png", help="where the picture goes (%(default)s)")
     parser.set_defaults(run=_story, prog=parser.prog)
-    commands = parser.add_subparsers(title="commands", metavar="")
-
-    check = commands.add_parser("consistency", help="train the demo's models alone and in a batch, and compare")
-    check.add_argument("--preset", default="published", help=f"one of {', '.join(PRESETS)} (%(default)s)")
-    check.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="learning rates, one per model")
-    check.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each seed")
-    check.add_argument("--epochs", type=int, help="how often each point is seen")
-    check.add_argument("--samples", type=int, help="number of points")
-    check.add_argument("--optimizer", help="a class of torch.optim")
-    faults = f"what to plant: none, or any of {', '.join(DEMO_FAULTS)} (all of them, as published)"
-    check.add_argument("--fault", nargs="+", metavar="FAULT", default=list(DEMO_FAULTS), help=faults)
-    check.add_argument("--dissect", action="store_true", help="run all combinations of the faults instead")
-    check.set_defaults(run=_consistency, prog=check.prog)
-
-    bench = commands.add_parser("benchmark", help="train LeNets alone and in a batch, and time both")
-    bench.add_argument("--models", type=int, default=16, help="how many (%(default)s)")
-    bench.add_argument("--epochs", type=int, default=1, help="walks through the training images (%(default)s)")
-    bench.add_argument("--dataset", default="auto", choices=["auto", "cifar10", "digits"], help="(%(default)s)")
-    bench.add_argument("--images", type=int, help="train on that many of them only")
-    bench.add_argument("--batch-size", type=int, default=128, help="images in a batch (%(default)s)")
-    bench.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="learning rates, one per model")
-    bench.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
-    bench.add_argument("--batch-only", action="store_true", help="leave out the models alone")
-    bench.add_argument("--save", type=Path, metavar="FILE", help="write the raw runs as JSON")
-    bench.add_argument("--figure", type=Path, help="save a picture")
-    bench.add_argument("--suite", action="store_true", help="measure every way to train, case by case, instead")
-    bench.set_defaults(run=_benchmark, prog=bench.prog)
-
-    lab = commands.add_parser("lab", help="open the notebooks in JupyterLab")
-    lab.set_defaults(run=_lab, prog=lab.prog)
+    commands = parser.add_subparsers(title="commands", metavar="command")
+    for name, (help_, add_options, run_) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_)
+        add_options(command)
+        command.set_defaults(run=run_, prog=command.prog)
     return parser
 
 
+# What options take, checked before anything else happens.
+
+
+def _whole(most: int | None = None) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        number = int(text)
+        if number < 1 or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"expected {f'1 to {most}' if most else '1 or more'}, got {text}")
+        return number
+
+    return whole
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that can be written to, got {text}")
+    return path
+
+
+def _picture(text: str) -> Path:
+    if Path(text).suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"expected a name that ends in {', '.join(PICTURES)}, got {text}")
+    return _file(text)
+
+
+# The story, where no command is given.
+
+
 def _story(options: argparse.Namespace) -> None:
+    from .figures.plots import story_figure
+
     _title("1. A published table that nobody could explain")
-    print("A library trained three models in one batch, and they ended elsewhere than the same three trained alone.")
+    print("A library trained three models in one batch, and they ended elsewhere than the\nsame three trained alone.")
     published = run("published")
     rows = [["", "Model 0", "Model 1", "Model 2"]]
     for name, row in published.table().items():
@@ -94,9 +99,8 @@ def _story(options: argparse.Namespace) -> None:
     print(f"\n{text_table(rows)}\n\nMax difference: {published.max_difference:.1%}, {published.verdict}")
     print("reproduced to the decimal" if published.table() == PUBLISHED else "NOT reproduced on this machine")
 
-    _title("2. The fix: zero_grad() clears the stacked gradients; and the same weights, the same batches")
-    fixed = run("published", gradients="cleared", weights="same", order="same")
-    print(fixed)
+    _title("2. The fix: zero_grad() clears the stacked gradients; same weights, same batches")
+    print(run("published", gradients="cleared", weights="same", order="same"))
 
     _title("3. Three causes in one table: all eight combinations")
     eight = dissect("published")
@@ -108,11 +112,32 @@ def _story(options: argparse.Namespace) -> None:
         data = data.subset(8000, 2000)
     measured = run_benchmark(data, 16, epochs=4, max_steps=60)
     print(measured)
-
-    from .figures.plots import story_figure
-
     _save(story_figure(published, eight, measured), options.figure)
     print("\nThe lessons: python -m mbkit lab      (after: pip install -e '.[lab]')")
+
+
+def _title(text: str) -> None:
+    print(f"\n{text}\n{'=' * len(text)}\n")
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path)
+    print(f"\nPicture: {path}")
+
+
+# consistency
+
+
+def _consistency_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--preset", default="published", help=f"one of {', '.join(PRESETS)} (%(default)s)")
+    command.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="learning rates, one per model")
+    command.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each seed")
+    command.add_argument("--epochs", type=int, help="how often each point is seen")
+    command.add_argument("--samples", type=int, help="number of points")
+    command.add_argument("--optimizer", help="a class of torch.optim")
+    faults = f"what to plant: none, or any of {', '.join(DEMO_FAULTS)} (all of them, as published)"
+    command.add_argument("--fault", nargs="+", metavar="FAULT", default=list(DEMO_FAULTS), help=faults)
+    command.add_argument("--dissect", action="store_true", help="run all combinations of the faults instead")
 
 
 def _consistency(options: argparse.Namespace) -> None:
@@ -125,9 +150,25 @@ def _consistency(options: argparse.Namespace) -> None:
         print(dissect(seeded) if options.dissect else run(seeded, **chosen), end="\n\n")
 
 
+# benchmark
+
+
+def _benchmark_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--models", type=_whole(), default=16, help="how many (%(default)s)")
+    command.add_argument("--epochs", type=_whole(), default=1, help="walks through the training images (%(default)s)")
+    command.add_argument("--dataset", default="auto", choices=["auto", "cifar10", "digits"], help="(%(default)s)")
+    command.add_argument("--images", type=_whole(), help="train on that many of them only")
+    command.add_argument("--batch-size", type=_whole(), default=128, help="images in a batch (%(default)s)")
+    command.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="learning rates, one per model")
+    # What torch cannot start would end the process.
+    command.add_argument("--threads", type=_whole(1024), default=torch.get_num_threads(), help="of torch (%(default)s)")
+    command.add_argument("--batch-only", action="store_true", help="leave out the models alone")
+    command.add_argument("--save", type=_file, metavar="FILE", help="write the raw runs as JSON")
+    command.add_argument("--figure", type=_picture, metavar="FILE", help="save a picture")
+    command.add_argument("--suite", action="store_true", help="measure every way to train, case by case, instead")
+
+
 def _benchmark(options: argparse.Namespace) -> None:
-    if not 1 <= options.threads <= MOST_THREADS:
-        raise ValueError(f"Expected 1 to {MOST_THREADS} threads, got {options.threads}.")
     torch.set_num_threads(options.threads)
     result = run_suite() if options.suite else _race(options)
     print(result)
@@ -148,22 +189,35 @@ def _race(options: argparse.Namespace) -> BenchmarkResult:
     return run_benchmark(data, options.models, alone=not options.batch_only, **settings)
 
 
-def _lab(options: argparse.Namespace) -> None:
-    if not NOTEBOOKS.is_dir():
+# lab
+
+
+def _lab_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--no-browser", action="store_true", help="only print the address")
+
+
+def _lab(options: argparse.Namespace) -> int:
+    first = next((path for name in ("index*", "0*") for path in sorted(NOTEBOOKS.glob(f"{name}.ipynb"))), None)
+    if first is None:
         raise FileNotFoundError("The notebooks come with a checkout of mbkit, not with a wheel: clone it first.")
     if importlib.util.find_spec("jupyterlab") is None:
         raise FileNotFoundError("JupyterLab is not installed: pip install -e '.[lab]'")
-    subprocess.run([sys.executable, "-m", "jupyterlab", str(NOTEBOOKS)], check=False)
+    command = [sys.executable, "-m", "jupyterlab", str(first), *["--no-browser"] * options.no_browser]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")  # or JupyterLab refuses to start
+    return subprocess.run(command, check=False).returncode
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path)
-    print(f"\nPicture: {path}")
-
-
-def _title(text: str) -> None:
-    print(f"\n{text}\n{'=' * len(text)}\n")
-
+# A command: what --help says of it, a function that adds its options, and one that runs it.
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any]]] = {
+    "consistency": (
+        "train the demo's models alone and in a batch, and compare",
+        _consistency_options,
+        _consistency,
+    ),
+    "benchmark": ("train LeNets alone and in a batch, and time both", _benchmark_options, _benchmark),
+    "lab": ("open the lessons in JupyterLab", _lab_options, _lab),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

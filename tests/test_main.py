@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,14 +58,18 @@ def test_benchmark_measures_saves_and_draws(capsys, tmp_path):
         (["consistency", "--lrs", "-1"], "learning rates of 0 or more"),
         (["consistency", "--lrs", "fast"], "invalid float value: 'fast'"),
         (["consistency", "--optimizer", "Adamm"], "Did you mean 'Adam'?"),
-        (["benchmark", "--models", "0"], "num_models"),
+        (["benchmark", "--models", "0"], "--models: expected 1 or more, got 0"),
+        (["benchmark", "--figure", "no/such/folder.png"], "--figure: expected a file in a folder"),
+        (["benchmark", "--save", "no/such/runs.json"], "--save: expected a file in a folder"),
+        (["--figure", "story.txt"], "--figure: expected a name that ends in .png"),
         (["benchmark", "--dataset", "mnist"], "invalid choice: 'mnist'"),
-        (["benchmark", "--threads", "0"], "Expected 1 to 1024 threads, got 0"),
-        (["benchmark", "--threads", "100000000000"], "Expected 1 to 1024 threads"),
-        (["benchmrk"], "invalid choice"),
+        (["benchmark", "--threads", "0"], "--threads: expected 1 to 1024, got 0"),
+        (["benchmark", "--threads", "100000000000"], "--threads: expected 1 to 1024"),
+        (["benchmrk"], "argument command: invalid choice"),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_status_2(arguments, words, capsys):
+def test_a_wrong_argument_is_one_line_and_status_2_before_anything_is_loaded(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr("mbkit.__main__.load_images", lambda *_, **__: pytest.fail("it loads images first"))
     try:
         status = main(arguments)
     except SystemExit as end:
@@ -81,6 +86,20 @@ def test_help_names_the_options(command, capsys):
         main([*command, "--help"])
     assert end.value.code == 0
     assert "usage: python -m mbkit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_lab_opens_the_first_lesson_and_returns_what_jupyterlab_returns(root, monkeypatch):
+    called = []
+    monkeypatch.setattr("os.geteuid", lambda: 0 if root else 1000)
+    monkeypatch.setattr("subprocess.run", lambda command, **_: called.append(command) or SimpleNamespace(returncode=3))
+    assert main(["lab", "--no-browser"]) == 3
+    assert main(["lab"]) == 3
+    quiet, loud = called
+    assert quiet[1:3] == ["-m", "jupyterlab"]
+    assert quiet[3].endswith(".ipynb")
+    assert {*quiet} - {*loud} == {"--no-browser"}
+    assert ("--allow-root" in quiet) == root
 
 
 def test_import_is_light():

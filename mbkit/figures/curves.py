@@ -16,12 +16,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from PIL import Image
 from torch import Tensor
 
-ALONE, BATCHED, WRONG, RIGHT, GRAY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#767676"
+ALONE, BATCHED, WRONG, RIGHT, GRAY, MARK = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#767676", "#000000"
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")  # drawn ten times faster than a formula
-CEILING = 1.25  # times the largest first loss: there a loss axis ends, and beyond it a model counts as diverged
+CEILING = 1.25  # times the highest first loss: there a loss axis ends, and beyond it a model counts as diverged
+DIVERGED = f"diverged: the last loss is not a number, or above {CEILING:g} times the highest first loss."
 LOWEST = -4  # log10 of the last loss in units of the first: a map's darkest color, and the end of its loss axis
 
 
@@ -45,19 +47,20 @@ class Picture(Figure):
         Image.frombuffer("RGBA", size, self.canvas.buffer_rgba()).save(out, "png", compress_level=1)
         return out.getvalue()
 
-    def png(self, colors: int = 128) -> bytes:
+    def png(self) -> bytes:
         """Return a PNG that is small: with a palette, a quarter of the size of one without."""
-        return palette_png(self.frame(), colors)
+        return palette_png(self.frame())
 
-    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        return self.png(), {"width": round(100 * self.get_figwidth())}
+    def _repr_png_(self) -> tuple[bytes, dict[str, Any]]:
+        panels = [f"{axes.get_title()} {axes.get_ylabel()} against {axes.get_xlabel()}".strip() for axes in self.axes]
+        return self.png(), {"width": round(100 * self.get_figwidth()), "alt": "; ".join(panels)}
 
 
-def palette_png(png: bytes, colors: int = 128) -> bytes:
-    """Return the same PNG with a palette of so many colors."""
+def palette_png(png: bytes) -> bytes:
+    """Return the same PNG with a palette of 128 colors."""
     image, out = Image.open(io.BytesIO(png)), io.BytesIO()
     # Maximum coverage keeps colors that few pixels have: a small red cross stays red.
-    image = image.convert("RGB").quantize(colors, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    image = image.convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     image.save(out, "png", optimize=True)
     return out.getvalue()
 
@@ -113,10 +116,10 @@ class LearningRates(Live):
             tidy(axes)
         label_decades(self.right.xaxis)
         curves = self.left.add_collection(LineCollection([], colors=self.colors, linewidths=1.1), autolim=False)
-        (chosen,) = self.left.plot([], [], color=WRONG, linewidth=3)
+        (chosen,) = self.left.plot([], [], color=MARK, linewidth=2.5)
         (median,) = self.right.plot([], [], color=GRAY, linewidth=1.2, label="median of the seeds")
         dots = self.right.scatter(self.rates.tolist(), [math.nan] * len(self.rates), c=self.colors, s=22, zorder=3)
-        (lost,) = self.right.plot([], [], "x", color=WRONG, markersize=7, label="diverged", clip_on=False)
+        (lost,) = self.right.plot([], [], "x", color=WRONG, markersize=7, label="diverged", clip_on=False, zorder=4)
         self._animate(curves, chosen, median, dots, lost, _ring(self.right), _caption(self.left))
         above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2, "borderpad": 0.2, "columnspacing": 1}
         self.right.legend(handles=[median, lost], fontsize=8, frameon=False, **above)
@@ -126,22 +129,23 @@ class LearningRates(Live):
         """Show `loss` [t, M], the first t steps, and mark the model `highlight`."""
         curves, chosen, median, dots, lost, ring, count = self.artists
         loss = loss.detach().cpu().double()
-        gone, shown = diverged(loss, self.window), smooth(loss, self.window)
-        shown = shown.masked_fill(~(shown <= ceiling(loss)), math.nan)  # [t, M]: left out, not drawn at the edge
+        gone, shown = diverged(loss, self.window), smooth(loss, self.window)  # [t, M]; what diverges leaves at the top
         self._scale(shown.nan_to_num(nan=math.inf).min().item(), ceiling(loss))
         steps = torch.arange(1, len(shown) + 1, dtype=torch.float64)
         lines = torch.stack([steps[:, None].expand_as(shown), shown], -1).transpose(0, 1)  # [M, t, 2]
         curves.set_segments(list(lines.numpy()))
-        last = shown[-1] if self.accuracy is None else 100 * self.accuracy.cpu().double()
-        last = last.masked_fill(gone, math.nan)
+        if self.accuracy is None:
+            place = shown[-1].masked_fill(gone, self.right.get_ylim()[1])  # what diverged is marked at the upper edge
+        else:
+            place = 100 * self.accuracy.cpu().double()  # a network that diverged has one too, such as a guesser's
+        last = place.masked_fill(gone, math.nan)
         dots.set_offsets(torch.stack([self.rates, last], 1).numpy())
         rates = self.rates.unique()
         median.set_data(rates.tolist(), [last[self.rates == rate].nanquantile(0.5).item() for rate in rates])
-        edge = self.right.get_ylim()[self.accuracy is None]  # where losses are worst, or accuracies
-        lost.set_data(self.rates[gone].tolist(), [edge] * int(gone.sum()))
-        place = edge if highlight is not None and gone[highlight] else last[highlight or 0]
-        ring.set_data(*([[], []] if highlight is None else [[self.rates[highlight].item()], [float(place)]]))
-        chosen.set_data(*([[], []] if highlight is None else lines[highlight].T.tolist()))
+        lost.set_data(self.rates[gone].tolist(), place[gone].tolist())
+        at = slice(0, 0) if highlight is None else slice(highlight, highlight + 1)
+        ring.set_data(self.rates[at].tolist(), place[at].tolist())
+        chosen.set_data(*lines[at].reshape(-1, 2).T.tolist())
         count.set_text(
             f"{self.title}step {len(loss)} of {self.steps}, {int(gone.sum())} of {len(gone)} models diverged"
         )
@@ -181,10 +185,10 @@ class RateMap(Live):
         self.right.set_ylim(10.0**LOWEST, 10.0)
         tidy(self.right)
         label_decades(self.right.yaxis)
-        (curve,) = self.right.plot([], [], color=ALONE, linewidth=2)
+        (curve,) = self.right.plot([], [], color=MARK, linewidth=2)
         self._animate(image, _ring(self.left), curve, _caption(self.left), _caption(self.right))
 
-    def update(self, outcome: Any, chosen: tuple[int, int] | None = None) -> None:
+    def update(self, outcome: Any, chosen: tuple[int, int]) -> None:
         """Show the networks as they are after the steps so far, and mark the one in row and column `chosen`."""
         image, ring, curve, left, right = self.artists
         lost = outcome.diverged
@@ -194,8 +198,6 @@ class RateMap(Live):
         left.set_text(
             f"step {steps} of {outcome.steps}: {int(lost.sum()):,} of {lost.numel():,} networks diverged (white)"
         )
-        if chosen is None:
-            return
         row, column = chosen
         first, second = self.rates[0][column].item(), self.rates[1][row].item()
         ring.set_data([math.log10(first)], [math.log10(second)])
@@ -204,9 +206,17 @@ class RateMap(Live):
         right.set_text(f"rates {first:.4g} and {second:.4g}{': diverged' if lost[row, column] else ''}")
 
 
+def place_in(axes: Axes, across: float, down: float) -> tuple[float, float] | None:
+    """Return where in a panel, 0 to 1 from its left and from below, a part of the picture is; None outside of it."""
+    box = axes.get_position()
+    along, up = (across - box.x0) / box.width, (1 - down - box.y0) / box.height
+    return (along, up) if 0 <= along <= 1 and 0 <= up <= 1 else None
+
+
 def _ring(axes: Axes) -> Artist:
-    """What marks the chosen model."""
-    return axes.plot([], [], "o", color=WRONG, markersize=11, fillstyle="none", markeredgewidth=2.5)[0]
+    """What marks the chosen model: black in white, to be seen on any color."""
+    look = {"markersize": 11, "fillstyle": "none", "markeredgewidth": 2, "zorder": 5}
+    return axes.plot([], [], "o", color=MARK, path_effects=[withStroke(linewidth=5, foreground="white")], **look)[0]
 
 
 def _caption(axes: Axes) -> Artist:

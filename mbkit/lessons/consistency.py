@@ -71,7 +71,25 @@ def walk(demo: Demo | str, gradients: str = "stale", weights: str = "other", ord
         if value not in SWITCHES[switch]:
             raise ValueError(f"Expected {' or '.join(SWITCHES[switch])} for {switch}, got {value!r}.")
     demo = preset(demo) if isinstance(demo, str) else demo
-    return _compare(demo, _alone(demo), gradients, weights, order)
+    draws, answers, path = _alone(demo)
+    shared = order == "other"
+    # No dropout, so the seeds decide nothing.
+    batch = ModelBatch(draws.models if weights == "same" else draws.other_models, shared, seeds=range(demo.num_models))
+    configs = [{"lr": rate} for rate in demo.learning_rates]
+    if gradients == "stale":
+        optimizer = StaleGradientOptimizer(batch, demo.optimizer_cls, configs)
+    else:
+        optimizer = OptimizerFactory(demo.optimizer_cls).create_optimizer(batch, configs)
+    steps = draws.other_order if shared else [torch.stack(each) for each in zip(*draws.orders, strict=True)]  # [(M,) B]
+    seen, right, gaps = 0, 0, path.new_empty(path.shape[:2])  # gaps [steps, M]
+    for step, indices in enumerate(steps):
+        x, y = draws.points[indices], draws.labels[indices]
+        _, outputs = batch_step(batch, optimizer, x, y, F.cross_entropy, shared_targets=shared)  # [M, B, K]
+        seen, right = seen + indices.shape[-1], right + (outputs.argmax(-1) == y).sum(-1)
+        batched = torch.cat([p.detach().flatten(1) for p in batch.parameters()], 1)  # [M, P]
+        gaps[step] = gap(batched, path[step]).amax(1)
+        accuracies = answers[: step + 1].sum(0).double() / seen, right.double() / seen
+        yield Outcome(demo, gradients, weights, order, *accuracies, gaps[: step + 1])
 
 
 def dissect(demo: Demo | str) -> Dissection:
@@ -100,28 +118,3 @@ def _alone(demo: Demo) -> tuple[Draws, Tensor, Tensor]:
         answers.append(torch.stack(correct))
         paths.append(torch.stack(path))
     return draws, torch.stack(answers, 1), torch.stack(paths, 1)
-
-
-def _compare(
-    demo: Demo, alone: tuple[Draws, Tensor, Tensor], gradients: str, weights: str, order: str
-) -> Iterator[Outcome]:
-    """Train all models at once; after each step compare all steps so far."""
-    draws, answers, path = alone
-    shared = order == "other"
-    # No dropout, so the seeds decide nothing.
-    batch = ModelBatch(draws.models if weights == "same" else draws.other_models, shared, seeds=range(demo.num_models))
-    configs = [{"lr": rate} for rate in demo.learning_rates]
-    if gradients == "stale":
-        optimizer = StaleGradientOptimizer(batch, demo.optimizer_cls, configs)
-    else:
-        optimizer = OptimizerFactory(demo.optimizer_cls).create_optimizer(batch, configs)
-    steps = draws.other_order if shared else [torch.stack(each) for each in zip(*draws.orders, strict=True)]  # [(M,) B]
-    seen, right, gaps = 0, 0, path.new_empty(path.shape[:2])  # gaps [steps, M]
-    for step, indices in enumerate(steps):
-        x, y = draws.points[indices], draws.labels[indices]
-        _, outputs = batch_step(batch, optimizer, x, y, F.cross_entropy, shared_targets=shared)  # [M, B, K]
-        seen, right = seen + indices.shape[-1], right + (outputs.argmax(-1) == y).sum(-1)
-        batched = torch.cat([p.detach().flatten(1) for p in batch.parameters()], 1)  # [M, P]
-        gaps[step] = gap(batched, path[step]).amax(1)
-        accuracies = answers[: step + 1].sum(0).double() / seen, right.double() / seen
-        yield Outcome(demo, gradients, weights, order, *accuracies, gaps[: step + 1])

@@ -15,19 +15,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ..common.checks import check_seeds, did_you_mean
+from ..common.checks import check_seeds, did_you_mean, whole_number
 from ..common.random_streams import seeded
 from ..data.load import demo_points
 from ..models import TinyMLP
 
 __all__ = ["PRESETS", "Demo", "Draws", "draw", "preset"]
+
+
+# LBFGS wants a closure, SparseAdam sparse gradients.
+OPTIMIZERS = {
+    name: cls
+    for name, cls in vars(torch.optim).items()
+    if name not in ("Optimizer", "LBFGS", "SparseAdam") and isinstance(cls, type) and issubclass(cls, Optimizer)
+}
 
 
 @dataclass(frozen=True)
@@ -64,20 +73,15 @@ dtype=torch.float32)
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if not isinstance(self.learning_rates, Iterable) or not isinstance(self.sizes, Iterable):
-            raise TypeError(f"Expected lists of learning rates and of sizes, got {self.learning_rates}, {self.sizes}.")
-        object.__setattr__(self, "learning_rates", tuple(float(rate) for rate in self.learning_rates))
-        object.__setattr__(self, "sizes", tuple(self.sizes))
-        if not self.learning_rates:
-            raise ValueError("Expected one learning rate per model, got none: pass a list such as [0.001, 0.01].")
-        for rate in self.learning_rates:
-            if not 0 <= rate < math.inf:
-                raise ValueError(f"Expected learning rates of 0 or more, got {rate:g}: choose another, such as 0.01.")
+        for name in ("learning_rates", "sizes"):
+            if not isinstance(getattr(self, name), Iterable):
+                raise TypeError(f"Expected a list as {name}, got {getattr(self, name)!r}: pass [...].")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.learning_rates or not all(0 <= rate < math.inf for rate in self.learning_rates):
+            raise ValueError(f"Expected learning rates of 0 or more, one per model, got {[*self.learning_rates]}.")
         for name in ("epochs", "batch_size", "samples", "sizes"):
-            value = getattr(self, name)
-            for number in value if name == "sizes" else (value,):
-                if not isinstance(number, int) or number < 1:
-                    raise ValueError(f"Expected whole numbers of at least 1 as {name}, got {value}.")
+            for number in self.sizes if name == "sizes" else [getattr(self, name)]:
+                whole_number(number, name)
         if len(self.sizes) < 2 or not 2 <= self.sizes[-1] <= min(self.sizes[0], self.samples):
             raise ValueError(
                 "Expected sizes from inputs to classes, with 2 classes or more, and for each class an input that marks "
@@ -86,7 +90,13 @@ dtype=torch.float32)
         check_seeds([self.seed], 1)
         if self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"Expected torch.float32 or torch.float64 as dtype, got {self.dtype}.")
-        object.__setattr__(self, "optimizer", _optimizer_name(self.optimizer))
+        name = getattr(self.optimizer, "__name__", self.optimizer)
+        if name not in OPTIMIZERS or self.optimizer not in (name, OPTIMIZERS[name]):
+            guess = did_you_mean(str(name), OPTIMIZERS)
+            raise ValueError(
+                f"Expected a class of torch.optim that steps by dense gradients, got {self.optimizer!r}.{guess}"
+            )
+        object.__setattr__(self, "optimizer", name)
 
     @property
     def num_models(self) -> int:
@@ -96,18 +106,7 @@ dtype=torch.float32)
     @property
     def optimizer_cls(self) -> type[torch.optim.Optimizer]:
         """The class that `optimizer` names."""
-        return getattr(torch.optim, self.optimizer)
-
-
-def _optimizer_name(optimizer: str | type) -> str:
-    base, unfit = torch.optim.Optimizer, (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
-    fit = {name: c for name, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, base)}
-    fit = {name: c for name, c in fit.items() if c not in unfit}  # LBFGS wants a closure, SparseAdam sparse gradients
-    name = optimizer.__name__ if isinstance(optimizer, type) else str(optimizer)
-    if name not in fit or (isinstance(optimizer, type) and fit[name] is not optimizer):
-        guess = did_you_mean(name, fit)
-        raise ValueError(f"Expected a class of torch.optim that steps by dense gradients, got {optimizer!r}.{guess}")
-    return name
+        return OPTIMIZERS[self.optimizer]
 
 
 PRESETS: dict[str, Demo] = {
@@ -125,8 +124,7 @@ def preset(name: str, **changes: Any) -> Demo:
         **changes: settings of `Demo`.
 
     Raises:
-        ValueError: an unknown preset, or settings that cannot be trained.
-        TypeError: an unknown setting.
+        ValueError, TypeError: an unknown preset or setting, or settings that cannot be trained.
 
     Example:
         >>> preset("full", epochs=2, seed=7).sizes
@@ -134,10 +132,6 @@ def preset(name: str, **changes: Any) -> Demo:
     """
     if name not in PRESETS:
         raise ValueError(f"Expected a preset, got {name!r}.{did_you_mean(name, PRESETS)}")
-    known = [field.name for field in fields(Demo)]
-    for change in changes:
-        if change not in known:
-            raise TypeError(f"Expected a setting of the demo, got {change!r}.{did_you_mean(change, known)}")
     return replace(PRESETS[name], **changes)
 
 

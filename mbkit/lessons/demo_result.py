@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ SWITCHES = {"gradients": ("stale", "cleared"), "weights": ("other", "same"), "or
 DEMO_FAULTS = [f"{wrong}-{switch}" for switch, (wrong, _) in SWITCHES.items()]  # their names in `faults.FAULTS`
 
 
-def switches(faults: Iterable[str]) -> dict[str, str]:
+def switches(faults: Collection[str]) -> dict[str, str]:
     """Translate names of faults into the arguments of `run` that plant these and no others.
 
     Raises:
@@ -42,12 +42,10 @@ def switches(faults: Iterable[str]) -> dict[str, str]:
         >>> switches(["stale-gradients"])
         {'gradients': 'stale', 'weights': 'same', 'order': 'same'}
     """
-    faults = set(faults)
-    for fault in sorted(faults - set(DEMO_FAULTS)):
-        raise ValueError(f"Expected a fault of the demo, got {fault!r}.{did_you_mean(fault, DEMO_FAULTS)}")
-    return {
-        switch: both[name not in faults] for name, (switch, both) in zip(DEMO_FAULTS, SWITCHES.items(), strict=True)
-    }
+    unknown = sorted(set(faults) - set(DEMO_FAULTS))
+    if unknown:
+        raise ValueError(f"Expected a fault of the demo, got {unknown[0]!r}.{did_you_mean(unknown[0], DEMO_FAULTS)}")
+    return {switch: wrong if f"{wrong}-{switch}" in faults else right for switch, (wrong, right) in SWITCHES.items()}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,7 +83,7 @@ class Outcome(Tables):
     @property
     def faults(self) -> list[str]:
         """The names, in `faults.FAULTS`, of what was planted."""
-        return [name for name in (f"{getattr(self, switch)}-{switch}" for switch in SWITCHES) if name in DEMO_FAULTS]
+        return [f"{wrong}-{switch}" for switch, (wrong, _) in SWITCHES.items() if getattr(self, switch) == wrong]
 
     @property
     def parameters_agree(self) -> bool:
@@ -104,36 +102,30 @@ class Outcome(Tables):
         return {name: [f"{value:.1%}" for value in row.tolist()] for name, row in rows.items()}
 
     def _tables(self) -> list[tuple[str, list[list[str]]]]:
-        models = [f"Model {m}" for m in range(self.demo.num_models)]
-        rates = ["learning rate", *(f"{rate:g}" for rate in self.demo.learning_rates)]
-        steps = len(self.parameter_difference)
-        shown = sorted({step for step in (1, 2, 3, 5, 10, 30, 100, 300, 1000, steps) if step <= steps})
-        growth = [[f"{step}", *map(_small, self.parameter_difference[step - 1].tolist())] for step in shown]
-        tables = [(self._title(), [["", *models], rates, *([name, *row] for name, row in self.table().items())])]
-        if self.demo == PRESETS["published"] and len(self.faults) == len(SWITCHES):
-            tables.append(("As the library printed it", [["", *models], *([k, *row] for k, row in PUBLISHED.items())]))
-        tables.append((self._judgment(), []))
-        tables.append(("Largest difference of a parameter", [["after step", *models], *growth]))
-        return tables
-
-    def _title(self) -> str:
-        chosen = (
+        demo, steps = self.demo, len(self.parameter_difference)
+        title = (
             f"{self.gradients.capitalize()} gradients, {self.weights} initial weights, {self.order} order of batches"
         )
-        return f"{chosen} ({self.demo.optimizer}, epochs: {self.demo.epochs}, seed: {self.demo.seed})"
-
-    def _judgment(self) -> str:
-        text = (
-            f"Max difference: {self.max_difference:.1%}\n{self.verdict} (tolerance: {100 * ACCURACY_TOLERANCE:g} "
-            f"percentage points; for parameters {PARAMETER_TOLERANCE:.0%} of the learning rate in the first "
+        title += f"\n({demo.optimizer}, epochs: {demo.epochs}, seed: {demo.seed})"
+        head = ["", *(f"Model {m}" for m in range(demo.num_models))]
+        rates = ["learning rate", *(f"{rate:g}" for rate in demo.learning_rates)]
+        tables = [(title, [head, rates, *([name, *row] for name, row in self.table().items())])]
+        if demo == PRESETS["published"] and len(self.faults) == len(SWITCHES):
+            tables.append(("As the library printed it", [head, *([name, *row] for name, row in PUBLISHED.items())]))
+        judged = (
+            f"Max difference: {self.max_difference:.1%}\n{self.verdict}\n(tolerance: {100 * ACCURACY_TOLERANCE:g} "
+            f"percentage points; for parameters {PARAMETER_TOLERANCE:.0%} of the learning rate\nin the first "
             f"{JUDGED_STEPS} steps)"
         )
         if not self.faults and self.parameters_agree and self.verdict == "DIVERGENT":
-            text += (
-                "\nNothing was planted and the first steps agree: this is rounding, grown by training at these rates."
-            )
-            text += " Try dtype=torch.float64." if self.demo.dtype == torch.float32 else ""
-        return text
+            judged += "\nNothing was planted and the first steps agree: this is rounding, grown by training\n"
+            judged += "at these rates." + (" Try dtype=torch.float64." if demo.dtype == torch.float32 else "")
+        shown = sorted({step for step in (1, 2, 3, 5, 10, 30, 100, 300, 1000, steps) if step <= steps})
+        growth = [
+            [f"{step}", *(f"{gap:.1e}" if gap else "0" for gap in self.parameter_difference[step - 1].tolist())]
+            for step in shown
+        ]
+        return [*tables, (judged, []), ("Largest difference of a parameter", [["after step", *head[1:]], *growth])]
 
 
 class Dissection(Tables, tuple):
@@ -146,17 +138,24 @@ class Dissection(Tables, tuple):
     causes = tuple(DEMO_FAULTS)
 
     def _tables(self) -> list[tuple[str, list[list[str]]]]:
-        demo = self[0].demo
-        models = [f"Model {m}" for m in range(demo.num_models)]
-        rows = [[*SWITCHES, *models, "max diff", "step 1", f"step {len(self[0].parameter_difference)}", "verdict"]]
+        demo, steps = self[0].demo, len(self[0].parameter_difference)
+        models = [f"m = {m}" for m in range(demo.num_models)]
+        rows = [["grads", *list(SWITCHES)[1:], *models, "diff", "step 1", f"step {steps}", "verdict"]]
         rows.append(["(alone)", "", "", *self[0].table()["Sequential"], "", "", "", ""])
         for outcome in self:
             ends = outcome.parameter_difference[[0, -1]].amax(1).tolist()
             chosen = [getattr(outcome, switch) for switch in SWITCHES]
-            accuracies = outcome.table()["ModelBatch"]
-            rows.append([*chosen, *accuracies, f"{outcome.max_difference:.1%}", *map(_small, ends), outcome.verdict])
-        title = "Accuracy, and the largest difference of a parameter from the same model alone after two of the steps"
-        return [(title, rows), (f"{self._better()}\n{self._elsewhere()}", [])]
+            accuracies = [*outcome.table()["ModelBatch"], f"{outcome.max_difference:.1%}"]
+            rows.append([*chosen, *accuracies, *(f"{end:.0e}" if end else "0" for end in ends), outcome.verdict])
+        title = "Accuracy, and the largest difference of a parameter from the same model alone\nafter two of the steps"
+        # What another processor, which rounds in another way, may not print:
+        elsewhere = "On another processor accuracies at high learning rates may be different: there\nrounding grows."
+        if demo == PRESETS["published"]:
+            elsewhere = (
+                "On another processor accuracies at learning rate 0.1 may be different, except\nin the first row (as "
+                "published) and in the last: at this rate rounding grows.\nThe verdicts are the same."
+            )
+        return [(title, rows), (f"{self._better()}\n{elsewhere}", [])]
 
     def _better(self) -> str:
         """Say whether stale gradients alone make a model look better than it should."""
@@ -166,16 +165,3 @@ class Dissection(Tables, tuple):
             return "Stale gradients alone make no model look better here."
         alone, batched = stale.accuracy_alone[m], stale.accuracy_batched[m]
         return f"Stale gradients alone make model {m} look better: {batched:.1%}, where it has {alone:.1%} alone."
-
-    def _elsewhere(self) -> str:
-        """Say which of the numbers another processor, which rounds in another way, may not print."""
-        if self[0].demo != PRESETS["published"]:
-            return "On another processor accuracies at high learning rates may be different: rounding grows there."
-        return (
-            "On another processor accuracies at learning rate 0.1 may be different, except in the first row (as\n"
-            "published) and in the last: at this rate rounding grows. The verdicts are the same."
-        )
-
-
-def _small(value: float) -> str:
-    return f"{value:.1e}" if value else "0"

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch.model_batch import ModelBatch
+from ..figures.curves import CEILING
 from ..models import build_models
 from ..optim import OptimizerFactory
 from ..training.batched import train_steps
 
-__all__ = ["GROUPS", "WINDOW", "RateGrid", "Trainability", "TwoLayers", "points", "spaced", "trainability"]
+__all__ = ["GROUPS", "WINDOW", "RateGrid", "Trainability", "TwoLayers", "points", "spaced"]
 
 GROUPS = ("first", "second")
 WINDOW = ((0.01, 100.0), (0.01, 10.0))  # the demo's rates: from too slow to hopeless
@@ -75,7 +76,7 @@ class Trainability:
     @property
     def diverged(self) -> Tensor:
         """Whether the last loss is not finite or a quarter above the first one, [N, N] bools."""
-        return ~(self.ratio <= 1.25)
+        return ~(self.ratio <= CEILING)
 
     @property
     def trained(self) -> Tensor:
@@ -95,6 +96,11 @@ class RateGrid:
         seed: of the weights.
         optimizer_cls: a class of torch.optim.
         **hyperparameters: of the optimizer.
+
+    Example:
+        >>> *_, outcome = RateGrid(size=8).train(*WINDOW, steps=20)
+        >>> outcome.loss.shape, bool(outcome.diverged[-1, -1]), bool(outcome.trained[4, 4])
+        (torch.Size([20, 8, 8]), True, True)
     """
 
     def __init__(
@@ -119,7 +125,16 @@ class RateGrid:
         self._start = {name: tensor.clone() for name, tensor in self.batch.state_dict().items()}
 
     def train(self, first_rates: Range, second_rates: Range, steps: int) -> Iterator[Trainability]:
-        """Give a Trainability after each step: of all steps so far."""
+        """Give a Trainability after each step, of all steps so far; all networks begin with the same weights.
+
+        Args:
+            first_rates: the lowest and the highest rate of the first group; those between are evenly spaced on a log
+                scale. second_rates: likewise of the second group.
+            steps: how many updates each network makes.
+
+        Raises:
+            ValueError: rates that are not 0 < lowest <= highest.
+        """
         first, second = spaced(*first_rates, self.size), spaced(*second_rates, self.size)
         self.batch.load_state_dict(self._start)
         self.optimizer.state.clear()
@@ -134,35 +149,14 @@ class RateGrid:
             yield Trainability(first, second, loss[: done + 1], steps)
 
 
-def trainability(
-    first_rates: Range = WINDOW[0], second_rates: Range = WINDOW[1], *, steps: int = 60, **settings: Any
-) -> Trainability:
-    """Train a network for each pair of rates, all from the same weights and all in one batch.
-
-    Args:
-        first_rates: the lowest and the highest rate of the first group of parameters; those between are evenly spaced
-            on a log scale. second_rates: likewise of the second group.
-        steps: how many updates each makes.
-        **settings: of `RateGrid`: build, batches, loss_fn, groups, size, seed, optimizer_cls …
-
-    Raises:
-        ValueError: rates that are not 0 < lowest <= highest; what `create_optimizer` refuses.
-
-    Example:
-        >>> outcome = trainability(size=8, steps=20)
-        >>> outcome.loss.shape, bool(outcome.diverged[-1, -1]), bool(outcome.trained[4, 4])
-        (torch.Size([20, 8, 8]), True, True)
-    """
-    *_, outcome = RateGrid(**settings).train(first_rates, second_rates, steps)
-    return outcome
-
-
-def spaced(low: float, high: float, size: int) -> Tensor:
+def spaced(low: float, high: float, size: int, name: str = "rates") -> Tensor:
     """Return [N] float64 rates from low to high, evenly spaced on a log scale.
 
     Raises:
         ValueError: rates that are not 0 < low <= high.
     """
     if not 0 < low <= high < float("inf"):
-        raise ValueError(f"Expected the lowest and the highest rate, both above 0, got {low} and {high}.")
+        raise ValueError(
+            f"Expected {name} as the lowest and the highest rate, both above 0, got {low}, {high}: pass (0.001, 1.0)."
+        )
     return torch.logspace(*torch.tensor([low, high], dtype=torch.float64).log10().tolist(), size, dtype=torch.float64)

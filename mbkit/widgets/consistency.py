@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from ..figures import plots
 from ..lessons import consistency
-from ..lessons.demo_result import SWITCHES
-from .explorer import OPTIMIZERS, Explorer, choice, keywords, log_range, on_change, slider, spread
+from ..lessons.demo_result import ACCURACY_TOLERANCE, JUDGED_STEPS, PARAMETER_TOLERANCE, SWITCHES
+from .controls import OPTIMIZERS, choice, log_range, slider, spread
+from .explorer import Explorer
 
 __all__ = ["ConsistencyExplorer", "explore_consistency"]
 
 
 class ConsistencyExplorer(Explorer):
-    """Show the demo trained alone and in the batch, with sliders for everything that could explain its table.
+    """Show the demo trained alone and in the batch, with controls for everything that could explain its table.
+
+    Another preset brings its own learning rates and optimizer; the other settings stay.
 
     Args:
         preset: "published", "quick" or "full".
@@ -35,6 +37,15 @@ class ConsistencyExplorer(Explorer):
         >>> explorer.close()
     """
 
+    opens = "explore_consistency"
+    shows = (
+        "Left: bars of each model's accuracy, alone and in the batch. Right: how far each model's parameters are from "
+        "training alone, after each step."
+    )
+    note = (
+        f"DIVERGENT: an accuracy differs by more than {100 * ACCURACY_TOLERANCE:g} points, or in the first "
+        f"{JUDGED_STEPS} steps a parameter by more than {PARAMETER_TOLERANCE:.0%} of the learning rate."
+    )
     outcome: consistency.Outcome
 
     def __init__(
@@ -46,36 +57,40 @@ class ConsistencyExplorer(Explorer):
         **settings: Any,
     ) -> None:
         demo = consistency.preset(preset, **settings)
-        rates = demo.learning_rates
-        self._given, self._others = ((min(rates), max(rates), len(rates)), rates), settings
-        self.preset = choice("preset", list(consistency.PRESETS), preset)
-        self.rates = log_range("learning rates", min(rates), max(rates))
-        self.models = slider("models M", len(rates), 1, 6)
-        self.seed = slider("seed", demo.seed, 0, 100)
-        self.optimizer = choice("optimizer", OPTIMIZERS, demo.optimizer)
+        ends = _ends(demo)
+        self._rates, self._others = (ends, demo.learning_rates), settings
+        stops = [rate for each in consistency.PRESETS.values() for rate in _ends(each)[:2]]
         switches = {"gradients": gradients, "weights": weights, "order": order}
-        self.switches = {name: choice(name, SWITCHES[name], value) for name, value in switches.items()}
-        rows = [(self.preset, self.optimizer), (self.rates, self.models, self.seed), (*self.switches.values(),)]
-        super().__init__(rows, height=320)
-        on_change(itertools.chain(*rows), self._changed)
-        self._changed()
+        rows = [
+            {
+                "preset": choice("preset", list(consistency.PRESETS), preset),
+                "optimizer": choice("optimizer", OPTIMIZERS, demo.optimizer),
+            },
+            {
+                "rates": log_range("learning rates", *ends[:2], *stops),
+                "models": slider("models M", ends[2], 1, 6),
+                "seed": slider("seed", demo.seed, 0, 100),
+            },
+            {name: choice(name, SWITCHES[name], value) for name, value in switches.items()},
+        ]
+        super().__init__(rows)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the controls say, as arguments of `explore_consistency`."""
-        shown = (*self.rates.value, self.models.value)
-        rates = self._given[1] if shown == self._given[0] else spread(*shown)  # a list need not be evenly spaced
-        chosen = {name: control.value for name, control in self.switches.items()}
-        named = {"learning_rates": rates, "seed": self.seed.value, "optimizer": self.optimizer.value}
-        return {"preset": self.preset.value, **chosen, **self._others, **named}
+        values = super().settings
+        shown = (*values.pop("rates"), values.pop("models"))
+        rates = self._rates[1] if shown == self._rates[0] else spread(*shown)  # a list need not be evenly spaced
+        return {**self._others, **values, "learning_rates": rates}
 
-    @property
-    def call(self) -> str:
-        """The code that reproduces the picture."""
-        settings = self.settings
-        switches = keywords({name: settings.pop(name) for name in SWITCHES})
-        demo = f"preset({settings.pop('preset')!r}, {keywords(settings)})"
-        return f"plots.consistency(consistency.run(consistency.{demo}, {switches}))"
+    def _changed(self, name: str) -> None:
+        if name == "preset":
+            demo = consistency.PRESETS[self.preset.value]
+            self._rates = _ends(demo), demo.learning_rates
+            self.optimizer.value = demo.optimizer
+            low, high, self.models.value = self._rates[0]
+            self.rates.value = low, high
+        super()._changed(name)
 
     def _start(self, preset: str, gradients: str, weights: str, order: str, **settings: Any) -> Iterator[None]:
         demo = consistency.preset(preset, **settings)
@@ -89,6 +104,12 @@ class ConsistencyExplorer(Explorer):
         outcome = self.outcome
         ends = {"step": len(outcome.parameter_difference), "largest-difference": f"{outcome.max_difference:.1%}"}
         return {**ends, "verdict": outcome.verdict, "faults": ", ".join(outcome.faults) or "none"}
+
+
+def _ends(demo: consistency.Demo) -> tuple[float, float, int]:
+    """Return what the sliders show of a demo's learning rates: the lowest, the highest, and their number."""
+    rates = demo.learning_rates
+    return min(rates), max(rates), len(rates)
 
 
 explore_consistency = ConsistencyExplorer

@@ -6,61 +6,96 @@ import base64
 import html
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as ipw
 import torch
+from IPython import get_ipython
 from IPython.display import Image, display
 
-from ..common.checks import whole_number
 from ..figures.curves import LearningRates, palette_png
 from ..training.batched import Step
+from .page import WIDTH, page
 from .worker import Worker
 
-__all__ = """OPTIMIZERS WIDE Explorer check_range choice keywords live_curves log_range on_change slider
-    spread""".split()
+__all__ = ["Explorer", "live_curves"]
 
-_STYLE = "<style>.mbkit-outdated { opacity: 0.35; } .mbkit-status code { user-select: all; }</style>"
-WIDE = {"description_width": "7.5em"}
-OPTIMIZERS = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "NAdam")
+BUTTONS = ("pause", "step", "reset", "stop")
+IDLE = ("step", "reset")  # those that do something where nothing trains
 
 
 class Explorer(ipw.VBox):
     """Controls, a picture, and a line that says what it shows; a subclass says how to train and how to draw.
 
-    A subclass gives `settings`, what its controls say, `_start(**settings)`, an iterator of training steps,
-    `_picture()`, a PNG, `_facts()`, what the status line says once there is a picture, and `call`, the code that
-    reproduces it. Buttons to pause, step, reset and stop come by themselves.
+    A subclass gives `_start(**settings)`, an iterator of training steps, `_picture()`, a PNG, and `_facts()`, what the
+    status line says once there is a picture; and `settings`, where its controls' values are not the keywords of the
+    function that opens it.
+
+    Args:
+        rows: of controls, by their names; each becomes an attribute of the explorer.
+        marks: the names of those that only change what is highlighted; the others train anew.
+        given: the first arguments of the line of code, as code.
+        height: of the picture, where it is 860 wide.
 
     Attributes:
         worker: the thread, with `state`, `generation` and `error`. image: the picture. status: the line under it.
-        pause, step_button, reset_button, stop_button: what a hand would press.
+        buttons: "pause", "step", "reset" and "stop".
     """
 
+    opens: str  # the name of the function that opens it
+    shows: str  # what there is to see, for those who cannot see it
+    note = ""  # what a word in the status line means
     worker: Any = None  # a widget is closed when it is collected, also one that was never finished
 
-    def __init__(self, controls: Sequence[Sequence[ipw.Widget]], height: int) -> None:
-        size = {"width": "860px", "height": f"{height}px"}  # or the page jumps when the first picture comes
-        self.image = ipw.Image(format="png", layout=ipw.Layout(**size))
-        self.status = ipw.HTML()
-        self.pause = ipw.ToggleButton(description="Pause", icon="pause")
-        buttons = {name: ipw.Button(description=name.capitalize()) for name in ("step", "reset", "stop")}
-        self.step_button, self.reset_button, self.stop_button = buttons.values()
-        self.pause.observe(lambda change: self.worker.pause(change["new"]), "value")
-        self.step_button.on_click(lambda _: self._step())
-        self.reset_button.on_click(lambda _: self.request())
-        self.stop_button.on_click(lambda _: self.worker.stop())
-        rows = [*controls, (self.pause, *buttons.values())]
-        rows = [ipw.HBox(list(row), layout=ipw.Layout(flex_flow="row wrap")) for row in rows]
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, ipw.Widget]],
+        marks: Sequence[str] = (),
+        given: Sequence[str] = (),
+        height: int = 320,
+    ) -> None:
+        self._controls, self._marks, self._given = {k: v for row in rows for k, v in row.items()}, marks, given
+        for name, control in self._controls.items():
+            setattr(self, name, control)
+            control.observe(lambda _, name=name: self._changed(name), "value")
+        shape = {"width": "100%", "max_width": f"{WIDTH}px", "height": "auto", "flex": "none"}
+        self.image = ipw.Image(format="png", layout=ipw.Layout(**shape), tooltip=self.shows)
+        self.image.add_class(f"mbkit-{height}")
+        self.status, click = ipw.HTML(), ipw.Text(continuous_update=False)
+        click.add_class("mbkit-click")
+        click.observe(lambda change: self._clicked(*map(float, change["new"].split()[:2])), "value")
+        self.buttons = {name: ipw.Button(description=name.capitalize()) for name in BUTTONS}
+        acts = (self._pause, self._step, self.request, lambda: self.worker.stop())
+        for button, act in zip(self.buttons.values(), acts, strict=True):
+            button.on_click(lambda _, act=act: act())
+        boxes = [
+            ipw.HBox(list(row), layout=ipw.Layout(flex_flow="row wrap"))
+            for row in (*(row.values() for row in rows), self.buttons.values())
+        ]
+        self._cell, self._run = _cell_and_run()
         self.worker, self._dimming = Worker(self._start, self._show, self._say), threading.Lock()
-        super().__init__([ipw.HTML(_STYLE), *rows, self.image, self.status])
+        super().__init__([page(height), *boxes, self.image, click, self.status])
+        self.add_class("mbkit-explorer")
+        _close_those_of_an_earlier_run(self)
+        self.request()
 
-    def request(self, **params: Any) -> None:
-        """Train anew, with the last params where none are given; what is seen meanwhile is dimmed."""
-        self.pause.value = False
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the controls say, those that mark left out."""
+        return {name: each.value for name, each in self._controls.items() if name not in self._marks}
+
+    @property
+    def call(self) -> str:
+        """The code that reproduces the picture, in a notebook that has imported `widgets` from mbkit."""
+        settings = [f"{name}={value!r}" for name, value in (self.settings | self._named()).items()]
+        return f"widgets.{self.opens}({', '.join([*self._given, *settings])})"
+
+    def request(self, paused: bool = False) -> None:
+        """Train anew what the controls say, one step only if paused; what is seen meanwhile is dimmed."""
         with self._dimming:
-            self.worker.request(**params)
+            self.worker.request(self.settings, paused)
             self.image.add_class("mbkit-outdated")
         self._say()
 
@@ -89,12 +124,27 @@ class Explorer(ipw.VBox):
         """The picture as a small PNG."""
         return palette_png(self.image.value)
 
-    def _changed(self) -> None:
-        self.request(**self.settings)
+    def _named(self) -> dict[str, Any]:
+        """What else the line of code says: settings without a control, and what is marked."""
+        return {}
+
+    def _changed(self, name: str) -> None:
+        if name in self._marks:
+            self.worker.redraw()
+        else:
+            self.request()
+
+    def _clicked(self, across: float, down: float) -> None:
+        """React to a click on the picture, at these parts of its width and height."""
+
+    def _pause(self) -> None:
+        self.worker.pause(self.worker.state == "running")
 
     def _step(self) -> None:
-        self.worker.step()
-        self.pause.value = True
+        if self.worker.state in ("running", "paused"):
+            self.worker.step()
+        else:
+            self.request(paused=True)
 
     def _show(self) -> None:
         self.image.value = self._picture()
@@ -103,15 +153,20 @@ class Explorer(ipw.VBox):
                 self.image.remove_class("mbkit-outdated")
 
     def _say(self) -> None:
-        worker = self.worker
+        worker, state = self.worker, self.worker.state
+        for name, button in self.buttons.items():
+            button.disabled = state not in ("running", "paused") and name not in IDLE
+        self.buttons["pause"].description = "Go on" if state == "paused" else "Pause"
         facts = self._facts() if worker.drawn else {}
-        data = {"state": worker.state, "generation": worker.generation, "drawn": worker.drawn, **facts}
+        data = {"state": state, "generation": worker.generation, "drawn": worker.drawn, **facts}
         attributes = " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in data.items())
-        said = ", ".join(f"{name.replace('-', ' ')}: {value}" for name, value in facts.items())
+        said = html.escape(", ".join(f"{name.replace('-', ' ')}: {value}" for name, value in facts.items()))
         if worker.error is not None:
             said = f"<b>{type(worker.error).__name__}</b>: {html.escape(str(worker.error))}"
-        text = f"<b>{worker.state}</b> · {said}<br>The same in a line of code: <code>{html.escape(self.call)}</code>"
-        self.status.value = f'<div class="mbkit-status" {attributes}>{text}</div>'
+        dead = '<b class="mbkit-dead">the kernel has ended, run the cell again</b>'
+        lines = [f'<b class="mbkit-state">{state}</b>{dead} · {said}', html.escape(self.note)]
+        lines.append(f"The same in a line of code: <code>{html.escape(self.call)}</code>")
+        self.status.value = f'<div class="mbkit-status" {attributes}>{"<br>".join(filter(None, lines))}</div>'
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """Add a picture for pages where no kernel runs; it is worth a wait, and shows what training ends with."""
@@ -122,6 +177,24 @@ class Explorer(ipw.VBox):
         return bundle
 
 
+_OPEN: weakref.WeakSet[Explorer] = weakref.WeakSet()
+
+
+def _cell_and_run() -> tuple[str | None, str | None]:
+    """Return which of the notebook's cells runs, and which run of it this is; None where there is no notebook."""
+    request = getattr(get_ipython(), "get_parent", dict)()
+    return request.get("metadata", {}).get("cellId"), request.get("header", {}).get("msg_id")
+
+
+def _close_those_of_an_earlier_run(explorer: Explorer) -> None:
+    """Close the explorers that the same cell has made when it ran before: nobody sees them train any more."""
+    for other in list(_OPEN):
+        if explorer._cell is not None and other._cell == explorer._cell and other._run != explorer._run:
+            other.close()
+            _OPEN.discard(other)
+    _OPEN.add(explorer)
+
+
 def _parts(widget: ipw.Widget) -> Iterator[ipw.Widget]:
     """Yield all widgets that belong to one: its children, with theirs, and what describes their look."""
     for part in (*getattr(widget, "children", ()), widget.layout, getattr(widget, "style", None)):
@@ -129,57 +202,6 @@ def _parts(widget: ipw.Widget) -> Iterator[ipw.Widget]:
             yield from _parts(part)
         if isinstance(part, ipw.Widget):
             yield part
-
-
-def keywords(settings: Mapping[str, Any]) -> str:
-    """Return settings as keyword arguments in a line of code."""
-    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
-
-
-def on_change(controls: Iterable[ipw.Widget], callback: Callable[[], None]) -> None:
-    """Call back whenever one of the controls changes its value."""
-    for control in controls:
-        control.observe(lambda _: callback(), "value")
-
-
-def slider(name: str, value: int, low: int, high: int, shown: str = "") -> ipw.IntSlider:
-    """Return a slider; where it stands outside its ends it would move there without a word, so that is refused."""
-    if not low <= whole_number(value, name, low) <= high:
-        raise ValueError(f"Expected {name} from {low} to {high}, got {value}.")
-    return ipw.IntSlider(value, low, high, description=shown or name, style=WIDE)
-
-
-def choice(name: str, options: Sequence[str], value: str) -> ipw.Dropdown:
-    if value not in options:
-        raise ValueError(f"Expected {' or '.join(options)} as {name}, got {value!r}.")
-    return ipw.Dropdown(options=list(options), value=value, description=name, style=WIDE)
-
-
-def check_range(name: str, rates: Sequence[float]) -> tuple[float, float]:
-    """Return the lowest and the highest rate of a log scale.
-
-    Raises:
-        ValueError: not two numbers with 0 < lowest <= highest.
-    """
-    if len(rates) != 2 or not 0 < rates[0] <= rates[1] < float("inf"):
-        raise ValueError(
-            f"Expected {name} as the lowest and the highest rate, both above 0, got {', '.join(map(str, rates))}: "
-            "pass e.g. (0.001, 1.0)."
-        )
-    return float(rates[0]), float(rates[1])
-
-
-def log_range(name: str, low: float, high: float) -> ipw.SelectionRangeSlider:
-    low, high = check_range(name, (low, high))
-    ticks = {float(f"{10 ** (n / 4):.2g}") for n in range(-20, 5)} | {low, high}
-    options = [(f"{rate:.3g}", rate) for rate in sorted(ticks)]
-    named = {"description": "learning rates", "style": WIDE, "layout": ipw.Layout(width="24em")}
-    return ipw.SelectionRangeSlider(options=options, value=(low, high), **named)
-
-
-def spread(low: float, high: float, number: int) -> tuple[float, ...]:
-    """Return rates from low to high, evenly spaced on a log scale and rounded to three digits."""
-    return tuple(float(f"{low * (high / low) ** (n / max(1, number - 1)):.3g}") for n in range(number))
 
 
 def live_curves(rates: Sequence[float], steps: int) -> Callable[[Step], None]:

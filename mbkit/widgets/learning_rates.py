@@ -12,20 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch.model_batch import ModelBatch
+from ..common.checks import whole_number
 from ..common.random_streams import seeded
 from ..data.load import Batches, demo_points
 from ..figures import curves
 from ..models import MLP, build_models
 from ..optim import OptimizerFactory
 from ..training.batched import train_steps
-from .explorer import WIDE, log_range, slider, spread
-from .grid import GridExplorer, check_size
+from .controls import OPTIMIZERS, WIDE, check_size, choice, known, log_range, nearest, objects, slider, spread
+from .explorer import Explorer
 
 __all__ = ["LearningRateExplorer", "explore_learning_rates"]
 
 
-class LearningRateExplorer(GridExplorer):
-    """Train a grid of learning rates x seeds as one batch, live; sliders pick out one model without training again.
+class LearningRateExplorer(Explorer):
+    """Train a grid of learning rates x seeds as one batch, live; pick out one model without training again.
+
+    A click on a rate in the right panel picks it, too.
 
     Args:
         build: makes one model, drawing its weights from torch's default generator, which is seeded before each call;
@@ -37,10 +40,12 @@ class LearningRateExplorer(GridExplorer):
             product.
         optimizer: the name of a class of `torch.optim`.
         steps: how many updates are made.
-        **hyperparameters: of the optimizer, such as momentum=0.9.
+        mark: the rate and the seed of the model to pick out; the middle rate where absent.
+        **hyperparameters: of the optimizer, such as momentum=0.9; another optimizer gets those that it has.
 
     Raises:
         ValueError: only one of build and batches; rates that are not 0 < lowest <= highest; a number out of its range.
+        TypeError: a hyperparameter that the optimizer does not have.
 
     Example:
         >>> explorer = explore_learning_rates(num_rates=3, num_seeds=2, steps=20).wait()
@@ -49,6 +54,12 @@ class LearningRateExplorer(GridExplorer):
         >>> explorer.close()
     """
 
+    opens = "explore_learning_rates"
+    shows = (
+        "Left: the loss of each model, step by step, dark for small learning rates and green for large ones. Right: "
+        "its last loss against its learning rate."
+    )
+    note = curves.DIVERGED
     curves: curves.LearningRates
     seconds: list[float]  # a step of all models
     loss = torch.empty(0, 0)  # [steps made, M]
@@ -64,27 +75,31 @@ class LearningRateExplorer(GridExplorer):
         num_seeds: int = 4,
         optimizer: str = "SGD",
         steps: int = 100,
+        mark: tuple[float, int] | None = None,
         **hyperparameters: Any,
     ) -> None:
-        self._describe("explore_learning_rates", build, batches, optimizer, steps, hyperparameters)
+        given = objects(build, batches, loss_fn, F.cross_entropy)
         if build is None:
             with seeded(42):
                 build, batches = lambda: MLP((20, 16, 16, 4)), Batches(*demo_points(500, 20, 4), batch_size=50)
         self._build, self._batches, self._loss_fn = build, batches, loss_fn
-        self.rates = log_range("rates", *rates)
-        self.num_rates = slider("num_rates", num_rates, 1, 32, shown="rates")
-        self.num_seeds = slider("num_seeds", num_seeds, 1, 16, shown="seeds")
+        self.steps, self._hyperparameters = whole_number(steps, "steps"), hyperparameters
+        grid = {
+            "rates": log_range("rates", *rates),
+            "num_rates": slider("num_rates", num_rates, 1, 32, shown="rates"),
+            "num_seeds": slider("num_seeds", num_seeds, 1, 16, shown="seeds"),
+        }
         check_size(num_rates * num_seeds, steps)
-        self.rate = ipw.SelectionSlider(options=[0], description="show rate", style=WIDE)
-        self.seed = slider("show seed", 0, 0, num_seeds - 1)
-        marks = (self.rate, self.seed)
-        super().__init__([(self.rates, self.num_rates, self.num_seeds), (self.optimizer, *marks)], marks, height=320)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the grid's controls say, as arguments of `explore_learning_rates`."""
-        counts = {"num_rates": self.num_rates.value, "num_seeds": self.num_seeds.value}
-        return {"rates": self.rates.value, **counts, "optimizer": self.optimizer.value}
+        rates = spread(*rates, num_rates)
+        options = [(f"{rate:.3g}", rate) for rate in rates]
+        index = num_rates // 2 if mark is None else nearest(rates, mark[0])
+        marks = {
+            "rate": ipw.SelectionSlider(options=options, index=index, description="show rate", style=WIDE),
+            "seed": slider("show seed", 0 if mark is None else mark[1], 0, num_seeds - 1),
+        }
+        chosen = choice("optimizer", OPTIMIZERS, optimizer)
+        known(optimizer, hyperparameters, all_of_them=True)
+        super().__init__([grid, {"optimizer": chosen, **marks}], [*marks], given)
 
     @property
     def done(self) -> int:
@@ -96,21 +111,32 @@ class LearningRateExplorer(GridExplorer):
         """The highlighted model: rates in the outer loop, seeds in the inner one."""
         return self.rate.index * self.num_seeds.value + self.seed.value
 
-    def _changed(self) -> None:
+    def _named(self) -> dict[str, Any]:
+        mark = {"mark": (self.rate.value, self.seed.value)}
+        return {"steps": self.steps, **mark, **known(self.optimizer.value, self._hyperparameters)}
+
+    def _changed(self, name: str) -> None:
         rates = spread(*self.rates.value, self.num_rates.value)
         options = [(f"{rate:.3g}", rate) for rate in rates]
         if list(self.rate.options) != options:
             self.rate.options = options
             self.rate.index = len(rates) // 2
         self.seed.max = self.num_seeds.value - 1
-        super()._changed()
+        super()._changed(name)
+
+    def _clicked(self, across: float, down: float) -> None:
+        panel = self.curves.right
+        place, (low, high) = curves.place_in(panel, across, down), panel.get_xlim()
+        if place is not None:
+            self.rate.index = nearest([rate for _, rate in self.rate.options], low * (high / low) ** place[0])
 
     def _start(self, rates: tuple[float, float], num_rates: int, num_seeds: int, optimizer: str) -> Iterator[None]:
         check_size(num_rates * num_seeds, self.steps)
         rates = [rate for rate in spread(*rates, num_rates) for _ in range(num_seeds)]
         seeds = [*range(num_seeds)] * num_rates  # M = rates x seeds
         batch = ModelBatch(build_models(self._build, seeds), seeds=seeds)
-        updates = OptimizerFactory(getattr(torch.optim, optimizer), self._named).create_optimizer(batch, lr=rates)
+        factory = OptimizerFactory(getattr(torch.optim, optimizer), known(optimizer, self._hyperparameters))
+        updates = factory.create_optimizer(batch, lr=rates)
         chart, seconds, loss = curves.LearningRates(rates, self.steps), [], torch.empty(self.steps, len(rates))
         walk = train_steps(batch, updates, self._batches, self._loss_fn, self.steps)  # a walk has at least one step
         for done, step in enumerate(itertools.islice(walk, self.steps)):
@@ -128,8 +154,7 @@ class LearningRateExplorer(GridExplorer):
         lost = int(curves.diverged(loss, self.curves.window).sum())
         shown = f"{loss[-1, min(self.chosen, loss.shape[1] - 1)].item():.4g}"
         marked = {"rate": self.rate.label, "seed": self.seed.value, "loss": shown}
-        usual = seconds[len(seconds) // 2] / loss.shape[1]
-        cost = {"ms-a-model-and-step": f"{1e3 * usual:.3g}"}
+        cost = {"ms-a-model-and-step": f"{1e3 * seconds[len(seconds) // 2] / loss.shape[1]:.3g}"}
         return {"step": len(loss), "models": loss.shape[1], "diverged": lost, **marked, **cost}
 
 

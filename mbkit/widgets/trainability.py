@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,18 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.checks import whole_number
-from ..figures.curves import RateMap
+from ..figures.curves import DIVERGED, RateMap, place_in
 from ..lessons.trainability import GROUPS, WINDOW, Range, RateGrid, Trainability, TwoLayers, spaced
-from .explorer import WIDE, check_range, slider
-from .grid import GridExplorer, check_size
+from .controls import OPTIMIZERS, WIDE, check_size, choice, known, objects, slider
+from .explorer import Explorer
 
 __all__ = ["TrainabilityExplorer", "explore_trainability"]
 
 SIZES = (16, 32, 64, 128, 256)
 
 
-class TrainabilityExplorer(GridExplorer):
+class TrainabilityExplorer(Explorer):
     """Show which pairs of learning rates train, one pixel a network, all in one batch; zoom into the boundary.
+
+    The mark stands on the boundary when the map is new or zoomed, so that the next zoom finds something; two sliders,
+    or a click on the map, take it elsewhere.
 
     Args:
         build: makes one model, drawing its weights from torch's default generator, which is seeded before each call;
@@ -37,21 +41,29 @@ class TrainabilityExplorer(GridExplorer):
         seed: of the weights.
         optimizer: the name of a class of `torch.optim`.
         steps: how many updates are made.
-        **hyperparameters: of the optimizer, such as momentum=0.9.
+        mark: the place of the marked network, from the left and from below, 0 to 1; on the boundary where absent.
+        **hyperparameters: of the optimizer, such as momentum=0.9; another optimizer gets those that it has.
 
     Raises:
         ValueError: only one of build and batches; rates that are not 0 < lowest <= highest; a number out of its range.
+        TypeError: a hyperparameter that the optimizer does not have.
 
     Example:
-        >>> explorer = explore_trainability(size=16, steps=20).wait()
+        >>> explorer = explore_trainability(size=16, steps=20, mark=(0.5, 0.5)).wait()
         >>> tuple(explorer.outcome.loss.shape)
         (20, 16, 16)
         >>> explorer.zoom.value = 1  # as a hand would: half the range, around the mark
-        >>> explorer.wait().call.split(", size")[0]
-        'explore_trainability(first_rates=(0.1, 10.0), second_rates=(0.0562341325, 1.77827941)'
+        >>> explorer.wait().settings["first_rates"], explorer.settings["second_rates"]
+        ((0.1, 10.0), (0.0562341325, 1.77827941))
         >>> explorer.close()
     """
 
+    opens = "explore_trainability"
+    shows = (
+        "Left: a map with one pixel for each pair of rates, dark where the loss has fallen most and white where the "
+        "network diverged. Right: the loss of the marked network, step by step."
+    )
+    note = DIVERGED
     outcome: Trainability
     map: RateMap
 
@@ -68,55 +80,75 @@ class TrainabilityExplorer(GridExplorer):
         seed: int = 0,
         optimizer: str = "SGD",
         steps: int = 60,
+        mark: tuple[float, float] | None = None,
         **hyperparameters: Any,
     ) -> None:
-        named = {"groups": groups, **hyperparameters}
-        self._describe("explore_trainability", build, batches, optimizer, steps, named)
-        self._trained = {"build": build or TwoLayers, "batches": batches, "loss_fn": loss_fn}
-        self._grids: dict[tuple[Any, ...], RateGrid] = {}
-        self.window = self._whole = check_range("first_rates", first_rates), check_range("second_rates", second_rates)
+        given = objects(build, batches, loss_fn, F.mse_loss)
+        self.steps, self._groups, self._hyperparameters = whole_number(steps, "steps"), groups, hyperparameters
+        for name, rates in (("first_rates", first_rates), ("second_rates", second_rates)):
+            spaced(*rates, 2, name)  # or it is refused
+        self.window = self._whole = tuple(first_rates), tuple(second_rates)
         check_size(whole_number(size, "size") ** 2, steps)
-        sizes = {"options": sorted({*SIZES, size}), "value": size, "description": "networks a side"}
-        self.size = ipw.SelectionSlider(**sizes, style=WIDE)
-        self.seed = slider("seed", seed, 0, 100)
-        self.zoom = slider("zoom", 0, 0, 10)
-        place = {"value": 0.5, "min": 0.0, "max": 1.0, "step": 0.01, "readout": False}  # the picture says the rates
-        marks = [ipw.FloatSlider(**place, description=f"show {name}", style=WIDE) for name in ("first", "second")]
-        self.first, self.second = marks
-        rows = [(self.size, self.seed, self.optimizer), (self.zoom, *marks)]
-        super().__init__(rows, (self.zoom, *marks), height=400)
-        self.zoom.observe(self._zoomed, "value")
+        self._to_edge, self._zoomed = mark is None, 0
+
+        def grid(size: int, seed: int, optimizer: str) -> RateGrid:
+            named = {"size": size, "seed": seed, "optimizer_cls": getattr(torch.optim, optimizer), "groups": groups}
+            return RateGrid(build or TwoLayers, batches, loss_fn, **named, **known(optimizer, hyperparameters))
+
+        self._grid = functools.lru_cache(2)(grid)  # a coarse and a fine one, trained again at each zoom
+        chosen = choice("optimizer", OPTIMIZERS, optimizer)
+        known(optimizer, hyperparameters, all_of_them=True)
+        sizes = {"options": sorted({*SIZES, size}), "value": size, "description": "networks a side", "style": WIDE}
+        place = {"min": 0.0, "max": 1.0, "step": 0.01, "readout": False, "style": WIDE}  # the picture says the rates
+        first, second = mark or (0.5, 0.5)
+        marks = {
+            "first": ipw.FloatSlider(first, description="show first", **place),
+            "second": ipw.FloatSlider(second, description="show second", **place),
+        }
+        rows = [
+            {
+                "size": ipw.SelectionSlider(**sizes),
+                "seed": slider("seed", seed, 0, 100),
+                "optimizer": chosen,
+            },
+            {"zoom": slider("zoom", 0, 0, 10), **marks},
+        ]
+        super().__init__(rows, ["zoom", *marks], given, height=400)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the controls say, as arguments of `explore_trainability`."""
-        named = {"size": self.size.value, "seed": self.seed.value, "optimizer": self.optimizer.value}
-        return {"first_rates": self.window[0], "second_rates": self.window[1], **named}
+        return {"first_rates": self.window[0], "second_rates": self.window[1], **super().settings}
 
     @property
     def chosen(self) -> tuple[int, int]:
         """The row and the column of the highlighted network."""
         return self._place(self.outcome)
 
+    def _named(self) -> dict[str, Any]:
+        mark = {"mark": (round(self.first.value, 4), round(self.second.value, 4))}
+        groups = {} if self._groups == GROUPS else {"groups": self._groups}
+        return {"steps": self.steps, **mark, **groups, **known(self.optimizer.value, self._hyperparameters)}
+
     def _place(self, outcome: Trainability) -> tuple[int, int]:
         last = len(outcome.first_rates) - 1
         return round(self.second.value * last), round(self.first.value * last)
 
-    def _zoomed(self, change: dict[str, Any]) -> None:
-        """Take a window around the mark, half as wide for each step of the zoom; no zoom is the whole map again."""
-        factor = 2.0 ** (change["old"] - change["new"])
+    def _changed(self, name: str) -> None:
+        if name != "zoom":
+            return super()._changed(name)
+        # A window around the mark, half as wide for each step of the zoom; no zoom is the whole map again.
+        factor, self._zoomed = 2.0 ** (self._zoomed - self.zoom.value), self.zoom.value
         sides = zip(self.window, (self.first.value, self.second.value), strict=True)
         self.window = tuple(_around(*ends, place, factor) for ends, place in sides) if self.zoom.value else self._whole
         self.first.value = self.second.value = 0.5
-        self._changed()
+        self._to_edge = True
+        self.request()
 
-    def _grid(self, size: int, seed: int, optimizer: str) -> RateGrid:
-        key = size, seed, optimizer
-        if key not in self._grids:
-            self._grids = {other: grid for other, grid in self._grids.items() if other[1:] == key[1:]}
-            named = {"size": size, "seed": seed, "optimizer_cls": getattr(torch.optim, optimizer)}
-            self._grids[key] = RateGrid(**named, **self._trained, **self._named)
-        return self._grids[key]
+    def _clicked(self, across: float, down: float) -> None:
+        place, size = place_in(self.map.left, across, down), len(self.outcome.first_rates)
+        if place is not None:
+            self.first.value, self.second.value = (min(int(each * size), size - 1) / max(1, size - 1) for each in place)
 
     def _start(self, first_rates: Range, second_rates: Range, size: int, **named: Any) -> Iterator[None]:
         """Train a coarse map first, which is there at once, and then the one that was asked for."""
@@ -127,6 +159,10 @@ class TrainabilityExplorer(GridExplorer):
             for outcome in grid.train(first_rates, second_rates, self.steps):
                 self.map, self.outcome = chart, outcome
                 yield
+        if self._to_edge:
+            self._to_edge = False
+            row, column = _nearest_edge(self.outcome.diverged, self.chosen)
+            self.first.value, self.second.value = column / max(1, size - 1), row / max(1, size - 1)
 
     def _picture(self) -> bytes:
         self.map.update(self.outcome, self.chosen)
@@ -146,6 +182,17 @@ def _around(low: float, high: float, place: float, factor: float) -> Range:
     low, high = math.log10(low), math.log10(high)
     middle, half = low + place * (high - low), factor * (high - low) / 2
     return tuple(float(f"{10**end:.9g}") for end in (middle - half, middle + half))
+
+
+def _nearest_edge(diverged: Tensor, near: tuple[int, int]) -> tuple[int, int]:
+    """Return the pixel nearest to one of those whose neighbor to the right or above is of the other kind, or that."""
+    edge = torch.zeros_like(diverged)
+    edge[:-1] |= diverged[1:] != diverged[:-1]
+    edge[:, :-1] |= diverged[:, 1:] != diverged[:, :-1]
+    places = edge.nonzero()
+    if not len(places):
+        return near
+    return tuple(places[(places - torch.tensor(near)).square().sum(1).argmin()].tolist())
 
 
 explore_trainability = TrainabilityExplorer

@@ -6,12 +6,12 @@ import atexit
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 __all__ = ["Worker"]
 
-_FRAME_SECONDS = 0.05
+_FRAME_SECONDS = 0.05  # between two pictures, or twice as long as drawing one takes, so that most time is for training
 _DONE = object()
 _OPEN: weakref.WeakSet[Worker] = weakref.WeakSet()
 
@@ -31,8 +31,8 @@ class Worker:
 
     Args:
         start: called in the thread with the newest request's params; returns an iterator that makes one step a `next`.
-        draw: called in the thread to show what there is: after the first step, then 20 times a second, and at the end;
-            never before a first step, so a run that is paused at once makes that step.
+        draw: called in the thread to show what there is: after the first step, then up to 20 times a second, and at
+            the end; never before a first step, so a run that is paused at once makes that step.
         changed: called in the thread whenever `state` may have changed, after `draw`.
 
     Attributes:
@@ -48,19 +48,19 @@ class Worker:
         self.state, self.generation, self.drawn = "idle", 0, 0
         self._begun = 0  # the generation that the last step was of
         self.error: Exception | None = None
-        self._params: dict[str, Any] = {}
+        self._params: Mapping[str, Any] = {}
         self._redraw = self._step_once = self._closed = False
         self._condition = threading.Condition()
         self._thread = threading.Thread(target=self._loop, name="mbkit explorer", daemon=True)
         self._thread.start()
         _OPEN.add(self)
 
-    def request(self, **params: Any) -> None:
-        """Begin anew with `params`, or with the last ones where there are none; the run under way is dropped."""
+    def request(self, params: Mapping[str, Any], paused: bool = False) -> None:
+        """Begin anew with `params`, and make the first step only if `paused`; the run under way is dropped."""
         with self._condition:
-            self._params = params or self._params
+            self._params = params
             self.generation += 1
-            self.state, self.error, self._step_once = "running", None, False
+            self.state, self.error, self._step_once = "paused" if paused else "running", None, False
             self._condition.notify_all()
 
     def redraw(self) -> None:
@@ -118,7 +118,7 @@ class Worker:
 
     def _loop(self) -> None:
         steps: Iterator[Any] = iter(())
-        frame, news = 0.0, False
+        frame, pause, news = 0.0, _FRAME_SECONDS, False
         while True:
             with self._condition:
                 self._working = False
@@ -141,11 +141,12 @@ class Worker:
                     news = news or not over
                 if self.generation != generation:
                     continue  # nobody waits for this picture any more
-                due = single or over or self.drawn != generation or time.perf_counter() - frame > _FRAME_SECONDS
+                due = single or over or self.drawn != generation or time.perf_counter() - frame > pause
                 if (news and (due or redraw)) or (redraw and self.drawn and self.state != "failed"):
-                    self.drawn = self._begun
+                    self.drawn, begun = self._begun, time.perf_counter()
                     self._draw()
                     frame, news = time.perf_counter(), False
+                    pause = max(_FRAME_SECONDS, 2 * (frame - begun))
             except Exception as problem:  # shown by whoever listens, raised by wait()
                 error, steps = problem, iter(())
             with self._condition:

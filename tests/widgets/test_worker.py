@@ -44,7 +44,7 @@ def test_of_many_requests_the_newest_wins_and_the_others_never_start(worker):
     gate, seen = threading.Event(), []
     worker = worker(held(gate, seen))
     for number in range(20):
-        worker.request(number=number)
+        worker.request({"number": number})
         time.sleep(0.001)
     gate.set()
     assert worker.wait(10)
@@ -57,9 +57,9 @@ def test_of_many_requests_the_newest_wins_and_the_others_never_start(worker):
 def test_a_run_that_was_dropped_is_not_drawn_any_more(worker):
     gate, seen, drawn = threading.Event(), [], []
     worker = worker(held(gate, seen), lambda: drawn.append(seen[-1][0]))
-    worker.request(number=1)
+    worker.request({"number": 1})
     time.sleep(0.05)
-    worker.request(number=2)
+    worker.request({"number": 2})
     gate.set()
     assert worker.wait(10)
     assert seen[0] == (1, 0)
@@ -75,7 +75,7 @@ def test_a_request_returns_at_once_and_training_is_in_another_thread(worker):
         yield
 
     worker = worker(start)
-    worker.request()
+    worker.request({})
     assert worker.state == "running"  # so the request did not wait for the gate
     assert not worker.wait(0.05)
     gate.set()
@@ -95,7 +95,7 @@ def test_pause_step_go_on_and_stop(worker):
             yield
 
     worker = worker(start)
-    worker.request()
+    worker.request({})
     allowed.release()
     until(lambda: len(seen) == 1)
     worker.pause(True)
@@ -126,11 +126,11 @@ def test_an_exception_is_kept_and_the_next_request_starts_clean(worker):
             raise ValueError("no good")
 
     worker = worker(start)
-    worker.request(good=False)
+    worker.request({"good": False})
     with pytest.raises(ValueError, match="no good"):
         worker.wait(10)
     assert worker.state == "failed"
-    worker.request(good=True)
+    worker.request({"good": True})
     assert worker.wait(10)
     assert worker.state == "idle"
     assert worker.error is None
@@ -139,7 +139,7 @@ def test_an_exception_is_kept_and_the_next_request_starts_clean(worker):
 def test_the_last_step_is_always_drawn(worker):
     seen, drawn = [], []
     worker = worker(lambda: (seen.append(step) for step in range(200)), lambda: drawn.append(len(seen)))
-    worker.request()
+    worker.request({})
     assert worker.wait(10)
     assert drawn[0] == 1
     assert drawn[-1] == 200
@@ -152,8 +152,7 @@ def test_the_last_step_is_always_drawn(worker):
 def test_a_run_that_is_paused_at_once_makes_the_one_step_that_there_is_to_show(worker):
     gate, seen, drawn = threading.Event(), [], []
     worker = worker(held(gate, seen), lambda: drawn.append(seen[-1]))
-    worker.request(number=1)
-    worker.pause(True)
+    worker.request({"number": 1}, paused=True)
     gate.set()
     assert worker.wait(10)
     assert worker.state == "paused"
@@ -171,7 +170,7 @@ def test_nothing_is_drawn_where_nothing_was_trained(worker):
     worker = worker(fail, lambda: drawn.append(1))
     worker.redraw()
     assert worker.wait(10)
-    worker.request()
+    worker.request({})
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no memory"):
             worker.wait(10)
