@@ -16,7 +16,7 @@ from ..lessons.trainability import spaced
 
 __all__ = "OPTIMIZERS WIDE check_size choice code known log_range nearest objects slider spread".split()
 
-WIDE = {"description_width": "7.5em"}
+WIDE = {"description_width": "9em"}
 OPTIMIZERS = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "NAdam")
 MOST_NETWORKS, MOST_LOSSES = 256 * 256, 2**28  # the losses of all steps are kept: a gigabyte in float32
 

@@ -61,7 +61,7 @@ class Explorer(ipw.VBox):
             setattr(self, name, control)
             control.observe(lambda _, name=name: self._changed(name), "value")
         shape = {"width": "100%", "max_width": f"{WIDTH}px", "height": "auto", "flex": "none"}
-        self.image = ipw.Image(format="png", layout=ipw.Layout(**shape), tooltip=self.shows)
+        self.image = ipw.Image(format="png", layout=ipw.Layout(**shape))
         self.image.add_class(f"mbkit-{height}")
         self.status, click = ipw.HTML(), ipw.Text(continuous_update=False)
         click.add_class("mbkit-click")
@@ -76,7 +76,7 @@ class Explorer(ipw.VBox):
         ]
         self._cell, self._run = _cell_and_run()
         self.worker, self._dimming = Worker(self._start, self._show, self._say), threading.Lock()
-        super().__init__([page(height), *boxes, self.image, click, self.status])
+        super().__init__([page(self.shows, height), *boxes, self.image, click, self.status])
         self.add_class("mbkit-explorer")
         _close_those_of_an_earlier_run(self)
         self.request()

@@ -23,12 +23,12 @@ STYLE = """
 """
 
 # The notebook would take the arrow keys from a slider, so it is told to leave them. A widget for a picture has no text
-# for those who cannot see it, and no clicks: the text is copied from its title, a click is told by a hidden text field.
+# for those who cannot see it, and no clicks: it is given the text, and a click is told by way of a hidden text field.
 SCRIPT = """
-const root = this.closest('.mbkit-explorer');
-root.dataset.lmSuppressShortcuts = '';
-const describe = () => root.querySelectorAll('img').forEach(image => { image.alt = image.title; });
-new MutationObserver(describe).observe(root, {childList: true, subtree: true, attributeFilter: ['title']});
+const root = this.closest('.mbkit-explorer'), words = this.dataset.words;
+root.addEventListener('focusin', event => { event.target.dataset.lmSuppressShortcuts = ''; });
+const describe = () => root.querySelectorAll('img').forEach(image => { image.alt = words; });
+new MutationObserver(describe).observe(root, {childList: true, subtree: true});
 describe();
 root.addEventListener('click', event => {
     if (!event.target.matches('img')) return;
@@ -40,11 +40,12 @@ root.addEventListener('click', event => {
 """
 
 
-def page(height: int) -> ipw.HTML:
+def page(words: str, height: int) -> ipw.HTML:
     """Return what gives an explorer, a box of the class `mbkit-explorer`, its look and its keys.
 
     Args:
+        words: what the picture shows.
         height: of the picture, in CSS pixels, where it is `WIDTH` wide.
     """
     shape = f".mbkit-{height} {{ aspect-ratio: {WIDTH} / {height}; }}"  # or the page jumps when the first picture comes
-    return ipw.HTML(f'<style onload="{html.escape(SCRIPT)}">{STYLE}{shape}</style>')
+    return ipw.HTML(f'<style data-words="{html.escape(words)}" onload="{html.escape(SCRIPT)}">{STYLE}{shape}</style>')

@@ -103,7 +103,7 @@ def test_a_page_without_a_kernel_has_the_picture_and_one_with_a_kernel_its_words
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert Image.open(io.BytesIO(base64.b64decode(bundle["image/png"]))).width == 860
     assert facts(shown)["state"] == "idle"
-    assert "step" in shown.image.tooltip  # which the page makes its alt text
+    assert html.escape(shown.shows) in shown.children[0].value  # which the page makes its alt text
 
 
 @every_explorer
