@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..common.checks import check_seeds
+from ..common.checks import check_seeds, whole_number
 
 __all__ = ["Batches"]
 
@@ -79,10 +79,9 @@ class Batches:
         if inputs.device != targets.device:
             raise ValueError(f"Expected data on one device, got {inputs.device} and {targets.device}: move one.")
         size = len(inputs) if subsets is None else _check_subsets(subsets, len(inputs))
-        most = size if drop_last else float("inf")
-        if not _is_whole(batch_size) or not 1 <= batch_size <= most:
-            at_most = f" and at most {most} with drop_last" if drop_last else ""
-            raise ValueError(f"Expected a whole batch size of at least 1{at_most}, got {batch_size!r}.")
+        whole_number(batch_size, "batch_size")
+        if drop_last and batch_size > size:
+            raise ValueError(f"Expected a batch_size of at most {size} with drop_last, got {batch_size}: pass less.")
         several = isinstance(seed, Iterable)
         seeds = list(seed) if several else [seed]
         self._seeds = check_seeds(seeds, len(subsets) if several and subsets is not None else len(seeds) or 1)
@@ -98,9 +97,7 @@ class Batches:
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next `iter()` walk in the order of `epoch` (0 is the first)."""
-        if not _is_whole(epoch) or epoch < 0:
-            raise ValueError(f"Expected a whole number of at least 0 as epoch, got {epoch!r}.")
-        self._epoch = epoch
+        self._epoch = whole_number(epoch, "epoch", least=0)
 
     def order(self, epoch: int) -> Tensor:
         """Return the examples in the order of `epoch`: `[N]`, or one row a model, `[M, n]`; int64, on the CPU."""
@@ -141,7 +138,3 @@ def _check_subsets(subsets: Any, num_examples: int) -> int:
         got = f"{subsets.min()} to {subsets.max()}" if subsets.numel() else f"the shape {list(subsets.shape)}"
         raise ValueError(f"Expected subsets that name examples from 0 to {num_examples - 1}, got {got}.")
     return subsets.shape[1]
-
-
-def _is_whole(number: object) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool)
