@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import queue
 import tarfile
 import threading
@@ -34,16 +35,17 @@ def fetch_archive(
 ) -> None:
     """Download a .tar.gz, check it, and put its files into `target` in one move.
 
-    Everything happens in a temporary folder beside `target`, which is removed on any failure and on Ctrl-C, and after
-    kill -9 by the next download, so `target` is complete or absent. Only the files asked for are unpacked, by their own
-    plain names: nothing in the archive can choose where it is written.
+    Nothing is written before the whole archive is there and checked. Its files go into a temporary folder beside
+    `target`, which is removed on any failure and on Ctrl-C, and after kill -9 by the next download, so `target` is
+    complete or absent. Only the files asked for are unpacked, by their own plain names: nothing in the archive can
+    choose where it is written.
 
     Args:
         url: where the archive is.
         md5: its checksum, in hexadecimal.
         target: the folder to create; its name is also the name of the archive's top folder.
         members: the files wanted from that folder, and each one's size in bytes.
-        size: the most bytes that the archive may have; more are not even written.
+        size: the most bytes that the archive may have; more are not waited for.
         advice: what the reader of an error can do, added to its message.
         patience: seconds to wait for the first answer, and then for each further piece.
         slowest: bytes per second that have to arrive, on average from the start; `patience` is given in addition.
@@ -53,23 +55,20 @@ def fetch_archive(
         OSError: a folder that cannot be written, or a full disk.
         ValueError: an archive without one of the files, or with one of another size.
     """
+    with _open(url, patience, advice) as response:
+        try:
+            content = _read(response, md5, size, patience, slowest)
+        except (ValueError, http.client.HTTPException, TimeoutError) as error:
+            raise ConnectionError(f"Expected the archive from {url}, got {error!s:.300}. {advice}") from error
     try:
-        with _open(url, patience, advice) as response:  # before anything is written: no network, no trace
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary(target, folder=True) as workplace:
-                archive, unpacked = Path(workplace, "archive.tar.gz"), Path(workplace, target.name)
-                try:
-                    _save(response, md5, archive, size, patience, slowest)
-                except (ValueError, http.client.HTTPException, TimeoutError) as error:
-                    raise ConnectionError(f"Expected the archive from {url}, got {error!s:.300}. {advice}") from error
-                _unpack(archive, unpacked, members)
-                try:
-                    unpacked.rename(target)
-                except OSError:
-                    if not target.is_dir():  # else another process was faster, and its files are as good
-                        raise
-    except ConnectionError:
-        raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary(target, folder=True) as unpacked:
+            _unpack(content, unpacked, target.name, members)
+            try:
+                unpacked.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another process was faster, and its files are as good
+                    raise
     except OSError as error:
         raise OSError(f"Expected to write {target}, got: {error}. {advice}") from error
     except (tarfile.TarError, EOFError, zlib.error) as error:
@@ -98,35 +97,34 @@ def _open(url: str, patience: float, advice: str) -> http.client.HTTPResponse:
     return answer
 
 
-def _save(response: http.client.HTTPResponse, md5: str, file: Path, most: int, patience: float, slowest: float) -> None:
-    """Write the response into `file` with a progress bar, and check its md5.
+def _read(response: http.client.HTTPResponse, md5: str, most: int, patience: float, slowest: float) -> bytes:
+    """Return what the response holds, with a progress bar, once its md5 is checked.
 
     Raises:
         ValueError: too much, too slowly, or another checksum.
         TimeoutError, HTTPException: no further piece, or fewer than promised.
     """
-    digest, start, got = hashlib.md5(usedforsecurity=False), time.monotonic(), 0
+    content, start = bytearray(), time.monotonic()
     promised = response.headers.get("Content-Length", "")  # not every server tells, and not every one a number
     size = int(promised) if promised.isascii() and promised.isdigit() else None
     if size is not None and size > most:
         raise ValueError(f"{size:,} bytes instead of at most {most:,}")
-    with file.open("wb") as out, Progress(size and -(-size // _PIECE), "download, MiB") as bar:
+    with Progress(size and -(-size // _PIECE), "download, MiB") as bar:
         while piece := _next_piece(response):
-            got, shown = got + len(piece), got // _PIECE
-            seconds = time.monotonic() - start
+            content += piece
+            got, seconds = len(content), time.monotonic() - start
             if got > most:
                 raise ValueError(f"more than {most:,} bytes")
             if got < (seconds - patience) * slowest:
                 raise ValueError(f"{got:,} bytes in {seconds:.0f} seconds, too slow to wait for the rest")
-            out.write(piece)
-            digest.update(piece)
-            if got // _PIECE > shown or got == size:
-                bar.advance()
-    if digest.hexdigest() != md5:
+            bar.advance(steps=-(-got // _PIECE) - bar.done)
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if digest != md5:
         raise ValueError(
-            f"{got:,} bytes with md5 {digest.hexdigest()} instead of {md5}: the download broke off, or something in "
+            f"{len(content):,} bytes with md5 {digest} instead of {md5}: the download broke off, or something in "
             "between answered"
         )
+    return bytes(content)
 
 
 def _next_piece(response: http.client.HTTPResponse) -> bytes:
@@ -137,19 +135,15 @@ def _next_piece(response: http.client.HTTPResponse) -> bytes:
         raise TimeoutError(f"no further piece: {error!r}") from error
 
 
-def _unpack(archive: Path, folder: Path, members: Mapping[str, int]) -> None:
-    """Write the wanted members of `archive` into the new `folder`, each under its plain name."""
-    folder.mkdir()
+def _unpack(content: bytes, folder: Path, top: str, members: Mapping[str, int]) -> None:
+    """Write the wanted members of an archive's folder `top` into `folder`, each under its plain name."""
     missing = dict(members)
-    with tarfile.open(archive, "r:gz") as tar:
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as tar:
         for member in tar:
-            top, _, name = member.name.removeprefix("./").partition("/")
-            if top == folder.name and name in missing and member.isfile() and member.size == missing[name]:
-                source = tar.extractfile(member)
-                with source, Path(folder, name).open("wb") as out:
-                    while piece := source.read(_PIECE):
-                        out.write(piece)
+            parent, _, name = member.name.removeprefix("./").partition("/")
+            if parent == top and name in missing and member.isfile() and member.size == missing[name]:
+                Path(folder, name).write_bytes(tar.extractfile(member).read())
                 del missing[name]
     if missing:
-        wanted = ", ".join(f"{folder.name}/{name} ({size:,} bytes)" for name, size in missing.items())
+        wanted = ", ".join(f"{top}/{name} ({size:,} bytes)" for name, size in missing.items())
         raise ValueError(f"Expected {wanted} in the downloaded archive, got none: it is another archive.")
