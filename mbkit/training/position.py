@@ -44,9 +44,8 @@ class PositionedBatches:
 
     def __init__(self, batches: Pairs) -> None:
         self.batches, self.epoch, self.step = batches, 0, 0
-        self._start = self._before = self._now = None  # the generators: at the epoch's start, before the last batch
-        self._last: Any = None
-        self.resumed = False  # whether the next walk begins where the loaded state says
+        self._loaded: dict[str, Any] | None = None  # the state in the middle of an epoch where the next walk begins
+        self._start = self._before = self._last = None  # the generators before the epoch and its last batch; that batch
         self.chunk_size: int | None = None  # how the steps on these batches were made
         self.at_end: Callable[[], None] = lambda: None  # called when an epoch is over, its scheduler's step made
 
@@ -55,30 +54,21 @@ class PositionedBatches:
             raise AttributeError(name)
         return getattr(self.batches, name)  # set_epoch, sampler, …
 
+    @property
+    def resumed(self) -> bool:
+        """Whether the next walk begins in the middle of an epoch, where the loaded state says."""
+        return self._loaded is not None
+
     def __len__(self) -> int:
         return len(self.batches) - (self.step if self.resumed else 0)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        done, self.step = (self.step if self.resumed else 0), 0
-        if done:
-            self._set_generators(self._start)
+        if self.resumed:
+            items = self._wound_on(self._loaded)
+            self._loaded = None
         else:
-            self._start = self._generators()
-        items = iter(self.batches)
-        for i in range(1, done + 1):
-            if i == done:
-                self._set_generators(self._before)
-            item = next(items, None)
-            self.step = i
-            if item is None or (i == done and _digest(item) != self._last):
-                raise ValueError(
-                    f"Expected batch {i} of epoch {self.epoch} as in the saved run, got "
-                    f"{'no more batches' if item is None else 'other numbers'}: pass the same data, in an order that "
-                    "depends on nothing but seeds (a seed of Batches, or a DataLoader's generator)."
-                )
-        if done:
-            self._set_generators(self._now)
-        self.resumed = False
+            self.step, self._start = 0, self._generators()
+            items = iter(self.batches)
         while True:
             before = self._generators()
             try:
@@ -90,24 +80,42 @@ class PositionedBatches:
             yield item
         self.epoch, self.step = self.epoch + 1, 0
 
+    def _wound_on(self, to: dict[str, Any]) -> Iterator[Any]:
+        """Return an iterator over the batches that has drawn, and dropped, those of a saved run."""
+        self._start = to["start"]
+        self._set_generators(self._start)
+        items = iter(self.batches)
+        for i in range(1, to["step"] + 1):
+            if i == to["step"]:
+                self._set_generators(to["before"])
+            item = next(items, None)
+            if item is None or (i == to["step"] and _digest(item) != to["last"]):
+                raise ValueError(
+                    f"Expected batch {i} of epoch {self.epoch} as in the saved run, got "
+                    f"{'no more batches' if item is None else 'other numbers'}: pass the same data, in an order that "
+                    "depends on nothing but seeds (a seed of Batches, or a DataLoader's generator)."
+                )
+        self._set_generators(to["now"])
+        return items
+
     def state(self) -> dict[str, Any]:
         """Return where the walk is, for `load_state`; at an epoch's end it is the beginning of the next."""
+        if self._loaded is not None:
+            return {**self._loaded, "now": self._generators()}
         try:
-            over = self.step == len(self.batches) and not self.resumed  # type: ignore[arg-type]
+            over = self.step == len(self.batches)  # type: ignore[arg-type]
         except TypeError:
             over = False
-        if over or self.step == 0:
-            return {"epoch": self.epoch + over, "step": 0, "now": self._generators()}
-        last = self._last if isinstance(self._last, str) else _digest(self._last)
-        state = {"epoch": self.epoch, "step": self.step, "start": self._start, "before": self._before}
-        return {**state, "now": self._generators(), "last": last}
+        here = {"epoch": self.epoch + over, "step": 0 if over else self.step, "now": self._generators()}
+        if here["step"] > 0:
+            here |= {"start": self._start, "before": self._before, "last": _digest(self._last)}
+        return here
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Let the next walk begin where `state()` was called, and put all generators to where they were then."""
-        self.epoch, self.step, self._now = state["epoch"], state["step"], state["now"]
-        self._start, self._before, self._last = (state.get(name) for name in ("start", "before", "last"))
-        self.resumed = self.step > 0
-        self._set_generators(self._now)
+        self.epoch, self.step = state["epoch"], state["step"]
+        self._loaded = state if self.step > 0 else None
+        self._set_generators(state["now"])
 
     def _generators(self) -> dict[str, Any]:
         return {"own": {path: own.get_state() for path, own in _held(self.batches).items()}, **global_state()}
