@@ -14,9 +14,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -258,6 +260,18 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 1e-10, what: str = "
         equal_nan=True,
         msg=lambda text: f"{what}: {text}",
     )
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch, Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def next_draws() -> tuple[float, float, float]:
+    """Return what they draw next, which tells where they stand."""
+    return torch.rand(()).item(), random.random(), np.random.rand()
 
 
 def snapshot(module: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import assert_unchanged, snapshot
+from oracle import assert_unchanged, next_draws, seed_all, snapshot
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -92,9 +92,7 @@ class Run:
     """A run as a script makes it, from the same seeds every time."""
 
     def __init__(self, data: str = "batches", setting: str = "sgd", **changed: Any) -> None:
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)
+        seed_all(0)
         options = {**SETTINGS[setting], **changed}
         self.seen: list[Any] = []
         width, count, seeds = options.pop("width", 8), options.pop("count", M), options.pop("seeds", None)
@@ -105,7 +103,7 @@ class Run:
 
     def fit(self, folder: Path | None = None, stop: int | None = None, epochs: int = EPOCHS, **options: Any) -> Any:
         def callback(step: Any) -> bool:
-            torch.rand(1), random.random(), np.random.rand()  # between the data's own draws
+            next_draws()  # between the data's own
             self.seen.append((step.index, step.epoch, [group["lr"] for group in self.optimizer.param_groups]))
             return step.index != stop
 
@@ -119,7 +117,7 @@ class Run:
         return {
             "tensors": [t.detach().clone() for t in (*tensors, *state, history.loss, history.epoch)],
             "lr": [group["lr"] for group in self.optimizer.param_groups],
-            "draws": [torch.rand(1).item(), random.random(), np.random.rand()],
+            "draws": next_draws(),
             "streams": list(self.batch.streams.state().values()),
         }
 
@@ -207,7 +205,7 @@ def test_it_is_saved_every_so_many_steps_and_after_an_exception_it_goes_on(tmp_p
     broken = Run()
 
     def fails(step: Any) -> None:
-        torch.rand(1), random.random(), np.random.rand()  # as the other runs' callback does
+        next_draws()  # as the other runs' callback does
         if step.index == 8:
             raise OSError("the network is gone")
 

@@ -18,7 +18,9 @@ from oracle import (
     classifiers,
     close,
     loader,
+    next_draws,
     points,
+    seed_all,
     train_alone,
     trained_alone,
 )
@@ -66,43 +68,25 @@ LOADERS = {
 
 @pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
 def test_random_draws_of_models_and_data_leave_each_other_alone(make):
-    def start():
-        torch.manual_seed(1)
-        random.seed(1)
-        numpy.random.seed(1)
-
-    def state():
-        return torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist(), torch.rand(3)
+    def made():
+        torch.manual_seed(9)
+        data = make()
+        seed_all(1)
+        return data
 
     models = classifiers(dropout=0.5)
-    torch.manual_seed(9)
-    data = make()
-    start()
+    data = made()
     epochs = [list(data) for _ in range(2)]  # what anybody who walks through the loader twice gets to see
-    after = state()
-    expected = copy.deepcopy(models)
+    after, expected = next_draws(), copy.deepcopy(models)
     losses = train_alone(expected, epochs[0] + epochs[1], loss_fn=cross_entropy, configs=CONFIGS)
-
-    torch.manual_seed(9)
-    data = make()
     batch, optimizer = batched(models)
-    start()
-    history = fit(batch, optimizer, data, cross_entropy, 2)
+    history = fit(batch, optimizer, made(), cross_entropy, 2)
+    assert next_draws() == after
     assert_same_parameters(batch.models, expected)
     close(history.loss, losses)
-    now = state()
-    assert torch.equal(now[0], after[0])
-    assert now[1:3] == after[1:3]
-
-    torch.manual_seed(9)
-    data = make()
-    start()
-    history = fit_alone(models, SGD, CONFIGS, data, cross_entropy, 2, seeds=SEEDS)
+    fit_alone(models, SGD, CONFIGS, made(), cross_entropy, 2, seeds=SEEDS)
+    assert next_draws() == after
     assert_same_parameters(models, expected)
-    now = state()
-    assert torch.equal(now[0], after[0])
-    assert now[1:3] == after[1:3]
-    assert torch.equal(now[3], after[3])
 
 
 def test_seeds_are_drawn_as_the_batch_draws_them():
@@ -177,20 +161,14 @@ class Noisy(nn.Module):
 
 
 def test_what_a_model_draws_from_python_and_numpy_is_what_it_draws_alone():
-    def start():
-        torch.manual_seed(1)
-        random.seed(1)
-        numpy.random.seed(1)
-
     models = [Noisy() for _ in range(M)]
     expected = copy.deepcopy(models)
-    start()
+    seed_all(1)
     data = list(LOADERS["augmentation"]())  # what the models draw does not change it
-    start()
+    seed_all(1)
     fit_alone(models, SGD, CONFIGS, LOADERS["augmentation"](), cross_entropy, seeds=SEEDS)
     for m, model in enumerate(expected):
-        random.seed(SEEDS[m])
-        numpy.random.seed(SEEDS[m] % 2**32)
+        seed_all(SEEDS[m])
         train_alone([model], data, loss_fn=cross_entropy, seeds=SEEDS[m : m + 1], configs=CONFIGS[m])
     assert_same_parameters(models, expected)
 
