@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 
 import pytest
 import torch
@@ -26,25 +25,15 @@ def history():
     )
 
 
-def test_counts(history):
+def test_counts_last_steps_and_means(history):
     assert (history.num_models, history.steps, history.epochs, len(history)) == (2, 3, 2, 3)
-
-
-def test_final_is_each_models_own_last_step(history):
-    assert history.final()["loss"].tolist() == [1.0, 1.0]
+    assert history.final()["loss"].tolist() == [1.0, 1.0]  # each model's own last step
     assert history.final()["accuracy"].tolist() == [0.75, 1.0]
-
-
-def test_means_by_epoch(history):
     means = history.by_epoch()
     torch.testing.assert_close(means["loss"], torch.tensor([[3.0, 2.0], [1.0, NAN]]), equal_nan=True)
     torch.testing.assert_close(means["accuracy"], torch.tensor([[0.25, 0.75], [0.75, NAN]]), equal_nan=True)
-
-
-def test_a_run_that_starts_at_a_later_epoch(history):
-    history.epoch = torch.tensor([5, 5, 6])
-    assert history.epochs == 2
-    assert history.by_epoch()["loss"].shape == (2, 2)
+    history.epoch = torch.tensor([5, 5, 6])  # a run that starts at a later epoch
+    assert (history.epochs, history.by_epoch()["loss"].shape) == (2, (2, 2))
 
 
 def test_to_dict_is_strict_json(history):
@@ -73,9 +62,6 @@ def test_it_prints_as_a_table(history):
     history.interrupted, history.accuracy = True, None
     assert repr(history).splitlines()[0].endswith("interrupted")
     assert "accuracy" not in repr(history)
-
-
-def test_many_models_do_not_flood_the_screen():
     many = History(torch.ones(2, 500), None, 1.0, torch.ones(2), torch.zeros(2, dtype=torch.int64), [2] * 500)
     assert len(repr(many).splitlines()) < 30
     assert "..." in repr(many)
@@ -99,15 +85,3 @@ def test_accuracy_is_kept_only_where_every_step_has_one():
         run.keep(Step(0, 0, torch.ones(2), torch.ones(2), 0.1))
         run.keep(Step(1, 0, torch.ones(2), None, 0.1))
     assert run.history.accuracy is None
-
-
-def test_a_handler_of_ones_own_for_ctrl_c_is_respected():
-    def own(number, frame):
-        pass
-
-    before = signal.signal(signal.SIGINT, own)
-    try:
-        with Recording(1, None):
-            assert signal.getsignal(signal.SIGINT) is own
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -148,3 +148,15 @@ def test_worker_threads_train_without_handlers() -> None:
     thread.start()
     thread.join()
     assert seen == [before] * 4
+
+
+def test_a_handler_of_ones_own_is_respected() -> None:
+    def own(number: int, frame: Any) -> None:
+        pass
+
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        with recorder.Recording(1, None):
+            assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
