@@ -76,11 +76,11 @@ def call_models(context: CallContext, args: tuple, kwargs: dict, shared: bool) -
 def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool) -> Any:
     template, slow = context.template, context.model_by_model
     reasons: dict[str, str] = {}  # of the paths that are added in this call
-    for path in _hooked(template) - slow:
+    before = read_state(template)
+    for path in _hooked(before.modules) - slow:
         slow.add(path)
         reasons[path] = "its hooks are to see each model's own tensors and gradients"
     while True:
-        before = read_state(template)
         memory = Memory(context, before)
         try:
             output, after, attributes = attempt(context, before, args, kwargs, shared)
@@ -116,12 +116,12 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool) -> Any:
     return output
 
 
-def _hooked(template: nn.Module) -> set[str]:
+def _hooked(modules: dict[str, nn.Module]) -> set[str]:
     """Return the paths of the modules with backward hooks, which vmap passes over in silence, or hooks that keep."""
     if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
         return {""}
     found = set()
-    for path, module in template.named_modules():
+    for path, module in modules.items():
         forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if module._backward_hooks or module._backward_pre_hooks or any(map(_keeps, forward)):
             found.add(path)

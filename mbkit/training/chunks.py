@@ -146,25 +146,25 @@ class Chunks:
     ) -> Iterator[tuple[int, int, CallContext, Any]]:
         """Call chunk after chunk; yield (first model, the one after the last, chunk, outputs), and keep its state."""
         whole, after, sizes, inputs = context_of(self.batch), [], [], arguments(x)
-        before = read_state(whole.template)
         if not shared_input:
             check_inputs(tree_leaves(inputs), whole.num_models)
         self.how = ""
-        cuts = self._first_size < self.num_models
+        cuts = self._first_size < self.num_models  # else there is one chunk, whose calls keep their state themselves
+        before = read_state(whole.template) if cuts else {}
         parts = kept_by(whole, loss_fn).in_parts(whole.num_models) if cuts else nullcontext(lambda _: nullcontext())
         with parts as part:
             for start, stop, chunk in self:
                 self.how = self.how or self._words(stop)
                 chunk = self._without_vmap(chunk, loss_fn) if self.how == "one by one" else chunk
                 with part(slice(start, stop)):
-                    given = read_state(chunk.template)
+                    given = read_state(chunk.template) if cuts else {}
                     own = partial(_rows_of, start=start, stop=stop)
                     args, kwargs = inputs if shared_input else tree_map_only(Tensor, own, inputs)
                     out = self._measured(chunk, args, kwargs, shared_input)
-                    if not cuts:  # it is the only one, and has kept its state itself
+                    if not cuts:
                         whole.attributes = chunk.attributes
                     yield start, stop, chunk, out
-                    now = read_state(chunk.template)
+                    now = read_state(chunk.template) if cuts else {}
                     after.append({key: value for key, value in now.items() if value is not given.get(key)})
                     sizes.append(stop - start)
         if cuts:

@@ -5,8 +5,8 @@ be one and the same memory (in `x + a + b` under vmap, if x has one row), and th
 second backward pass, clipping, a scaler) edits the other. So at the end of a pass shared memory is taken apart. torch
 itself shares it as well in rarer cases, `a.view(6) + b.view(6)`, and then adds up wrong sums; a batch does not.
 
-Models. Where models run one after the other they can take different ways, so a step may use a parameter for some
-models only. Alone, the others' gradient is None and their optimizer leaves the parameter be; in a stacked gradient
+Used gradients. Where models run one after the other they can take different ways, so a step may use a parameter for
+some models only. Alone, the others' gradient is None and their optimizer leaves the parameter be; in a stacked gradient
 theirs is a row of zeros, which momentum and weight decay would still act upon. The autograd graph knows: it splits into
 the models' own graphs at each stack of M tensors, so one walk over it tells which models arrive where. What it finds
 is kept on the gradient itself and goes when the gradient goes.
@@ -14,6 +14,7 @@ is kept on the gradient itself and goes when the gradient goes.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import partial
 from operator import itemgetter
@@ -52,8 +53,14 @@ def models_with_gradient(gradient: Tensor, num_models: int) -> Tensor | None:
 
 def note_models_with_gradient(gradient: Tensor, present: Sequence[bool]) -> None:
     """Note on a gradient `[M, ...]` which models have one."""
-    if not all(present):
-        setattr(gradient, _PRESENT, sum(1 << m for m, is_present in enumerate(present) if is_present))
+    _note(gradient, sum(1 << m for m, is_present in enumerate(present) if is_present), len(present))
+
+
+def _note(gradient: Tensor, bits: int, num_models: int) -> None:
+    if bits != (1 << num_models) - 1:
+        setattr(gradient, _PRESENT, bits)
+    elif hasattr(gradient, _PRESENT):
+        delattr(gradient, _PRESENT)
 
 
 def watch_backward(outputs: Iterable[Any], leaves: Iterable[Any], num_models: int, some_models: bool = True) -> None:
@@ -69,25 +76,40 @@ def watch_backward(outputs: Iterable[Any], leaves: Iterable[Any], num_models: in
     if nodes:
         leaves = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad and t.is_leaf]
     for node in nodes:
-        node.register_prehook(partial(_arrive, leaves, num_models if some_models else 0))
+        node.register_prehook(partial(_arrive, leaves, num_models if some_models and num_models > 1 else 0))
 
 
 class _Pass:
-    """One backward pass: the leaves to look after, the nodes walked over, and the leaves found by walking."""
+    """One backward pass.
+
+    Attributes:
+        leaves: the tensors whose gradients must not share memory, by their ids.
+        reached: the nodes of the graph that are walked over, each with the models that arrive there, as bits.
+        found: of the nodes among them that stand for a leaf: M, its gradient from before, and that one's version.
+    """
 
     def __init__(self) -> None:
         self.leaves: dict[int, Tensor] = {}
-        self.seen: set[Any] = set()
-        self.found: dict[int, _Leaf] = {}
+        self.reached: dict[Any, int] = {}
+        self.found: dict[Any, tuple[int, Tensor | None, int]] = {}
 
-
-class _Leaf:
-    """A parameter that a pass reaches: for which models, and its gradient from before."""
-
-    def __init__(self, tensor: Tensor, num_models: int) -> None:
-        self.tensor, self.everyone, self.bits = tensor, (1 << num_models) - 1, 0
-        self.before = tensor.grad
-        self.version = None if self.before is None else self.before._version
+    def walk(self, root: Any, num_models: int) -> None:
+        """Walk over the graph below a node at which all models arrive."""
+        self.reached[root] = (1 << num_models) - 1
+        waiting = deque([root])
+        while waiting:  # a node is met again when more models arrive
+            node = waiting.popleft()
+            if hasattr(node, "variable") and node not in self.found:
+                before = node.variable.grad
+                self.found[node] = num_models, before, 0 if before is None else before._version
+            bits, apart = self.reached[node], _ROWS in node.metadata
+            for i, (after, _) in enumerate(node.next_functions):
+                known = self.reached.get(after, 0)
+                more = (bits & 1 << i if apart else bits) & ~known
+                if after is not None and more:
+                    self.reached[after] = known | more
+                    if not waiting or waiting[-1] is not after:
+                        waiting.append(after)
 
 
 _passes: dict[int, _Pass] = {}  # by the number that autograd gives the pass
@@ -104,26 +126,21 @@ def _arrive(leaves: list[Tensor], num_models: int, gradients: Any) -> None:
     current = _passes[number]
     current.leaves.update((id(t), t) for t in leaves)
     node = torch._C._current_autograd_node()
-    if not num_models or node in current.seen:  # on the way from a loss, which may have come for some models only
-        return
-    for tensor, bits in _walk(node, num_models, current.seen):
-        current.found.setdefault(id(tensor), _Leaf(tensor, num_models)).bits |= bits
+    if num_models and node not in current.reached:  # else on the way from a loss, which may have come for some only
+        current.walk(node, num_models)
 
 
 def _finish(number: int) -> None:
     """Take shared memory apart, and note on the new gradients which models have one."""
     current = _passes.pop(number)
     separate_gradients(current.leaves.values())
-    for leaf in current.found.values():
-        gradient, bits = leaf.tensor.grad, leaf.bits
-        if gradient is None or (gradient is leaf.before and gradient._version == leaf.version):
+    for node, (num_models, before, version) in current.found.items():
+        gradient, bits = node.variable.grad, current.reached[node]
+        if gradient is None or (gradient is before and gradient._version == version):
             continue  # autograd.grad, which leaves .grad alone
-        if leaf.before is not None:
-            bits |= getattr(leaf.before, _PRESENT, leaf.everyone)
-        if bits != leaf.everyone:
-            setattr(gradient, _PRESENT, bits)
-        elif hasattr(gradient, _PRESENT):
-            delattr(gradient, _PRESENT)
+        if before is not None:
+            bits |= getattr(before, _PRESENT, (1 << num_models) - 1)
+        _note(gradient, bits, num_models)
 
 
 def separate_gradients(tensors: Iterable[Tensor]) -> None:
@@ -137,30 +154,3 @@ def separate_gradients(tensors: Iterable[Tensor]) -> None:
             tensor.grad = tensor.grad.clone()
         else:
             end = start + tensor.grad.numel() * tensor.grad.element_size()  # autograd's gradients are dense
-
-
-def _walk(root: Any, num_models: int, seen: set[Any]) -> list[tuple[Tensor, int]]:
-    """Return the leaves below a node, each with the models that reach it."""
-    order, stack = [], [(root, iter(root.next_functions))]
-    local = {root}
-    while stack:  # depth first; a node is put down after all that it leads to
-        node, following = stack[-1]
-        step = next(following, None)
-        if step is None:
-            order.append(node)
-            stack.pop()
-        elif step[0] is not None and step[0] not in local:
-            local.add(step[0])
-            stack.append((step[0], iter(step[0].next_functions)))
-    arriving = dict.fromkeys(order, 0)
-    arriving[root] = (1 << num_models) - 1
-    leaves = []
-    for node in reversed(order):
-        bits, apart = arriving[node], _ROWS in node.metadata
-        if hasattr(node, "variable"):
-            leaves.append((node.variable, bits))
-        for i, (after, _) in enumerate(node.next_functions):
-            if after is not None:
-                arriving[after] |= bits & (1 << i) if apart else bits
-    seen |= local
-    return leaves

@@ -105,7 +105,9 @@ def tensors_in(tree: Any) -> list[Tensor]:
 def _own_attributes(module: nn.Module) -> list[str]:
     """Return the plain attributes that a call might change; torch's own layers have none unless they are hooked."""
     mine = vars(module)
-    if type(module).__module__.startswith("torch.nn.") and not any(mine[hooks] for hooks in HOOKS):
+    if type(module).__module__.startswith("torch.nn.") and not (
+        mine["_forward_hooks"] or mine["_forward_pre_hooks"] or mine["_backward_hooks"] or mine["_backward_pre_hooks"]
+    ):
         return []
     return [name for name in mine if name not in _OF_TORCH]
 
