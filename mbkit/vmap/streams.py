@@ -39,9 +39,6 @@ class Streams:
     Args:
         seeds: M integers.
 
-    Attributes:
-        from_python: whether calls draw from Python's or numpy's generators; None while that is not known.
-
     Example:
         >>> streams = Streams([3, 4])
         >>> _ = torch.manual_seed(4)
@@ -49,28 +46,35 @@ class Streams:
         True
     """
 
-    _all_at_once = False  # whether a call is under way that can be made again
-
     def __init__(self, seeds: Sequence[int]) -> None:
         self.seeds = list(seeds)
-        self.from_python: bool | None = None
-        self._met: set[Any] = set()
+        self._whole, self._rows = self, slice(None)  # see `part`
         self._generators: dict[torch.device | str, list[Any]] = {}
+        self._from_python: bool | None = None  # whether calls draw from Python's generators; None while not known
+        self._met: set[Any] = set()
+        self._all_at_once = False  # whether a call is under way that can be made again
 
     def on(self, device: torch.device | str) -> list[Any]:
         """Return the M generators of a device, or of one of Python's generators, seeded at their first use."""
         python = device in PYTHON_GENERATORS
         device = device if python else torch.device(device)
-        if device not in self._generators:
+        if device not in self._whole._generators:
             make = PythonGenerator if python else torch.Generator
-            self._generators[device] = [make(device).manual_seed(seed) for seed in self.seeds]
-        return self._generators[device]
+            self._whole._generators[device] = [make(device).manual_seed(seed) for seed in self._whole.seeds]
+        return self._whole._generators[device][self._rows]
+
+    def part(self, start: int, stop: int) -> Streams:
+        """Return the streams of models start to stop - 1: the very same, so that to draw there is to draw here."""
+        part = Streams(self.seeds[start:stop])
+        part._whole, part._rows = self, slice(start, stop)
+        return part
 
     def meet(self, caller: Any) -> None:
         """Look anew at whether calls draw from Python's generators when somebody, such as a loss, calls first."""
-        if caller not in self._met:
-            self._met.add(caller)
-            self.from_python = self.from_python or None
+        whole = self._whole
+        if caller not in whole._met:
+            whole._met.add(caller)
+            whole._from_python = whole._from_python or None
 
     @contextmanager
     def take_turns(self, device: torch.device) -> Iterator[Iterator[int]]:
@@ -81,7 +85,7 @@ class Streams:
         defaults: dict[Any, Any] = {torch.device("cpu"): torch.default_generator}
         if device.type == "cuda":
             defaults[device] = torch.cuda.default_generators[device.index or 0]
-        if self.from_python is not False:
+        if self._whole._from_python is not False:
             defaults |= PYTHON_GENERATORS
         moved: set[str] = set()
 
@@ -102,17 +106,18 @@ class Streams:
             finally:
                 for place, default in defaults.items():
                     default.set_state(before[place])
-        if not self.from_python:
+        if not self._whole._from_python:
             self._learn(moved)
 
     def _learn(self, moved: Collection[str]) -> None:
         """Note whether the models drew from Python's generators."""
-        late = self.from_python is False
+        whole, late = self._whole, self._whole._from_python is False
         if late and self._all_at_once:
             return  # the whole call is made again
-        self.from_python = bool(moved)
+        whole._from_python = bool(moved)
         if not moved:
-            self._drop_python_generators()
+            for name in PYTHON_GENERATORS:
+                whole._generators.pop(name, None)
             return
         warnings.warn(
             f"The models draw from {_named(moved)}, which torch.manual_seed does not seed. "
@@ -122,10 +127,6 @@ class Streams:
             stacklevel=2,
         )
 
-    def _drop_python_generators(self) -> None:
-        for name in PYTHON_GENERATORS:
-            self._generators.pop(name, None)
-
     @contextmanager
     def shared_draws_refused(self) -> Iterator[None]:
         """Let all models run at once in a `with` block, where a number from Python's generators would be one for all.
@@ -133,7 +134,8 @@ class Streams:
         Raises:
             SharedDraw: a generator has moved. In a first call it is put back to where it was.
         """
-        before, expected = generator_marks(), self.from_python is not False
+        whole, before = self._whole, generator_marks()
+        expected = whole._from_python is not False
         states = {name: generator.get_state() for name, generator in PYTHON_GENERATORS.items()} if expected else {}
         self._all_at_once = True
         try:
@@ -144,14 +146,14 @@ class Streams:
         for name in moved if states else ():
             PYTHON_GENERATORS[name].set_state(states[name])
         if moved:
-            self.from_python = self.from_python or None
+            whole._from_python = whole._from_python or None
             raise SharedDraw(f"it draws from {_named(moved)}, whose numbers would be the same for all models")
-        self.from_python = bool(self.from_python)
+        whole._from_python = bool(whole._from_python)
 
     @property
     def in_use(self) -> bool:
         """Whether a call may have drawn from the streams."""
-        return bool(self._generators)
+        return bool(self._whole._generators)
 
     def dropout_masks(self, like: Tensor, rates: Sequence[float]) -> Tensor:
         """Draw `[M, ...]`, a mask a model as torch draws it on a CPU: 0, or 1 / (1 - rate) where a number is kept.
@@ -160,11 +162,8 @@ class Streams:
             like: one model's activation, whose memory order decides which number meets which bit.
             rates: M dropout rates.
         """
-        if like.is_contiguous():
-            noise = like.new_empty((len(rates), *like.shape))
-        else:
-            strides = (like.numel(), *like.stride())
-            noise = torch.empty_strided((len(rates), *like.shape), strides, dtype=like.dtype, device=like.device)
+        strides = (like.numel(), *like.stride())
+        noise = torch.empty_strided((len(rates), *like.shape), strides, dtype=like.dtype, device=like.device)
         for mask, rate, generator in zip(noise, rates, self.on(like.device), strict=True):
             if rate == 0:
                 mask.fill_(1)  # torch draws nothing here, and nothing for a rate of 1
@@ -176,15 +175,17 @@ class Streams:
 
     def remember(self) -> Callable[..., None]:
         """Return a function that puts the streams back where they are now: all, or those of the models it gets."""
-        states = {device: [g.get_state() for g in generators] for device, generators in self._generators.items()}
+        states = {device: [g.get_state() for g in self.on(device)] for device in self._whole._generators}
 
         def restore(models: Sequence[int] | None = None) -> None:
-            for device, generators in self._generators.items():
-                for m in range(len(generators)) if models is None else models:
+            for device in list(self._whole._generators):
+                for m, generator in enumerate(self.on(device)):
+                    if models is not None and m not in models:
+                        continue
                     if device in states:
-                        generators[m].set_state(states[device][m])
+                        generator.set_state(states[device][m])
                     else:
-                        generators[m].manual_seed(self.seeds[m])
+                        generator.manual_seed(self.seeds[m])
 
         return restore
 
@@ -195,14 +196,10 @@ class Streams:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put the streams where `state()` found them; those it does not name start again from their seeds."""
         self._generators.clear()
-        self.from_python = bool(PYTHON_GENERATORS.keys() & state.keys()) or None
+        self._from_python = bool(PYTHON_GENERATORS.keys() & state.keys()) or None
         for device, states in state.items():
             for generator, row in zip(self.on(device), states, strict=True):
                 generator.set_state(row.cpu().clone())
-
-    def part(self, start: int, stop: int) -> Streams:
-        """Return the streams of models start to stop - 1: the very same, so that to draw there is to draw here."""
-        return _Part(self, slice(start, stop))
 
     def __getstate__(self) -> dict:
         return {"seeds": self.seeds, "state": self.state()}
@@ -210,30 +207,3 @@ class Streams:
     def __setstate__(self, saved: dict) -> None:
         self.__init__(saved["seeds"])
         self.load_state(saved["state"])
-
-
-class _Part(Streams):
-    def __init__(self, whole: Streams, rows: slice) -> None:
-        self.seeds, self._whole, self._rows = whole.seeds[rows], whole, rows
-
-    @property
-    def from_python(self) -> bool | None:  # type: ignore[override]
-        return self._whole.from_python
-
-    @from_python.setter
-    def from_python(self, value: bool | None) -> None:
-        self._whole.from_python = value
-
-    @property
-    def _met(self) -> set[Any]:  # type: ignore[override]
-        return self._whole._met
-
-    @property
-    def _generators(self) -> dict[torch.device | str, list[Any]]:  # type: ignore[override]
-        return {device: generators[self._rows] for device, generators in self._whole._generators.items()}
-
-    def _drop_python_generators(self) -> None:
-        self._whole._drop_python_generators()
-
-    def on(self, device: torch.device | str) -> list[Any]:
-        return self._whole.on(device)[self._rows]
