@@ -50,7 +50,7 @@ class Streams:
         self.seeds = list(seeds)
         self._whole, self._rows = self, slice(None)  # see `part`
         self._generators: dict[torch.device | str, list[Any]] = {}
-        self._from_python: bool | None = None  # whether calls draw from Python's generators; None while not known
+        self.from_python: bool | None = None  # whether calls draw from Python's generators; None while not known
         self._met: set[Any] = set()
         self._all_at_once = False  # whether a call is under way that can be made again
 
@@ -74,7 +74,7 @@ class Streams:
         whole = self._whole
         if caller not in whole._met:
             whole._met.add(caller)
-            whole._from_python = whole._from_python or None
+            whole.from_python = whole.from_python or None
 
     @contextmanager
     def take_turns(self, device: torch.device) -> Iterator[Iterator[int]]:
@@ -85,7 +85,7 @@ class Streams:
         defaults: dict[Any, Any] = {torch.device("cpu"): torch.default_generator}
         if device.type == "cuda":
             defaults[device] = torch.cuda.default_generators[device.index or 0]
-        if self._whole._from_python is not False:
+        if self._whole.from_python is not False:
             defaults |= PYTHON_GENERATORS
         moved: set[str] = set()
 
@@ -106,15 +106,15 @@ class Streams:
             finally:
                 for place, default in defaults.items():
                     default.set_state(before[place])
-        if not self._whole._from_python:
+        if not self._whole.from_python:
             self._learn(moved)
 
     def _learn(self, moved: Collection[str]) -> None:
         """Note whether the models drew from Python's generators."""
-        whole, late = self._whole, self._whole._from_python is False
+        whole, late = self._whole, self._whole.from_python is False
         if late and self._all_at_once:
             return  # the whole call is made again
-        whole._from_python = bool(moved)
+        whole.from_python = bool(moved)
         if not moved:
             for name in PYTHON_GENERATORS:
                 whole._generators.pop(name, None)
@@ -135,7 +135,7 @@ class Streams:
             SharedDraw: a generator has moved. In a first call it is put back to where it was.
         """
         whole, before = self._whole, generator_marks()
-        expected = whole._from_python is not False
+        expected = whole.from_python is not False
         states = {name: generator.get_state() for name, generator in PYTHON_GENERATORS.items()} if expected else {}
         self._all_at_once = True
         try:
@@ -146,9 +146,9 @@ class Streams:
         for name in moved if states else ():
             PYTHON_GENERATORS[name].set_state(states[name])
         if moved:
-            whole._from_python = whole._from_python or None
+            whole.from_python = whole.from_python or None
             raise SharedDraw(f"it draws from {_named(moved)}, whose numbers would be the same for all models")
-        whole._from_python = bool(whole._from_python)
+        whole.from_python = bool(whole.from_python)
 
     @property
     def in_use(self) -> bool:
@@ -196,7 +196,7 @@ class Streams:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Put the streams where `state()` found them; those it does not name start again from their seeds."""
         self._generators.clear()
-        self._from_python = bool(PYTHON_GENERATORS.keys() & state.keys()) or None
+        self.from_python = bool(PYTHON_GENERATORS.keys() & state.keys()) or None
         for device, states in state.items():
             for generator, row in zip(self.on(device), states, strict=True):
                 generator.set_state(row.cpu().clone())
