@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from .folder import batch_file
+from .helper import HelperLost, run_job
 from .worker import Job, run_batch
 
 __all__ = ["WorkersLost", "run_jobs"]
@@ -91,10 +92,9 @@ class _Crew:
                 lost = [(self._running[future], error) for future in over if (error := self._close(future))]
                 for job, error in lost:
                     broken = isinstance(error, futures.BrokenExecutor)
-                    blame = (
-                        len(lost) == len(self._running) == 1 if broken else 1 + getattr(error, "allowed_failures", 3)
-                    )
-                    (suspects if broken else waiting).extend(self._again(job, error, int(blame)))
+                    alone = len(lost) == len(self._running) == 1
+                    deaths = int(alone) if broken else 1 + getattr(error, "allowed_failures", 0)
+                    (suspects if broken else waiting).extend(self._again(job, error, deaths))
                 for future in over:
                     del self._running[future]
         finally:
@@ -114,7 +114,7 @@ class _Crew:
             self._submit(waiting.popleft())
 
     def _submit(self, job: Job) -> None:
-        self._running[self._executor.submit(run_batch, job)] = job
+        self._running[self._executor.submit(run_job, job)] = job
 
     def _close(self, future: futures.Future) -> BaseException | None:
         """Take a batch's result; return the exception if that says that its worker was lost."""
@@ -129,7 +129,7 @@ class _Crew:
         except OSError:
             raise
         except Exception as error:
-            if isinstance(error, futures.BrokenExecutor) or type(error).__name__ == "KilledWorker":
+            if isinstance(error, (futures.BrokenExecutor, HelperLost)) or type(error).__name__ == "KilledWorker":
                 return error
             self.errors.append(_named(error, job))
         return None

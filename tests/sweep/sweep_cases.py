@@ -179,3 +179,34 @@ def schedule_of_kills(seed: int, kills: int, events: int) -> list[tuple[int, boo
     """Return after how many events to kill, and whether before or after the last of them."""
     own = random.Random(seed)
     return [(own.randint(1, events), own.random() < 0.5) for _ in range(kills)]
+
+
+def dying_once(flag: str) -> Any:
+    """Return the data, but kill the process that asks for it if nobody has before."""
+    try:
+        os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return data()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DyingInSecondEpoch:
+    """The data; the first process that comes to a second epoch is killed, and so each time if `always`."""
+
+    def __init__(self, flag: str, always: bool = False) -> None:
+        self.flag, self.always, self.walks = flag, always, 0
+
+    def __iter__(self) -> Any:
+        self.walks += 1
+        if self.walks == 2:
+            if self.always:
+                os.kill(os.getpid(), signal.SIGKILL)
+            dying_once(self.flag)
+        return iter(data())
+
+
+def poisoned(fold: list[int]) -> Any:
+    """Return the data of each model; whoever asks for that of fold 3 is killed."""
+    if 3 in fold:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [(x.expand(len(fold), *x.shape), y.expand(len(fold), *y.shape)) for x, y in data()]

@@ -1,0 +1,132 @@
+"""Other processes, and Dask's: the same bits as in this one; workers that die, batches that kill, nobody there."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sweep_cases import CONFIGS, DyingInSecondEpoch, digest, dying_once, poisoned, standard
+
+from mbkit.sweep import WorkersLost
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python's on forks beside threads
+
+
+@pytest.fixture(autouse=True)
+def a_time_out() -> Iterator[None]:
+    def late(number: int, frame: Any) -> None:
+        raise TimeoutError("The test took more than 100 seconds.")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(100)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("here")
+    standard(folder)
+    return digest(folder)
+
+
+def pool() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork"))
+
+
+def test_a_worker_that_dies_is_replaced_and_its_batch_goes_on_from_its_last_epoch(
+    tmp_path: Path, expected: str
+) -> None:
+    dying = functools.partial(DyingInSecondEpoch, str(tmp_path / "flag"))
+    standard(tmp_path / "sweep", executor=pool, data=dying)
+    assert (tmp_path / "flag").exists()
+    assert digest(tmp_path / "sweep") == expected
+
+
+def test_a_broken_pool_is_an_error_that_says_what_to_do_and_another_goes_on(tmp_path: Path, expected: str) -> None:
+    dying = functools.partial(dying_once, str(tmp_path / "flag"))
+    with pool() as broken, pytest.raises(WorkersLost, match="its pool is broken: call sweep again with a new"):
+        standard(tmp_path / "sweep", executor=broken, data=dying)
+    with pool() as whole:
+        standard(tmp_path / "sweep", executor=whole, data=dying)
+    assert digest(tmp_path / "sweep") == expected
+
+
+def test_a_batch_that_kills_its_worker_is_given_up_by_name_when_the_others_are_done(tmp_path: Path) -> None:
+    configs = [{**config, "data_fold": t} for t, config in enumerate(CONFIGS)]
+    settings = {"configs": configs, "data": poisoned, "executor": pool, "max_retries": 1}
+    with pytest.raises(WorkersLost, match=r"batch 1 of rung 0 \(trials 3, 4\) died 2 times in a row"):
+        standard(tmp_path, **settings)
+    done = sorted(file.name for file in (tmp_path / "rung-0").glob("batch-?????.safetensors"))
+    assert done == ["batch-00000.safetensors", "batch-00002.safetensors", "batch-00003.safetensors"]
+
+
+@pytest.mark.slow
+def test_threads_have_a_process_each(tmp_path: Path, expected: str) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        standard(tmp_path, executor=threads)
+    assert digest(tmp_path) == expected
+
+
+# Dask
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Give two real worker processes."""
+    distributed = pytest.importorskip("distributed")
+    roots = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, roots))
+    settings = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0"}
+    with distributed.LocalCluster(**settings, local_directory=str(tmp_path_factory.mktemp("dask"))) as cluster:
+        yield cluster
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.slow
+def test_dask_with_a_worker_that_dies(tmp_path: Path, expected: str, cluster: Any) -> None:
+    dying = functools.partial(DyingInSecondEpoch, str(tmp_path / "flag"))
+    with cluster.get_client() as client:
+        standard(tmp_path / "sweep", executor=client.get_executor(pure=False), data=dying)
+    assert (tmp_path / "flag").exists()
+    assert digest(tmp_path / "sweep") == expected
+
+
+@pytest.mark.slow
+def test_dask_gives_up_a_batch_that_kills_its_workers(tmp_path: Path, cluster: Any) -> None:
+    configs = [{**config, "data_fold": t} for t, config in enumerate(CONFIGS)]
+    with cluster.get_client() as client, pytest.raises(WorkersLost, match=r"batch 1 of rung 0 \(trials 3, 4\) died 4"):
+        standard(tmp_path, configs=configs, data=poisoned, executor=client)
+    done = sorted(file.name for file in (tmp_path / "rung-0").glob("batch-?????.safetensors"))
+    assert done == ["batch-00000.safetensors", "batch-00002.safetensors", "batch-00003.safetensors"]
+
+
+@pytest.mark.slow
+def test_dask_whose_scheduler_is_lost_is_an_error_and_the_sweep_goes_on_elsewhere(
+    tmp_path: Path, expected: str, cluster: Any
+) -> None:
+    with cluster.get_client() as client:
+        threading.Timer(0.5, client.close).start()
+        with pytest.raises(WorkersLost, match="call sweep again"):
+            standard(tmp_path, executor=client.get_executor(pure=False))
+    standard(tmp_path)
+    assert digest(tmp_path) == expected
+
+
+def test_dask_without_workers_is_an_error_in_time(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    settings = {"processes": False, "dashboard_address": ":0", "protocol": "inproc"}
+    with distributed.LocalCluster(n_workers=0, **settings) as empty, empty.get_client() as client:
+        with pytest.raises(WorkersLost, match=r"No worker has been there for 0\.2 s"):
+            standard(tmp_path, executor=client.get_executor(pure=False), no_workers_timeout=0.2)
