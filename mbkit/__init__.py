@@ -41,8 +41,9 @@ from .vmap import BatchingError
 __all__ = [
     "MLP", "Batches", "BatchingError", "Diagnosis", "EquivalenceReport", "GradScaler", "History", "ImageData",
     "LeNet5", "ModelBatch", "OptimizerFactory", "Step", "TinyMLP", "compare", "create_adam_configs",
-    "create_lr_sweep_configs", "create_sgd_configs", "diagnose", "evaluate", "fit", "fit_alone", "grid", "load_cifar10",
-    "load_digits", "load_images", "load_run", "sample", "save_run", "sweep", "train_steps", "tune_malloc",
+    "create_lr_sweep_configs", "create_sgd_configs", "diagnose", "evaluate", "fit", "fit_alone", "grid",
+    "load_cifar10", "load_digits", "load_images", "load_run", "optuna_sweep", "sample", "save_run", "sweep",
+    "train_steps", "tune_malloc",
 ]  # fmt: skip
 
 
@@ -53,6 +54,7 @@ _LATER = {
     "EquivalenceReport": "verify",
     "compare": "verify",
     "grid": "sweep",
+    "optuna_sweep": "sweep",
     "sample": "sweep",
     "sweep": "sweep",  # the room itself, which can be called
 }

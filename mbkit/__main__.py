@@ -192,6 +192,26 @@ def _race(options: argparse.Namespace) -> BenchmarkResult:
 # lab
 
 
+def _sweep_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", default="mlp", choices=["mlp", "lenet"], help="(%(default)s)")
+    command.add_argument("--trials", type=_whole(), default=1000, help="how many configurations (%(default)s)")
+    command.add_argument("--rungs", type=_whole(), nargs="+", default=[1, 3, 9], metavar="EPOCHS", help="(1 3 9)")
+    command.add_argument("--seed", type=int, default=0, help="of the configurations (%(default)s)")
+    command.add_argument("--folder", type=Path, default=Path("runs/digits"), help="where it is kept (%(default)s)")
+    command.add_argument("--figure", type=_picture, metavar="FILE", help="save a picture")
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from .sweep.digits import sweep_digits
+
+    result = sweep_digits(options.model, options.trials, options.folder, options.rungs, options.seed)
+    best = result.best
+    print(f"{result}\n\nBest: trial {best.number}, {best.score:.1%} of the test digits right, {best.config}")
+    print(f"The models are in {result.folder}; the same command again finds them there.")
+    if options.figure:
+        _save(result.plot(), options.figure)
+
+
 def _lab_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-browser", action="store_true", help="only print the address")
 
@@ -216,6 +236,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
         _consistency,
     ),
     "benchmark": ("train LeNets alone and in a batch, and time both", _benchmark_options, _benchmark),
+    "sweep": ("search a thousand configurations on the digits; go on where it ended", _sweep_options, _sweep),
     "lab": ("open the lessons in JupyterLab", _lab_options, _lab),
 }
 

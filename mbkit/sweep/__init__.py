@@ -13,12 +13,13 @@ import inspect
 import sys
 from types import ModuleType
 
+from .ask_tell import optuna_sweep
 from .configs import grid, sample
 from .engine import sweep
 from .executors import WorkersLost
 from .result import SweepResult, Trial
 
-__all__ = ["SweepResult", "Trial", "WorkersLost", "grid", "sample", "sweep"]
+__all__ = ["SweepResult", "Trial", "WorkersLost", "grid", "optuna_sweep", "sample", "sweep"]
 
 
 __signature__ = inspect.signature(sweep)  # what help and editors show of the room that is called

@@ -75,7 +75,11 @@ class SweepResult(Tables):
     Attributes:
         trials: in the order of the configurations.
         folder: where the files are.
+        numbers: the trials' numbers in the study, after `optuna_sweep`. fresh: whether they were asked in this process.
     """
+
+    numbers: list[int]
+    fresh: bool
 
     def __init__(
         self, trials: list[Trial], task: Task, parts: Sequence[Parts], labels: Sequence[Hashable], owner: Any

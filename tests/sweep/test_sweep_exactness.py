@@ -258,3 +258,38 @@ def test_dtype_and_threads_are_the_sweeps_own(tmp_path: Any) -> None:
     assert again.load(0).weight.dtype == torch.float64
     assert repr(first) == repr(again)
     assert torch.get_default_dtype() == torch.float32
+
+
+def smoothed(outputs: Tensor, y: Tensor, smoothing: float, scale: float = 1.0) -> Tensor:
+    return scale * nn.functional.cross_entropy(outputs, y, label_smoothing=smoothing)
+
+
+def test_the_losss_settings_are_each_trials_own() -> None:
+    configs = grid(lr=[0.1], loss_smoothing=[0.0, 0.1, 0.3], loss_scale=[0.5, 2.0])
+    result = standard(None, configs=configs, build=partial(Net, 4), seeds=range(6), loss_fn=smoothed, rungs=(1, 2))
+    make = lone_optimizer(torch.optim.Adam, {"lr": 0.1})
+    for trial in result.trials:
+        own = partial(smoothed, smoothing=trial.config["loss_smoothing"], scale=trial.config["loss_scale"])
+        model, loss = alone(partial(Net, 4), trial.seed, make, trial.epochs, loss_fn=own)
+        assert_same(result.load(trial, len(trial.rungs) - 1), model, f"trial {trial.number}")
+        assert math.isclose(trial.losses[-1], loss, rel_tol=1e-9)
+        assert math.isclose(trial.scores[-1], -valid_loss(model, own), rel_tol=1e-9)
+
+
+def test_out_of_memory_goes_on_in_chunks_of_half_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mbkit.sweep import worker
+
+    asked, train_steps = [], worker.train_steps
+
+    def hungry(*args: Any, chunk_size: Any, **options: Any) -> Any:
+        asked.append(chunk_size)
+        if chunk_size == "auto" or chunk_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return train_steps(*args, chunk_size=chunk_size, **options)
+
+    monkeypatch.setattr(worker, "train_steps", hungry)
+    settings = {"configs": grid(lr=[0.1, 0.2, 0.3]), "build": partial(Net, 4), "seeds": range(3), "rungs": 1}
+    result = standard(None, **settings)
+    assert asked == ["auto", 2, 1]
+    model, _ = alone(partial(Net, 4), 2, lone_optimizer(torch.optim.Adam, {"lr": 0.3}), 1)
+    assert_same(result.load(2), model, "trial 2")

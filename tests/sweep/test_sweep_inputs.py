@@ -196,3 +196,16 @@ def test_the_result_shows_itself_and_becomes_a_data_frame(done: Path) -> None:
     with pytest.raises(IndexError, match="as far as trial"):
         result.load(result.ranked[-1], 2)
     assert mbkit.sweep.SweepResult is type(result)
+
+
+def test_the_picture_has_an_axis_for_each_setting_that_differs_and_for_each_rung(done: Path) -> None:
+    result = standard(done)
+    (axes,) = result.plot().axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "lr", "betas", "width", "dropout", "score\nafter 1", "score\nafter 2", "score\nafter 4"
+    ]  # fmt: skip
+    lines = [line.get_ydata() for line in axes.get_lines() if len(line.get_xdata()) == 7]
+    assert len(lines) == 10
+    assert sorted(int(torch.as_tensor(y.astype(float)).isfinite().sum()) for y in lines) == [5] * 5 + [6] * 3 + [7] * 2
+    heights = {word.get_text(): word.get_position()[1] for word in axes.texts if word.get_position()[0] < 0.5}
+    assert heights == {"0.01": 0.0, "0.02": 0.25, "0.03": 0.5, "0.1": 0.75, "0.3": 1.0}

@@ -1,0 +1,80 @@
+"""Sweeps as parallel coordinates."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from matplotlib import colormaps
+
+from .curves import GRAY, Picture
+
+__all__ = ["parallel_coordinates"]
+
+_MOST_LINES = 2000  # past which a picture takes seconds and shows no more
+
+
+def parallel_coordinates(result: Any) -> Picture:
+    """Draw a line for each trial: across an axis for each setting, then one for its score at each rung.
+
+    Trials that were dropped are gray and end at their last rung. The others run from dark to light, the best light.
+
+    Args:
+        result: from `sweep`.
+    """
+    trials = result.ranked[:_MOST_LINES]
+    names = [name for name in result.names if len({repr(trial.config.get(name)) for trial in trials}) > 1]
+    rungs = max((trial.rungs for trial in trials), key=len)
+    columns = [_places([trial.config.get(name) for trial in trials]) for name in names]
+    scores = [[trial.scores[r] if r < len(trial.rungs) else math.nan for trial in trials] for r in range(len(rungs))]
+    finite = sorted(score for own in scores for score in own if math.isfinite(score)) or [0.0, 1.0]
+    low, high = finite[len(finite) // 20], finite[-1]  # one hopeless trial does not flatten the others
+    span = high - low or 1.0
+    ticks = [(share, f"{low + share * span:.3g}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    for own in scores:
+        columns.append(
+            ([max((score - low) / span, -0.05) if math.isfinite(score) else math.nan for score in own], ticks)
+        )
+    picture = Picture(max(6.0, 1.25 * len(columns)), 3.6)
+    axes = picture.subplots()
+    last = [len(trial.rungs) == len(rungs) for trial in trials]
+    finalists = sum(last)
+    for place, i in enumerate(sorted(range(len(trials)), key=lambda i: (last[i], -i))):
+        rank = place - (len(trials) - finalists)
+        color = colormaps["viridis"]((rank + 1) / finalists) if last[i] else GRAY
+        line = {"color": color, "linewidth": 1.2 if last[i] else 0.5, "alpha": 0.9 if last[i] else 0.25}
+        axes.plot(range(len(columns)), [heights[i] for heights, _ in columns], **line)
+    for x, (_, own) in enumerate(columns):
+        axes.axvline(x, color="#333333", linewidth=0.8)
+        for height, word in own:
+            axes.text(
+                x + 0.03, height, word, fontsize=7, va="center", bbox={"color": "white", "alpha": 0.6, "pad": 0.3}
+            )
+    axes.set_xticks(range(len(columns)), [*names, *(f"score\nafter {epochs}" for epochs in rungs)], fontsize=8)
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    axes.set_xlim(-0.1, len(columns) - 0.6)
+    return picture
+
+
+def _places(values: list[Any]) -> tuple[list[float], list[tuple[float, str]]]:
+    """Return a setting's values as heights from 0 to 1, and what to write at which height."""
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    several = len(set(numbers)) > 8 and len(numbers) == len(values)
+    if not several:  # one step for each value
+        known = sorted(set(numbers)) if len(numbers) == len(values) else list(dict.fromkeys(map(repr, values)))
+        steps = {value: i / max(1, len(known) - 1) for i, value in enumerate(known)}
+        keys = values if len(numbers) == len(values) else list(map(repr, values))
+        return [steps[key] for key in keys], [(height, _word(value)) for value, height in steps.items()]
+    low, high = min(numbers), max(numbers)
+    decades = low > 0 and high / low > 20 and statistics.median(numbers) < (low + high) / 4
+    scale = math.log if decades else float
+    span = scale(high) - scale(low) or 1.0
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    at = [math.exp(scale(low) + share * span) if decades else low + share * span for share in shares]
+    return [(scale(value) - scale(low)) / span for value in values], list(zip(shares, map(_word, at), strict=True))
+
+
+def _word(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
