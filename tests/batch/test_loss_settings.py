@@ -55,6 +55,11 @@ def branches(out: Tensor, y: Tensor, **settings: float) -> Tensor:
     return F.cross_entropy(out, y) * (2.0 if settings["beta"] > 0.2 else settings["beta"])
 
 
+def masked(out: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
+    never = torch.full_like(out[:, :1], -torch.inf)
+    return F.cross_entropy(torch.cat([out, never], 1), y, label_smoothing=label_smoothing)
+
+
 def counts(out: Tensor, y: Tensor, k: int) -> Tensor:
     return out.topk(k).values.mean()
 
@@ -67,6 +72,16 @@ class Module(nn.Module):
 WEIGHTS = torch.linspace(0.2, 2.0, M * K, dtype=torch.float64).view(M, K)
 CASES: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {  # as given, and each model's own
     "label smoothing": (F.cross_entropy, {"label_smoothing": RATES}, [{"label_smoothing": r} for r in RATES]),
+    "label smoothing, ignored labels": (
+        F.cross_entropy,
+        {"label_smoothing": RATES, "ignore_index": 1, "reduction": "sum"},
+        [{"label_smoothing": r, "ignore_index": 1, "reduction": "sum"} for r in RATES],
+    ),
+    "label smoothing of classes that cannot be": (
+        masked,
+        {"label_smoothing": RATES},
+        [{"label_smoothing": r} for r in RATES],
+    ),
     "one for all": (F.cross_entropy, {"label_smoothing": 0.1}, [{"label_smoothing": 0.1}] * M),
     "the same for all": (F.cross_entropy, {"label_smoothing": (0.1,) * M}, [{"label_smoothing": 0.1}] * M),
     "beta of a VAE": (vae, {"beta": tuple(RATES)}, [{"beta": r} for r in RATES]),
