@@ -163,7 +163,8 @@ def weights(m: int) -> Tensor:
 SETTINGS: dict[str, tuple[Any, Any, bool]] = {  # the loss, model m's settings, whether a step can be compiled
     "numbers and tensors": (weighted, lambda m: {"beta": 0.1 + 0.2 * m, "weight": weights(m), "scale": 0.5}, True),
     "one for all": (weighted, lambda m: {"beta": 0.3, "weight": weights(0), "power": 3.0}, True),
-    "of an operator": (smoothed, lambda m: {"label_smoothing": 0.2 * m}, False),
+    "label smoothing": (smoothed, lambda m: {"label_smoothing": 0.2 * m}, True),
+    "of an operator": (nn.functional.huber_loss, lambda m: {"delta": 0.2 + 0.2 * m}, False),
     "outside torch": (logarithmic, lambda m: {"beta": 0.1 + 0.2 * m}, False),
 }
 
