@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from ..vmap import BatchingError, PerModelValue, read_state, tensors_in, write_state
 from .context import CallContext, context_of, model_numbers
@@ -85,52 +85,49 @@ def held(context: CallContext) -> Iterator[None]:
     Raises:
         BatchingError: the call changed something that is one Python value for all models.
     """
-    frozen = context.frozen
+    frozen, template = context.frozen, context.template
     if frozen is None:
         yield
         return
-    template, streams = context.template, context.streams.remember()
-    before = read_state(template)
-    shared = {id(t) for key, value in before.items() if key[1] == "__dict__" for t in tree_leaves(value)}
-    shared -= set(map(id, (*context.attributes, *template.parameters(), *template.buffers())))
-    copies = {id(t): t.detach().clone() for t in tensors_in(before) if id(t) not in shared}
+    streams, before = context.streams.remember(), read_state(template)
+    own = set(map(id, (*context.attributes, *template.parameters(), *template.buffers())))
+    copies = {id(t): (t, t.detach().clone()) for t in tensors_in(before) if id(t) in own}
+    replaced: dict[int, Tensor] = {}
+
+    def mixed(was: Any, now: Any) -> Any:
+        """Return a value after the call, with the frozen models' share as it was before."""
+        if was is now or (not isinstance(now, Tensor | PerModelValue) and was == now):
+            return now
+        if isinstance(now, PerModelValue) or isinstance(was, PerModelValue):
+            return PerModelValue.where(frozen.tolist(), was, now)
+        if isinstance(now, Tensor) and id(was) in copies and (was.shape, was.dtype) == (now.shape, now.dtype):
+            replaced[id(now)] = rows_where(frozen, copies[id(was)][1], now)
+            return replaced[id(now)]
+        raise ValueError("one value for all models")
+
     try:
         yield
     finally:  # after an error as well, which leaves with the others what it leaves alone
         if context.streams.in_use:
             streams(frozen.nonzero().flatten().tolist())
-        for tensor in tensors_in(before):
-            if id(tensor) in copies and tensor.shape == copies[id(tensor)].shape:
-                tensor.data.copy_(rows_where(frozen, copies[id(tensor)], tensor.data))
-        after, replaced = read_state(template), {}
+        for tensor, copy in copies.values():
+            if tensor.shape == copy.shape:
+                tensor.data.copy_(rows_where(frozen, copy, tensor.data))
+        after = read_state(template)
         now = dict(after)
         for key, value in after.items():
             if value is not before.get(key):
-                now[key] = _put_back(key, before.get(key), value, copies, frozen, replaced)
+                try:
+                    now[key] = tree_map(mixed, before.get(key), value)
+                except ValueError as error:  # also of another structure
+                    name = ".".join(filter(None, (key[0], key[2])))
+                    raise BatchingError(
+                        f"a call changes '{name}', which is one value for all models, so frozen ones cannot keep "
+                        "theirs: make it a buffer of one shape, or train with unfreeze() and leave these models' "
+                        "results aside"
+                    ) from error
         write_state(after, now)
         context.attributes = [replaced.get(id(t), t) for t in context.attributes]
-
-
-def _put_back(key: tuple, before: Any, after: Any, copies: dict, frozen: Tensor, replaced: dict[int, Tensor]) -> Any:
-    """Return an attribute's value after a call, with the frozen models' share as it was before."""
-    (old, old_spec), (new, spec) = tree_flatten(before), tree_flatten(after)
-    if spec == old_spec:
-        for i, (was, now) in enumerate(zip(old, new, strict=True)):
-            if was is now or (not isinstance(now, Tensor | PerModelValue) and was == now):
-                continue
-            if isinstance(now, PerModelValue) or isinstance(was, PerModelValue):
-                new[i] = PerModelValue.where(frozen.tolist(), was, now)
-            elif isinstance(now, Tensor) and id(was) in copies and was.shape == now.shape and was.dtype == now.dtype:
-                new[i] = replaced[id(now)] = rows_where(frozen, copies[id(was)], now)
-            else:
-                break
-        else:
-            return tree_unflatten(new, spec)
-    name = ".".join(part for part in (key[0], key[2]) if part)
-    raise BatchingError(
-        f"a call changes '{name}', which is one value for all models, so frozen ones cannot keep theirs: make it a "
-        "buffer of one shape, or train with unfreeze() and leave these models' results aside"
-    )
 
 
 def nonfinite_models(tensors: Sequence[Tensor], num_models: int) -> Tensor:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from oracle import M
+from oracle import M, assert_same_parameters, trained_alone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,18 +36,11 @@ def test_a_last_batch_of_as_many_rows_as_models_is_read_as_those_before_it(road:
     def loss_fn(out: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
         return out[0] + F.mse_loss(out[1], y)
 
-    alone = copy.deepcopy(models)
-    for model in alone:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-        for x, y in pairs:
-            optimizer.zero_grad()
-            loss_fn(model(x), y).backward()
-            optimizer.step()
+    alone = trained_alone(models, pairs, loss_fn=loss_fn, configs={"lr": 0.3})
     batch = ModelBatch(models)
     optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.3)
     fit(batch, optimizer, pairs, loss_fn, progress=False, **road)
-    for m, model in enumerate(alone):
-        torch.testing.assert_close(batch.stacked_params["layer.weight"][m], model.layer.weight, rtol=1e-12, atol=1e-13)
+    assert_same_parameters(batch.models, alone, 1e-12)
 
 
 @pytest.mark.parametrize("road", ROADS, ids=str)
