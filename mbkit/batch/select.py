@@ -13,13 +13,18 @@ from torch.utils._pytree import tree_leaves
 
 from ..vmap import (
     HOOKS,
+    OUTPUT,
     PerModel,
     PerModelValue,
+    State,
     Streams,
+    materialize,
+    merge,
     models_with_gradient,
     note_models_with_gradient,
+    read_state,
     stack_alike,
-)
+)  # fmt: skip
 from .context import CallContext, context_of, model_numbers
 from .stack import each_through_its_hooks, may_keep
 
@@ -79,7 +84,8 @@ class CanSelect:
 
         Raises:
             ValueError: no batches; batches with another `shared_input`; models that are not alike, by the rules for a
-                new batch. What calls have kept in a list or as numbers of each model's own counts as unlike.
+                new batch.
+            BatchingError: calls have kept values that have no common form, such as lists of two lengths.
 
         Example:
             >>> from mbkit import ModelBatch
@@ -91,16 +97,44 @@ class CanSelect:
         sources = [(context_of(batch), list(range(len(batch)))) for batch in batches]
         if len({context.shared_input for context, _ in sources}) != 1:
             raise ValueError("Expected batches, all with the same shared_input, got none or others: merge those.")
+        models = [model for batch in batches for model in batch]
+        kept = _take_kept(sources, models)
         merged = cls(
-            [model for batch in batches for model in batch],
+            models,
             sources[0][0].shared_input,
             seeds=[seed for batch in batches for seed in batch.seeds],
             model_by_model=set().union(*(context.model_by_model for context, _ in sources)),
         )
         mine = context_of(merged)
         mine.folding = all(context.folding for context, _ in sources)
+        whole = "" in mine.model_by_model
+        joined, columns = merge(
+            [{key: values[m] for key, values in kept.items()} for m in range(len(models))], State(), whole
+        )
+        _, after, tensors = materialize(joined | {OUTPUT: None}, [stack_alike(column) for column in columns])
+        for (path, _, name), value in after.items():
+            vars(mine.template.get_submodule(path))[name] = value
+        mine.attributes += tensors
         _carry_over(mine, sources)
         return merged
+
+
+def _take_kept(sources: list[tuple[CallContext, list[int]]], models: list[nn.Module]) -> dict[Any, list[Any]]:
+    """Take out of lone models what calls have kept for each of them, which need not be alike; return M values each."""
+    keys: dict[Any, None] = {}
+    for context, _ in sources:
+        own = set(map(id, context.attributes))
+        for key, value in read_state(context.template).items():
+            if key[1] == "__dict__" and any(isinstance(v, PerModelValue) or id(v) in own for v in tree_leaves(value)):
+                keys[key] = None
+    kept = {}
+    for key in keys:
+        places = [vars(model.get_submodule(key[0])) for model in models]
+        if all(key[2] in place for place in places):
+            kept[key] = [place[key[2]] for place in places]
+            for place in places:
+                place[key[2]] = None
+    return kept
 
 
 def _memo(context: CallContext, rows: list[int]) -> dict[int, Any]:

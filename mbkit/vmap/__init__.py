@@ -12,6 +12,7 @@ from .layout import LayoutMatters, is_folded
 from .mode import RuleMode
 from .module_copy import (
     HOOKS,
+    OUTPUT,
     ModuleCopy,
     PerModelValue,
     State,
@@ -30,6 +31,7 @@ from .unwrap import as_one_model_sees, as_stacked, stack_alike
 
 __all__ = [
     "HOOKS",
+    "OUTPUT",
     "BatchingError",
     "Failure",
     "LayoutMatters",
