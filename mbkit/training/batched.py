@@ -85,7 +85,7 @@ def fit(
             far ahead for small models, and ahead for convolutional ones. Where that cannot be, or would not fit into
             memory without chunks, a warning says why and the steps run uncompiled.
         callback: called with each Step; returning False ends the training. The scheduler's step has been made by then
-            (that of an epoch only if the batches know their number).
+            (that of an epoch only if the batches know their number). To stop single models, it calls `batch.freeze`.
         checkpoint: a folder to save the run in, and to take it up again from. checkpoint_every: "epoch", or a number of
             steps, after which it is saved; also at the end, and when Ctrl-C or the callback ends it.
         progress: show a bar on a terminal or in a notebook.
@@ -108,6 +108,18 @@ def fit(
         >>> history = fit(batch, optimizer, data, nn.functional.cross_entropy, epochs=2)
         >>> tuple(history.loss.shape), tuple(history.accuracy.shape)
         ((10, 3), (10, 3))
+
+        Early stopping: each model ends, as it would alone, once its loss on held-out data is the best no longer.
+
+        >>> x, y, best = torch.randn(8, 4), torch.randint(2, (8,)), torch.full((3,), torch.inf)
+        >>> def stop(step):
+        ...     if (step.index + 1) % len(data) == 0:
+        ...         with torch.no_grad():
+        ...             losses = batch.compute_loss(batch.eval()(x), y, nn.functional.cross_entropy, reduction="none")
+        ...         batch.freeze((losses > best).nonzero().flatten().tolist())
+        ...         best.copy_(torch.minimum(best, losses))
+        ...     return len(batch.frozen) < batch.num_models
+        >>> history = fit(batch, optimizer, data, nn.functional.cross_entropy, epochs=5, callback=stop)
     """
     _check_batch(batch)
     whole_number(epochs, "epochs")
@@ -117,21 +129,20 @@ def fit(
         check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
         whole_number(first_epoch, "first_epoch", least=0)
         scheduler = scheduler if hasattr(scheduler, "step") else make_schedule(scheduler, optimizer)
-        settings = {"scheduler_every": scheduler_every, "max_norm": repr(max_norm), "on_nonfinite": on_nonfinite}
-        settings["len(batches)"] = count_steps(batches, 1)
-        saver = Checkpoint(checkpoint, checkpoint_every, batch, optimizer, scheduler, batches, settings, first_epoch)
-        batches, end = saver.batches, first_epoch + epochs
+        settings = {"scheduler_every": scheduler_every, "first_epoch": first_epoch}
+        saver = Checkpoint(checkpoint, checkpoint_every, batch, optimizer, scheduler, batches, options, settings)
+        batches, end = saver, first_epoch + epochs
         first_epoch, epochs = batches.epoch, end - batches.epoch
         if chunk_size == "auto" and batches.chunk_size:  # as it was chosen in the run's first step
             options = replace(options, chunk_size=batches.chunk_size)
-    before = (saver.steps, saver.seconds) if saver else ((), 0.0)
+    before = ((), 0.0) if saver is None else (saver.steps, saver.seconds)
     with Recording(batch.num_models, total, progress=progress, steps=before[0], seconds=before[1]) as run:
-        if saver:
+        if saver is not None:
             saver.watch(run, end)
         steps = _steps(batch, optimizer, batches, options, max(epochs, 1), first_epoch, scheduler, scheduler_every)
         for step in steps if epochs > 0 else ():
             go_on = run.keep(replace(step, index=len(run.steps)) if before[0] else step, callback)
-            if saver:
+            if saver is not None:
                 saver.after_step(go_on)
             if not go_on:
                 break

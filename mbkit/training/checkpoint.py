@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from ..batch.whole_state import load_whole, save_whole, snapshot
 from ..common.checks import whole_number
 from ..common.files import read_tree, write_tree
+from ..common.tables import plain
 from .history import Step
-from .loop import Pairs
+from .loop import Pairs, count_steps
+from .options import StepOptions
 from .position import PositionedBatches
 from .recorder import Recording
 
@@ -141,19 +144,20 @@ def _kind(part: Any) -> str:
     return f"{name} of {', '.join(inner)}" if inner else name
 
 
-class Checkpoint:
-    """Saves a run of `fit` as it goes, and takes up again what is in its folder.
+class Checkpoint(PositionedBatches):
+    """The data of a run of `fit` that is saved as it goes, and taken up again from what is in its folder.
 
     Args:
         folder: where the run is, or will be.
         every: how many steps there are from one save to the next, or "epoch".
         batch, optimizer, scheduler: what is trained and by what.
-        batches: the data; walk through `self.batches` instead.
-        settings: the settings on which the run's course depends, by name: to go on with others is refused.
-        first_epoch: where a new run begins.
+        batches: the data; walk through this object instead.
+        options: what the steps have in common.
+        settings: what else the run's course depends on, by name, such as "first_epoch": to go on with other settings
+            or options is refused.
 
     Attributes:
-        steps: the Steps made so far. seconds: how long they took. batches: the data, from where the run stands.
+        steps: the Steps made so far. seconds: how long they took.
     """
 
     def __init__(
@@ -164,17 +168,23 @@ class Checkpoint:
         optimizer: Any,
         scheduler: Any,
         batches: Pairs,
+        options: StepOptions,
         settings: Mapping[str, Any],
-        first_epoch: int,
     ) -> None:
         if every != "epoch":
             whole_number(every, "checkpoint_every (or 'epoch')")
-        self.batches = PositionedBatches(batches)
-        self.batches.epoch = first_epoch
+        super().__init__(batches)
+        self.epoch = settings["first_epoch"]
         self._folder, self._every, self._batch = folder, every, batch
         self._parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": None}
-        configs = getattr(optimizer, "configs", getattr(optimizer, "defaults", None))
-        self._settings = {**settings, "hyperparameters": repr(configs), "first_epoch": first_epoch}
+        self._settings = {
+            **settings,
+            "max_norm": repr(options.max_norm),
+            "on_nonfinite": options.on_nonfinite,
+            "loss_settings": _of_loss(options, batch.num_models),
+            "len(batches)": count_steps(batches, 1),
+            "hyperparameters": repr(getattr(optimizer, "configs", getattr(optimizer, "defaults", None))),
+        }
         self.steps: list[Step] = []
         self.seconds = 0.0
         if Path(folder, _FILE).exists():
@@ -191,32 +201,42 @@ class Checkpoint:
                     f"Expected {name}={notes['settings'].get(name)}, as in the run saved in {self._folder}, got "
                     f"{value}: call fit as before, or choose another folder for another run."
                 )
-        _restore(saved, self._folder, self._batch, self._parts, self.batches)
-        self.batches.chunk_size = notes["chunk_size"]
-        self.steps, self.seconds = _steps(notes["steps"], next(self._batch.parameters()).device), notes["seconds"]
+        _restore(saved, self._folder, self._batch, self._parts, self)
+        self.chunk_size, self.seconds = notes["chunk_size"], notes["seconds"]
+        self.steps = _steps(notes["steps"], next(self._batch.parameters()).device)
 
     def watch(self, run: Recording, end: int) -> None:
         """Save what a Recording holds from now on, at the end of each epoch or of the last one, before epoch `end`."""
+        self._run, self._end = run, end
 
-        def at_end() -> None:
-            if self._every == "epoch" or self.batches.epoch >= end:
-                self.save(run)
-
-        self._run, self.batches.at_end = run, at_end
+    def at_end(self) -> None:
+        """Save if an epoch's end is the time to do it."""
+        if self._every == "epoch" or self.epoch >= self._end:
+            self._save()
 
     def after_step(self, go_on: bool) -> None:
         """Save if it is time, or if the run ends here."""
         due = self._every != "epoch" and len(self._run.steps) - self._saved_at >= self._every
         if due or not go_on:
-            self.save(self._run)
+            self._save()
 
-    def save(self, run: Recording) -> None:
-        """Save the run as it is now, unless it is saved already."""
-        if len(run.steps) > self._saved_at:
-            notes = {"settings": self._settings, "steps": _columns(run.steps), "seconds": run.seconds}
-            notes["chunk_size"] = self.batches.chunk_size
-            save_run(self._folder, self._batch, **self._parts, batches=self.batches, notes=notes)
-            self._saved_at = len(run.steps)
+    def _save(self) -> None:
+        if len(self._run.steps) > self._saved_at:
+            notes = {"settings": self._settings, "steps": _columns(self._run.steps), "seconds": self._run.seconds}
+            notes["chunk_size"] = self.chunk_size
+            save_run(self._folder, self._batch, **self._parts, batches=self, notes=notes)
+            self._saved_at = len(self._run.steps)
+
+
+def _of_loss(options: StepOptions, num_models: int) -> dict[str, list[Any]]:
+    """Return the loss function's settings, one per model, as plain numbers and texts; of other objects their kind."""
+    settings = options.settings_of(num_models)
+    each = [settings.of_model(m) for m in range(num_models)] if settings else [{}]
+    known = (bool, int, float, str, type(None))
+    return {
+        name: [tree_map(lambda v: v if isinstance(v, known) else type(v).__name__, plain(own[name])) for own in each]
+        for name in each[0]
+    }
 
 
 def _columns(steps: Sequence[Step]) -> dict[str, Any]:

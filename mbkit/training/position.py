@@ -47,12 +47,14 @@ class PositionedBatches:
         self._loaded: dict[str, Any] | None = None  # the state in the middle of an epoch where the next walk begins
         self._start = self._before = self._last = None  # the generators before the epoch and its last batch; that batch
         self.chunk_size: int | None = None  # how the steps on these batches were made
-        self.at_end: Callable[[], None] = lambda: None  # called when an epoch is over, its scheduler's step made
 
     def __getattr__(self, name: str) -> Any:
         if name == "batches":
             raise AttributeError(name)
         return getattr(self.batches, name)  # set_epoch, sampler, …
+
+    def at_end(self) -> None:
+        """Called by who trains when an epoch is over and its scheduler's step is made."""
 
     @property
     def resumed(self) -> bool:

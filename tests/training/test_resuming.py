@@ -262,6 +262,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "more models": ({"count": 5}, "hyperparameters|Expected a run of 5 models, got one of 4"),
     "a scheduler": ({"scheduler": lambda o: LR.ExponentialLR(o, 0.5)}, "Expected the scheduler no one, .* got Exp"),
     "clipping": ({"max_norm": 1.0}, "Expected max_norm=None, as in the run saved in .*, got 1.0: call fit as before"),
+    "the loss": (
+        {"loss_settings": {"label_smoothing": [0.1, 0.0, 0.0, 0.0], "weight": torch.ones(3)}},
+        r"Expected loss_settings=\{\}, as in the run saved in .*, got \{'label_smoothing': \[0.1, 0.0, 0.0, 0.0\], ",
+    ),
     "other data": ({"data": "augmented"}, "generators"),
     "another order": (
         {"data": "another order"},
