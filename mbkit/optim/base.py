@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.context import context_of
+from ..common.checks import model_numbers
 from .hyperparameters import SWITCHES, numbers_of
 from .model_states import CanSelect
 
@@ -150,9 +151,7 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
             >>> type(lone).__name__, lone.param_groups[0]["lr"], type(lone.model).__name__
             ('Adam', 0.01, 'Linear')
         """
-        if not -self.num_models <= m < self.num_models:
-            raise IndexError(f"Expected a model from 0 to {self.num_models - 1}, got {m}.")
-        m %= self.num_models
+        (m,) = model_numbers([m], self.num_models)
         model = self.batch[m] if model is None else model
         own = {name: p.shape for name, p in model.named_parameters()}
         expected = {name: p.shape[1:] for name, p in self.batch.stacked_params.items()}
@@ -185,7 +184,7 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         """Load what `state_dict()` returned; training goes on to the same bits.
 
         It differs from torch's in that all is checked before the first number changes, that nothing is shared with
-        the state that was loaded, and that counts keep their own dtype.
+        the state that was loaded, that counts keep their own dtype, and that hooks on loading are not called.
 
         Raises:
             ValueError: the state belongs to another number of models, another architecture or another optimizer, or a
@@ -211,8 +210,9 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         got = [list(group["params"]) for group in groups]
         if got != expected:
             raise self._foreign(f"parameters numbered {expected[: len(self._names)]} in the groups", got)
-        self._check_state(state_dict["state"], groups)
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        self._load_state(state_dict["state"], groups)
+        pairs = zip(groups, self.param_groups, strict=True)
+        self._set_groups([{**group, "params": own["params"]} for group, own in pairs])
 
     def _whole(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return groups that were saved, with the flags that newer versions of torch have given to some classes."""
@@ -226,8 +226,12 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
                 )
         return [{**flags, **group} for group in groups]
 
-    def _check_state(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
-        """Refuse a state that is not whole, or that belongs to another optimizer or architecture."""
+    def _load_state(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
+        """Take over a copy of a state; refuse one that is not whole, or of another optimizer or architecture."""
+        raise NotImplementedError
+
+    def _set_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Turn plain dicts into `param_groups` that notice what is written into them."""
         raise NotImplementedError
 
     def _foreign(self, expected: str, got: Any) -> ValueError:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ALL", "SWITCHES", "Columns", "Hyperparameters", "ModelGroup", "cut", "numbers_of", "plain"]
+__all__ = ["ALL", "SWITCHES", "Columns", "Group", "Hyperparameters", "ModelGroup", "cut", "numbers_of", "plain"]
 
 SWITCHES = ("foreach", "fused", "capturable", "differentiable")
 """Arguments of torch.optim's classes that choose an implementation, not an update."""
@@ -37,15 +37,26 @@ def numbers_of(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
 
 
-class ModelGroup(MutableMapping, dict):
-    """One model's entry of `param_groups`: a dict of plain numbers that notes which of its names were written.
+class Group(MutableMapping, dict):
+    """A dict of plain numbers of which every read and write goes through the five methods of a subclass.
+
+    It is copied and pickled as a plain dict, because a copy belongs to no optimizer yet.
+    """
+
+    def __ior__(self, other: Any) -> Group:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[dict]]:
+        return dict, (dict(self),)
+
+
+class ModelGroup(Group):
+    """One model's entry of `param_groups`, which notes which of its names were written.
 
     Args:
         items: the hyperparameters, and "params".
         changed: the set of names that all groups of one optimizer share.
-
-    Every way to write into a dict goes through the two methods below. It is copied and pickled as a plain dict, because
-    a copy belongs to no optimizer yet.
     """
 
     __slots__ = ("_changed",)
@@ -62,13 +73,6 @@ class ModelGroup(MutableMapping, dict):
     def __delitem__(self, name: str) -> None:
         self._changed.add(name)
         dict.__delitem__(self, name)
-
-    def __ior__(self, other: Any) -> ModelGroup:  # type: ignore[override, misc]
-        self.update(other)
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[dict]]:
-        return dict, (dict(self),)
 
 
 class Columns:

@@ -44,13 +44,13 @@ class CanSelect:
         packed, names, size = self.state_dict(), self.parameter_names, len(self._names)
         states = []
         for m in self._numbers(models):
-            groups = packed["param_groups"][m * size : (m + 1) * size]
-            flat = {
-                f"param_groups/{g}/{name}": v for g, own in enumerate(groups) for name, v in numbers_of(own).items()
-            }
-            for key, kept in self._state_of(packed["state"], m).items():
-                own = {f"/{name}": value for name, value in kept.items()} if isinstance(kept, dict) else {"": kept}
-                flat |= {f"state/{names[key] if isinstance(key, int) else key}{name}": v for name, v in own.items()}
+            own = self._model_state(packed["state"], m)
+            flat = {name: value for name, value in own.items() if name != "state"}  # what a class of one's own adds
+            for g, group in enumerate(packed["param_groups"][m * size : (m + 1) * size]):
+                flat |= {f"param_groups/{g}/{name}": value for name, value in numbers_of(group).items()}
+            for key, kept in own["state"].items():
+                path = f"state/{names[key] if isinstance(key, int) else key}"
+                flat |= {f"{path}/{n}": v for n, v in kept.items()} if isinstance(kept, dict) else {path: kept}
             states.append({name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in flat.items()})
         return states
 
@@ -69,7 +69,7 @@ class CanSelect:
         if len(states) != self.num_models:
             raise ValueError(f"Expected {self.num_models} states (one per model), got {len(states)}.")
         order, size = {name: i for i, name in enumerate(self.parameter_names)}, len(self._names)
-        rows: list[dict[Any, Any]] = [{} for _ in states]
+        models: list[dict[str, Any]] = [{"state": {}} for _ in states]
         groups = [{"params": group["params"]} for group in self.state_dict()["param_groups"]]
         for m, flat in enumerate(states):
             for path, value in flat.items():
@@ -78,13 +78,12 @@ class CanSelect:
                 if kind == "param_groups" and owner in map(str, range(size)):
                     groups[m * size + int(owner)][name] = plain(value)
                 elif kind == "state" and owner in order:
-                    rows[m].setdefault(order[owner], {})[name] = value
-                elif kind == "state" and not owner:
-                    rows[m][name] = value
+                    models[m]["state"].setdefault(order[owner], {})[name] = value
+                elif not owner and kind != "param_groups":
+                    (models[m]["state"] if kind == "state" else models[m])[name or kind] = value
                 else:
                     raise self._foreign(f"{', '.join(order)} in {size} group(s)", f"{path!r} of model {m}")
-        state = self._state_from(rows, self._whole(groups))
-        self.load_state_dict({"state": state, "param_groups": groups})
+        self.load_state_dict({"state": self._state_from(models, self._whole(groups)), "param_groups": groups})
 
     def select(self, models: Iterable[int], batch: Any) -> Any:
         """Return an optimizer for some of the models, which go on to the bits that they would have had here.

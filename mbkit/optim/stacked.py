@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..batch.freeze import rows_where
 from ..vmap import models_with_gradient
-from .base import BatchOptimizer, construct
+from .base import BatchOptimizer, construct, parameters_of
 from .fused import can_fuse, fused_adam_, prefers_kernel
 from .hyperparameters import ALL, SWITCHES, Columns, cut
 from .rules import RULES, Rule
@@ -54,18 +54,17 @@ class StackedOptimizer(BatchOptimizer):
             groups.append({**made[but_lr].param_groups[0], **config})
         lone = next(iter(made.values()))
         super().__init__(batch, optimizer_cls, configs, names, groups, lone.defaults)
-        self._adopt_groups()
+        self._set_groups(self.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # also called by torch's load_state_dict, with new groups that are plain dicts
-        self._adopt_groups()
+        super().__setstate__(state)
+        self._set_groups(self.param_groups)
 
-    def _adopt_groups(self) -> None:
-        """Turn plain dicts into groups that note what is written into them."""
-        self.columns = self._columns_of(self.param_groups)
+    def _set_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        self.columns = self._columns_of(groups)
         self.param_groups = [group for own in zip(*(c.groups for c in self.columns), strict=True) for group in own]
 
-    def _columns_of(self, groups: list[dict[str, Any]]) -> list[Columns]:
+    def _columns_of(self, groups: Sequence[dict[str, Any]]) -> list[Columns]:
         """Return the columns of M models for each of their G groups."""
         names, size = [name for name in self.defaults if name not in SWITCHES], len(self._names)
         return [Columns(groups[g::size], names, self.rule.common) for g in range(size)]
@@ -168,96 +167,86 @@ class StackedOptimizer(BatchOptimizer):
 
     get_model_states.__doc__ = BatchOptimizer.get_model_states.__doc__
 
-    def _state_of(self, state: dict[Any, Any], m: int) -> dict[Any, Any]:
-        return {i: {name: value[m] for name, value in own.items()} for i, own in state.items()}
+    def _model_state(self, state: dict[Any, Any], m: int) -> dict[str, Any]:
+        return {"state": {i: {name: value[m] for name, value in own.items()} for i, own in state.items()}}
 
-    def _state_from(self, rows: Sequence[dict[Any, Any]], groups: list[dict[str, Any]]) -> dict[Any, Any]:
+    def _state_from(self, models: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> dict[Any, Any]:
+        unknown = {name for model in models for name in model if name != "state"}
+        if unknown:
+            raise self._foreign("'state' and 'param_groups'", f"{sorted(unknown)} too")
         state: dict[Any, Any] = {}
-        for own, columns in zip(groups[: len(self._names)], self._columns_of(groups), strict=True):
-            columns.refresh()
-            for i in own["params"]:
-                param, kept = self._params()[i], [row.get(i, {}) for row in rows]
-                for name in {name: None for row in kept for name in row}:
-                    given = {m: row[name] for m, row in enumerate(kept) if name in row}
-                    for m, value in given.items():
-                        shape = () if name in self.rule.counts else param.shape[1:]
-                        if not isinstance(value, Tensor) or value.shape != shape:
-                            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                            raise self._foreign(f"{name!r} of shape {tuple(shape)}", f"{got} for model {m}")
-                    # A model that has no such state yet begins as it would without the others.
-                    whole = self._start(name, param, columns).to(next(iter(given.values())).dtype)
-                    for m, value in given.items():
-                        whole[m] = value
-                    state.setdefault(i, {})[name] = whole
+        for i, (param, columns) in enumerate(self._with_columns(self._columns_of(groups))):
+            kept = [model["state"].get(i, {}) for model in models]
+            for name in {name: None for own in kept for name in own}:
+                given = {m: own[name] for m, own in enumerate(kept) if name in own}
+                shape = () if name in self.rule.counts else param.shape[1:]
+                for m, value in given.items():
+                    if not isinstance(value, Tensor) or value.shape != shape:
+                        raise self._foreign(f"{name!r} of shape {tuple(shape)}", f"one {_words(value)} for model {m}")
+                # A model that has no such state yet begins as it would without the others.
+                whole = self._start(name, param, columns).to(next(iter(given.values())).dtype)
+                for m, value in given.items():
+                    whole[m] = value
+                state.setdefault(i, {})[name] = whole
         return state
 
+    def _with_columns(self, columns: Sequence[Columns]) -> list[tuple[nn.Parameter, Columns]]:
+        """Return each parameter with the columns of its group, brought up to date."""
+        for own in columns:
+            own.refresh()
+        return [(p, own) for own, group in zip(columns, self.groups_of(0), strict=True) for p in group["params"]]
+
     def _fill_state(self, lone: torch.optim.Optimizer, m: int) -> None:
-        counts, optional = self.rule.counts, self.rule.optional
-        for group, columns, alone in zip(self.groups_of(m), self.columns, lone.param_groups, strict=True):
-            columns.refresh()
-            for param, own in zip(columns.groups[0]["params"], alone["params"], strict=True):
-                state = self.prepare(param, columns) if param in self.state else {}
-                if "momentum_steps" in state:  # SGD counts nothing of its own, and has a buffer from its first momentum
-                    names = ["momentum_buffer"] if state["momentum_steps"][m] > 0 else []
-                else:
-                    names = [name for name in state if name not in optional or group[optional[name]]]
-                if names:
-                    # torch keeps counts on the CPU, whichever device the parameters are on
-                    lone.state[own] = {
-                        name: state[name].detach()[m].to("cpu" if name in counts else param.device, copy=True)
-                        for name in names
-                    }
+        counts, optional, state = self.rule.counts, self.rule.optional, self.state_dict()["state"]
+        groups = [group for group in lone.param_groups for _ in group["params"]]
+        for i, (own, group) in enumerate(zip(parameters_of(lone.param_groups), groups, strict=True)):
+            kept = {name: value.detach()[m] for name, value in state.get(i, {}).items()}
+            if "momentum_steps" in kept:  # SGD counts nothing of its own, and has a buffer from its first momentum
+                kept = {"momentum_buffer": kept["momentum_buffer"]} if kept["momentum_steps"] > 0 else {}
+            else:
+                kept = {name: value for name, value in kept.items() if name not in optional or group[optional[name]]}
+            if kept:  # torch keeps counts on the CPU, whichever device the parameters are on
+                lone.state[own] = {n: v.to("cpu" if n in counts else v.device, copy=True) for n, v in kept.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what torch's optimizers return, with groups of M models and state `[M, ...]`."""
-        for columns in self.columns:  # what was switched on since the last step has its state from here on
-            columns.refresh()
-            for param in columns.groups[0]["params"]:
-                if self.state.get(param):
-                    self.prepare(param, columns)
+        for param, columns in self._with_columns(self.columns):
+            if self.state.get(param):
+                self.prepare(param, columns)  # what was switched on since the last step has its state from here on
         return super().state_dict()
 
-    def _check_state(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
-        params, size = self._params(), len(self._names)
+    def _load_state(self, state: dict[Any, Any], groups: Sequence[dict[str, Any]]) -> None:
+        params, counts, optional = self._with_columns(self._columns_of(groups)), self.rule.counts, self.rule.optional
         unknown = set(state) - set(range(len(params)))
         if unknown:
             raise self._foreign(f"{len(params)} parameters", f"one for parameter {min(unknown, key=str)!r}")
-        for own, columns in zip(groups[:size], self._columns_of(groups), strict=True):
-            columns.refresh()  # numbers of another form are refused
-            for i in own["params"]:
-                self._check_state_of(params[i], state.get(i, {}), columns)
+        for i, (param, columns) in enumerate(params):
+            shape = f"a parameter of shape {tuple(param.shape)}"
+            for name, value in state.get(i, {}).items():
+                like = torch.empty(self.num_models) if name in counts else param
+                known = name in {*counts, *self.rule.state, *optional}
+                if not known or not isinstance(value, Tensor) or _kind(value) != _kind(like):
+                    raise self._foreign(shape, f"{name!r} {_words(value)}")
+            needed = {*counts, *self.rule.state, *(n for n, flag in optional.items() if columns.on(flag) is not False)}
+            if state.get(i) and needed - state[i].keys():
+                raise self._foreign(shape, f"one without {sorted(needed - state[i].keys())}")
+        self.state.clear()
+        for i, own in state.items():
+            param = params[i][0]
+            for name, value in own.items():
+                dtype = value.dtype if name in counts else param.dtype
+                self.state[param][name] = value.detach().to(param.device, dtype, copy=True)
 
-    def _check_state_of(self, param: nn.Parameter, state: dict[str, Any], columns: Columns) -> None:
-        counts, optional = self.rule.counts, self.rule.optional
-        shape = f"a parameter of shape {tuple(param.shape)}"
-        for name, value in state.items():
-            expected = (self.num_models,) if name in counts else tuple(param.shape)
-            if name not in {*counts, *self.rule.state, *optional} or tuple(getattr(value, "shape", ())) != expected:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise self._foreign(shape, f"{name!r} of shape {got}")
-            kind = torch.float32 if name in counts else param.dtype
-            same_kind = value.is_floating_point() == kind.is_floating_point and value.is_complex() == kind.is_complex
-            if not same_kind or value.layout != torch.strided or value.device.type == "meta":
-                raise self._foreign(
-                    f"{shape} and {kind}", f"{name!r} of {value.dtype}, {value.layout} on {value.device}"
-                )
-        needed = {
-            *counts,
-            *self.rule.state,
-            *(name for name, needs in optional.items() if columns.on(needs) is not False),
-        }
-        if state and needed - state.keys():
-            raise self._foreign(shape, f"one without {sorted(needed - state.keys())}")
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        for i, param in enumerate(self._params()):
-            for name, value in self.state.get(param, {}).items():
-                # torch casts counts to the parameter's dtype, and keeps the very tensors where nothing is to be cast
-                source = state_dict["state"][i][name] if name in self.rule.counts else value
-                self.state[param][name] = source.detach().to(param.device, copy=True)
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what a state's tensor has to have in common with its parameter."""
+    return tensor.shape, tensor.is_floating_point(), tensor.is_complex(), tensor.layout, tensor.is_meta
 
-    load_state_dict.__doc__ = BatchOptimizer.load_state_dict.__doc__
+
+def _words(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"that is a {type(value).__name__}"
+    return f"of shape {tuple(value.shape)}, {value.dtype}, {value.layout} on {value.device}"
 
 
 def _gradient(param: nn.Parameter) -> Tensor:

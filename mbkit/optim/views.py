@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..batch.context import context_of
 from ..vmap import models_with_gradient
 from .base import BatchOptimizer, construct, parameters_of
-from .hyperparameters import ModelGroup, numbers_of
+from .hyperparameters import Group, numbers_of, plain
 
 __all__ = ["ViewsOptimizer"]
 
@@ -23,8 +22,8 @@ class ViewsOptimizer(BatchOptimizer):
 
     Each lone optimizer owns one model's slices of the stacked parameters, as views. During a step, and only then,
     each view's gradient is a view of the stacked gradient, and torch's default generators are model m's random stream.
-    `param_groups` can be read and written as in any optimizer of a batch; model m's state is in `lone[m].state`, and a
-    class's own verbs are called on each of `lone` (`for one in optimizer.lone: one.train()`).
+    `param_groups` shows the lone optimizers' own groups; model m's state is in `lone[m].state`, and a class's own verbs
+    are called on each of `lone` (`for one in optimizer.lone: one.train()`).
 
     One optimizer with M groups would be enough for torch's own classes. But some users' classes compute over all groups
     at once (a global norm, a common step size), and would mix the models silently.
@@ -44,16 +43,13 @@ class ViewsOptimizer(BatchOptimizer):
         groups = [group for one in lone for group in one.param_groups]
         super().__init__(batch, optimizer_cls, configs, names, groups, lone[0].defaults)
         self.lone = lone
-        self._adopt_groups()
+        self._set_groups(self.param_groups)
 
-    def _adopt_groups(self) -> None:
-        """Turn plain dicts, equal to the lone optimizers' own, into groups that note what is written into them."""
-        self._written: list[set[str]] = [set() for _ in self.lone]
-        self.param_groups = [
-            ModelGroup(group, written) for m, written in enumerate(self._written) for group in self.groups_of(m)
-        ]
-        for written in self._written:
-            written.clear()
+    def _set_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        size, params = len(self._names), [group["params"] for group in groups]
+        self.param_groups = [_LoneGroup(self.lone, *divmod(i, size), own) for i, own in enumerate(params)]
+        for own, group in zip(self.param_groups, groups, strict=True):
+            own.update(numbers_of(group))
 
     def _update(self) -> None:
         params = self._params()
@@ -64,59 +60,38 @@ class ViewsOptimizer(BatchOptimizer):
         reached = [None if models is None else models.tolist() for models in reached]
         with context_of(self.batch).streams.take_turns(params[0].device) as turns:
             for m in turns:
-                if not stopped[m]:
-                    self._step_alone(
-                        m,
-                        [
-                            param.grad[m] if param.grad is not None and (models is None or models[m]) else None
-                            for param, models in zip(params, reached, strict=True)
-                        ],
-                    )
-
-    def _step_alone(self, m: int, grads: list[Tensor | None]) -> None:
-        lone = self.lone[m]
-        views = parameters_of(lone.param_groups)
-        self._exchange(m)
-        try:
-            for view, grad in zip(views, grads, strict=True):
-                view.grad = grad
-            lone.step()
-        except TypeError as error:
-            if "'NoneType' object is not callable" not in str(error):
-                raise
-            raise TypeError(
-                f"{self.optimizer_cls.__name__} needs a closure that computes one model's loss anew, and the models of "
-                "a batch have theirs in common: make one optimizer per model, over batch.models."
-            ) from error
-        finally:
-            for view in views:
-                view.grad = None
-        self._exchange(m)
-
-    def _exchange(self, m: int) -> None:
-        """Tell the lone optimizer what was written into `param_groups`; take over what it wrote into its own groups."""
-        written = self._written[m]
-        pairs = list(zip(self.lone[m].param_groups, self.groups_of(m), strict=True))
-        for own, group in pairs:
-            own.update({name: group[name] for name in written if name in group and name != "params"})
-        for own, group in pairs:
-            group.update(numbers_of(own))  # some classes write their own step size there
-        written.clear()
+                if stopped[m]:
+                    continue
+                views = parameters_of(self.lone[m].param_groups)
+                try:
+                    for view, param, models in zip(views, params, reached, strict=True):
+                        view.grad = None if param.grad is None or (models and not models[m]) else param.grad[m]
+                    self.lone[m].step()
+                except TypeError as error:
+                    if "'NoneType' object is not callable" not in str(error):
+                        raise
+                    raise TypeError(
+                        f"{self.optimizer_cls.__name__} needs a closure that computes one model's loss anew, and the "
+                        "models of a batch have theirs in common: make one optimizer per model, over batch.models."
+                    ) from error
+                finally:
+                    for view in views:
+                        view.grad = None
 
     def _follow(self, params: list[nn.Parameter]) -> None:
         """Point the views at the parameters' present memory: `batch.to()` and `batch.double()` give them another."""
         views = [parameters_of(lone.param_groups) for lone in self.lone]
         for i, param in enumerate(params):
-            first, row = views[0][i], param.detach()[0]
-            if _place(first) == _place(row):
+            rows = param.detach().unbind(0)
+            if _place(views[0][i]) == _place(rows[0]):
                 continue
-            for lone, own, source in zip(self.lone, views, param.detach().unbind(0), strict=True):
-                view = own[i]
-                state, old = lone.state.get(view, {}), view.dtype
-                view.data = source
+            for lone, own, row in zip(self.lone, views, rows, strict=True):
+                view, old = own[i], own[i].dtype
+                view.data = row
+                state = lone.state.get(view, {})
                 for name, value in state.items():
                     if isinstance(value, Tensor) and name != "step":  # torch leaves "step" where it is, too
-                        state[name] = value.to(source.device, source.dtype if value.dtype == old else value.dtype)
+                        state[name] = value.to(row.device, row.dtype if value.dtype == old else value.dtype)
 
     def _fill_state(self, lone: torch.optim.Optimizer, m: int) -> None:
         self._follow(self._params())
@@ -126,100 +101,120 @@ class ViewsOptimizer(BatchOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the groups, and under `["state"]["models"]` the M lone optimizers' own states."""
-        self.state = self._gather()
-        packed = super().state_dict()
-        self.state = defaultdict(dict)
-        return packed
-
-    def _gather(self) -> defaultdict[Any, Any]:
         self._follow(self._params())
-        for m in range(self.num_models):
-            self._exchange(m)
         models = [lone.state_dict() for lone in self.lone]
-        return defaultdict(dict, models=models, shapes=self._shapes(), dtypes=self._dtypes(), forms=_forms(models))
+        return {**super().state_dict(), "state": self._described(models)}
 
-    def _state_of(self, state: dict[Any, Any], m: int) -> dict[Any, Any]:
-        return state["models"][m]["state"]
+    def _described(self, models: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return M lone optimizers' states, with what tells whether they are whole: a class keeps what it likes."""
+        params = self._params()
+        return {
+            "models": models,
+            "shapes": [tuple(param.shape) for param in params],
+            "dtypes": [str(param.dtype) for param in params],  # as words, which torch.load takes from strangers
+            "forms": [_form(model) for model in models],
+        }
 
-    def _state_from(self, rows: Sequence[dict[Any, Any]], groups: Sequence[dict[str, Any]]) -> dict[Any, Any]:
-        size, own = len(self._names), self.lone[0].state_dict()["param_groups"]
-        models = [
-            {
-                "state": row,
-                "param_groups": [
-                    {**group, "params": mine["params"]}
-                    for group, mine in zip(groups[m * size : (m + 1) * size], own, strict=True)
-                ],
-            }
-            for m, row in enumerate(rows)
-        ]
-        return {"models": models, "shapes": self._shapes(), "dtypes": self._dtypes(), "forms": _forms(models)}
+    def _load_state(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+        mine = self.state_dict()["state"]
+        if not mine.keys() <= state.keys():
+            raise self._foreign(", ".join(mine), sorted(map(str, state)))
+        shapes = [tuple(shape) for shape in state["shapes"]]
+        if shapes != mine["shapes"]:
+            raise self._foreign(f"parameters of shapes {mine['shapes']}", f"one for {shapes}")
+        numbers, got = _numbers_of(mine["models"]), _numbers_of(state["models"])
+        if got != numbers:
+            raise self._foreign(f"{self.num_models} models with parameters numbered {numbers[0]}", got)
+        for m, model in enumerate(state["models"]):
+            if state["forms"][m : m + 1] != [_form(model)]:
+                raise self._foreign(f"model {m} that keeps {state['forms'][m : m + 1]}", _form(model))
+        try:
+            for lone, model in zip(self.lone, state["models"], strict=True):
+                _load(lone, model, exactly=state["dtypes"] == mine["dtypes"])
+        except Exception:  # from a class's own way to load, when some models are loaded already
+            for lone, model in zip(self.lone, copy.deepcopy(mine["models"]), strict=True):
+                _load(lone, model, exactly=True)
+            raise
 
-    def _shapes(self) -> list[tuple[int, ...]]:
-        return [tuple(param.shape) for param in self._params()]
+    def _model_state(self, state: dict[str, Any], m: int) -> dict[str, Any]:
+        return {name: value for name, value in state["models"][m].items() if name != "param_groups"}
 
-    def _dtypes(self) -> list[str]:
-        return [str(param.dtype) for param in self._params()]  # as words, which torch.load takes from strangers
-
-    def _check_state(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
-        if not {"models", "shapes", "dtypes", "forms"} <= state.keys():
-            raise self._foreign("'models', 'shapes', 'dtypes' and 'forms'", sorted(map(str, state)))
-        expected, shapes = self._shapes(), [tuple(shape) for shape in state["shapes"]]
-        if shapes != expected:
-            raise self._foreign(f"parameters of shapes {expected}", f"one for {shapes}")
-        models, mine = state["models"], [group["params"] for group in self.lone[0].state_dict()["param_groups"]]
-        numbered = [[list(group["params"]) for group in one["param_groups"]] for one in models]
-        if numbered != [mine] * self.num_models:
-            raise self._foreign(f"{self.num_models} models with parameters numbered {mine}", numbered)
-        # A class keeps what it likes, so its state is whole if it has the form that was noted when it was saved.
-        for m, form in enumerate(_forms(models)):
-            if state["forms"][m : m + 1] != [form]:
-                raise self._foreign(f"model {m} that keeps {state['forms'][m : m + 1]}", form)
+    def _state_from(self, models: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        size, (numbers, *_) = len(self._names), _numbers_of([one.state_dict() for one in self.lone])
+        whole = []
+        for m, model in enumerate(models):
+            own = zip(groups[m * size : (m + 1) * size], numbers, strict=True)
+            whole.append({**model, "param_groups": [{**group, "params": params} for group, params in own]})
+        return self._described(whole)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "state": self._gather()}
+        return {**super().__getstate__(), "lone": self.state_dict()["state"]["models"]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        whole, saved = {**state, "state": defaultdict(dict)}, state["state"]
-        if "lone" in self.__dict__:  # called by torch's load_state_dict
-            self._load_models(saved)
-            super().__setstate__(whole)
-        else:  # a copy, whose parameters are not those that the original's views are of
-            super().__setstate__(whole)
-            params = [group["params"] for group in self.groups_of(0)]
-            self.lone = _over_views(params, self.optimizer_cls, self._configs)
-            self._load_models(saved)
-        for m, lone in enumerate(self.lone):
-            for own, group in zip(lone.param_groups, self.groups_of(m), strict=True):
-                own.update(numbers_of(group))
-        self._adopt_groups()
+        super().__setstate__(state)
+        params = [group["params"] for group in self.groups_of(0)]  # not those that the original's views are of
+        states, self.lone = self.lone, _over_views(params, self.optimizer_cls, self._configs)
+        for lone, own in zip(self.lone, states, strict=True):
+            _load(lone, own, exactly=True)
+        self._set_groups(self.param_groups)
 
-    def _load_models(self, saved: dict[str, Any]) -> None:
-        exactly = saved["dtypes"] == self._dtypes()
-        before = copy.deepcopy([lone.state_dict() for lone in self.lone])
-        try:
-            for lone, state in zip(self.lone, saved["models"], strict=True):
-                _load(lone, state, exactly)
-        except Exception:  # from a class's own way to load, when some models are loaded already
-            for lone, state in zip(self.lone, before, strict=True):
-                _load(lone, state, exactly=True)
-            raise
+
+class _LoneGroup(Group):
+    """An entry of `param_groups`: a lone optimizer's own group, but for "params", which are the stacked ones."""
+
+    __slots__ = ("_g", "_lone", "_m", "_params")
+
+    def __init__(self, lone: list[torch.optim.Optimizer], m: int, g: int, params: list[nn.Parameter]) -> None:
+        self._lone, self._m, self._g, self._params = lone, m, g, params
+
+    @property
+    def _own(self) -> dict[str, Any]:  # looked up each time: loading a state replaces it
+        return self._lone[self._m].param_groups[self._g]
+
+    def __getitem__(self, name: str) -> Any:
+        return self._params if name == "params" else self._own[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name == "params":
+            self._params = value
+        else:
+            self._own[name] = plain(value)
+
+    def __delitem__(self, name: str) -> None:
+        if name != "params":
+            del self._own[name]
+
+    def clear(self) -> None:
+        """Remove all but "params", which the lone optimizer cannot be without."""
+        for name in numbers_of(self._own):
+            del self._own[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _forms(models: Sequence[dict[str, Any]]) -> list[dict[Any, Any]]:
-    """Return names, shapes and dtypes of what M lone optimizers keep for each parameter."""
+def _numbers_of(models: Sequence[dict[str, Any]]) -> list[list[list[int]]]:
+    return [[list(group["params"]) for group in model["param_groups"]] for model in models]
 
-    def form(value: Any) -> Any:
-        return [list(value.shape), str(value.dtype)] if isinstance(value, Tensor) else type(value).__name__
 
-    def forms(kept: Any) -> Any:
-        return {name: form(value) for name, value in kept.items()} if isinstance(kept, dict) else form(kept)
+def _form(model: dict[str, Any]) -> str:
+    """Return names, shapes and dtypes of what a lone optimizer keeps for each parameter, in words."""
 
-    return [{key: forms(kept) for key, kept in model["state"].items()} for model in models]
+    def form(value: Any) -> str:
+        return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+    state = model["state"].items()
+    return str({i: {n: form(v) for n, v in own.items()} if isinstance(own, dict) else form(own) for i, own in state})
 
 
 def _over_views(

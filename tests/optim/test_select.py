@@ -143,10 +143,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     damages = {
         r"Expected 2 states \(one per model\), got 1": lambda states: states.pop(),
         "got 'state/other/exp_avg' of model 1": lambda states: states[1].update({"state/other/exp_avg": 1}),
-        r"'exp_avg' of shape \(7, 11\), got \(3,\) for model 1": lambda states: states[1].update(
+        r"'exp_avg' of shape \(7, 11\), got one of shape \(3,\)": lambda states: states[1].update(
             {"state/weight/exp_avg": torch.ones(3)}
         ),
-        r"'step' of shape \(\), got float for model 0": lambda states: states[0].update({"state/weight/step": 3.0}),
+        r"'step' of shape \(\), got one that is a float for model 0": lambda states: states[0].update(
+            {"state/weight/step": 3.0}
+        ),
         "without lr": lambda states: states[1].pop("param_groups/0/lr"),
         "got 'param_groups/1/lr' of model 0": lambda states: states[0].update({"param_groups/1/lr": 0.1}),
     }
