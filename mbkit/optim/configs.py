@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..common.checks import did_you_mean, per_model
+from ..common.checks import did_you_mean, per_model, whole_number
 from .hyperparameters import SWITCHES, plain
 
 __all__ = ["check_names", "create_adam_configs", "create_lr_sweep_configs", "create_sgd_configs", "merge_configs"]
@@ -19,25 +19,20 @@ __all__ = ["check_names", "create_adam_configs", "create_lr_sweep_configs", "cre
 def create_sgd_configs(
     learning_rates: Sequence[float], momentum: float = 0.9, weight_decay: float = 1e-4
 ) -> list[dict[str, Any]]:
-    """Return configs for SGD, one per learning rate.
+    """Return configs for SGD, one per learning rate, for `OptimizerFactory(torch.optim.SGD).create_optimizer`.
 
     Args:
         learning_rates: M numbers.
-        momentum: one for all, or a list of M.
-        weight_decay: one for all, or a list of M.
-
-    Returns:
-        M dicts for `OptimizerFactory(torch.optim.SGD).create_optimizer(batch, configs)`.
+        momentum, weight_decay: one for all, or a list of M.
 
     Raises:
-        TypeError: one number instead of M.
-        ValueError: no learning rates; one that is negative or not finite; a list of another length than M.
+        TypeError, ValueError: one number instead of M, none, or numbers that `create_optimizer` refuses.
 
     Example:
         >>> create_sgd_configs([0.1, 0.01], momentum=0.5)[1]
         {'lr': 0.01, 'momentum': 0.5, 'weight_decay': 0.0001}
     """
-    return _one_config_per_rate(learning_rates, momentum=momentum, weight_decay=weight_decay)
+    return _one_config_per_rate(torch.optim.SGD, learning_rates, momentum=momentum, weight_decay=weight_decay)
 
 
 def create_adam_configs(
@@ -46,26 +41,21 @@ def create_adam_configs(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Return configs for Adam or AdamW, one per learning rate.
+    """Return configs for Adam or AdamW, one per learning rate, for `OptimizerFactory(...).create_optimizer`.
 
     Args:
         learning_rates: M numbers.
         betas: one pair for all, or a list of M pairs.
-        eps: one for all, or a list of M.
-        weight_decay: one for all, or a list of M.
-
-    Returns:
-        M dicts for `OptimizerFactory(torch.optim.Adam).create_optimizer(batch, configs)`.
+        eps, weight_decay: one for all, or a list of M.
 
     Raises:
-        TypeError: one number instead of M.
-        ValueError: no learning rates; one that is negative or not finite; a list of another length than M.
+        TypeError, ValueError: one number instead of M, none, or numbers that `create_optimizer` refuses.
 
     Example:
         >>> create_adam_configs([0.1, 0.01])[0]
         {'lr': 0.1, 'betas': (0.9, 0.999), 'eps': 1e-08, 'weight_decay': 0.0}
     """
-    return _one_config_per_rate(learning_rates, betas=betas, eps=eps, weight_decay=weight_decay)
+    return _one_config_per_rate(torch.optim.Adam, learning_rates, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
 def create_lr_sweep_configs(
@@ -83,6 +73,7 @@ def create_lr_sweep_configs(
         M dicts `{"lr": …}`.
 
     Raises:
+        TypeError: a number of models that is not a whole number, or rates that are not numbers.
         ValueError: fewer than one model, an unknown scale, rates in the wrong order, or rates that the scale
             cannot hold.
 
@@ -90,8 +81,7 @@ def create_lr_sweep_configs(
         >>> [round(config["lr"], 9) for config in create_lr_sweep_configs(1e-3, 1e-1, 3)]
         [0.001, 0.01, 0.1]
     """
-    if isinstance(num_models, bool) or not isinstance(num_models, int) or num_models < 1:
-        raise ValueError(f"Expected num_models to be a whole number from 1 on, got {num_models!r}.")
+    whole_number(num_models, "num_models")
     if scale not in ("log", "linear"):
         raise ValueError(
             f"Expected scale 'log' or 'linear', got {scale!r}.{did_you_mean(str(scale), ['log', 'linear'])}"
@@ -107,20 +97,20 @@ def create_lr_sweep_configs(
         rates = [min_lr * (max_lr / min_lr) ** part for part in parts]
     else:
         rates = [min_lr + (max_lr - min_lr) * part for part in parts]
-    rates[-1:] = [max_lr] if num_models > 1 else rates[-1:]  # to the last bit
+    if num_models > 1:
+        rates[-1] = max_lr  # to the last bit
     return [{"lr": float(lr)} for lr in rates]
 
 
-def _one_config_per_rate(learning_rates: Sequence[float], **others: Any) -> list[dict[str, Any]]:
+def _one_config_per_rate(
+    optimizer_cls: type[torch.optim.Optimizer], learning_rates: Any, **others: Any
+) -> list[dict[str, Any]]:
     rates = learning_rates.tolist() if hasattr(learning_rates, "tolist") else learning_rates
     if isinstance(rates, str) or not isinstance(rates, Sequence):
         raise TypeError(f"Expected a list of learning rates (one per model), got {learning_rates!r}: put it in a list.")
     if not rates:
         raise ValueError("Expected at least one learning rate, got none: pass one per model.")
-    for m, lr in enumerate(rates):
-        check_lr(lr, f" of model {m}")
-    columns = {"lr": list(rates)} | {name: per_model(v, len(rates), _plural(name)) for name, v in others.items()}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return merge_configs(optimizer_cls, len(rates), {}, None, {"lr": list(rates), **others})
 
 
 # ---------------------------------------------------------------------- the checks
@@ -141,34 +131,28 @@ def merge_configs(
             that comes twice, or that belongs to torch's implementation; a learning rate that is negative or not
             finite; NaN anywhere.
     """
-    # 1. One dict per model.
-    if configs is None:
-        configs = [{}] * num_models
+    configs = [{}] * num_models if configs is None else configs
     if not isinstance(configs, (list, tuple)):
         raise TypeError(
             f"Expected a list of {num_models} configs (one dict per model), got {type(configs).__name__}: "
             "hyperparameters for all models go in as keywords, create_optimizer(batch, lr=0.1)."
         )
-    if len(configs) != num_models:
-        raise ValueError(
-            f"Expected {num_models} configs (one per model), got {len(configs)}: pass a list of {num_models} dicts."
-        )
+    configs = per_model(list(configs), num_models, "configs")
     for m, config in enumerate(configs):
         check_names(optimizer_cls, config, f"the config of model {m}")
-    # 2. The keywords, none of them said twice.
     check_names(optimizer_cls, hyperparameters, "")
     twice = [name for name in hyperparameters if any(name in config for config in configs)]
     if twice:
         raise ValueError(f"Got {twice[0]!r} both in configs and as a keyword: keep one of the two.")
-    columns = {name: per_model(value, num_models, _plural(name)) for name, value in hyperparameters.items()}
-    # 3. Merged, with plain values, each checked.
-    merged = [
-        {**base_config, **config, **{name: column[m] for name, column in columns.items()}}
-        for m, config in enumerate(configs)
-    ]
-    merged = [{name: plain(value) for name, value in config.items()} for config in merged]
-    for m, config in enumerate(merged):
-        _check_values(optimizer_cls, config, m)
+    columns = {
+        name: per_model(value, num_models, "learning rates" if name == "lr" else f"values of {name!r}")
+        for name, value in hyperparameters.items()
+    }
+    merged = []
+    for m, config in enumerate(configs):
+        own = {**base_config, **config, **{name: column[m] for name, column in columns.items()}}
+        merged.append({name: plain(value) for name, value in own.items()})
+        _check_values(optimizer_cls, merged[-1], m)
     return merged
 
 
@@ -241,7 +225,3 @@ def _check_values(optimizer_cls: type[torch.optim.Optimizer], config: dict[str, 
 @functools.lru_cache(maxsize=64)  # asked once per model; 16,384 answers took 3 seconds
 def _arguments(callee: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(callee).parameters
-
-
-def _plural(name: str) -> str:
-    return "learning rates" if name == "lr" else f"values of {name!r}"

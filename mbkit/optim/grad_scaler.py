@@ -63,7 +63,7 @@ class GradScaler(torch.amp.GradScaler):
     ) -> None:
         if enabled:
             _check_factors(growth_factor, backoff_factor, growth_interval)
-            _scales(init_scale, 1, torch.device("cpu"))
+            _column(init_scale, 1)
         # To torch's class "cpu" means any device that exists; tensors are made on the losses'.
         super().__init__("cpu", init_scale, growth_factor, backoff_factor, growth_interval, enabled)
         self._frozen: Tensor | None = None  # what the optimizer's batch says, for update()
@@ -88,8 +88,8 @@ class GradScaler(torch.amp.GradScaler):
         return losses * self._scale.to(losses.device, non_blocking=True)
 
     def _start(self, num_models: int, device: torch.device) -> None:
-        self._scale = _scales(self._init_scale, num_models, device)
-        self._growth_tracker = _column(self._init_growth_tracker, num_models, torch.int32, device)
+        self._scale = _column(self._init_scale, num_models, device)
+        self._growth_tracker = _column(self._init_growth_tracker, num_models, device, torch.int32)
 
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
@@ -145,7 +145,7 @@ class GradScaler(torch.amp.GradScaler):
             return
         scale, tracker = self._check_scale_growth_tracker("update")
         if new_scale is not None:
-            scale.copy_(_scales(new_scale, len(scale), scale.device))
+            scale.copy_(_column(new_scale, len(scale), scale.device))
             self._per_optimizer_states.clear()
             return
         states = list(self._per_optimizer_states.values())
@@ -203,9 +203,8 @@ class GradScaler(torch.amp.GradScaler):
             raise ValueError(f"Expected {', '.join(names)}, got {sorted(state_dict)}: pass what state_dict() returned.")
         scale, *factors, tracker = (state_dict[name] for name in names)
         _check_factors(*factors)
-        count, cpu = len(scale) if isinstance(scale, list) else 1, torch.device("cpu")
-        count = count if self._scale is None else len(self._scale)
-        _scales(scale, count, cpu), _column(tracker, count, torch.int32, cpu)
+        count = len(self._scale) if self._scale is not None else len(scale) if isinstance(scale, list) else 1
+        _column(scale, count), _column(tracker, count, dtype=torch.int32)
         self._init_scale, self._init_growth_tracker = scale, tracker
         self._growth_factor, self._backoff_factor, self._growth_interval = factors
         if self._scale is not None:
@@ -224,30 +223,21 @@ def _check_factors(growth_factor: Any, backoff_factor: Any, growth_interval: Any
     whole_number(growth_interval, "growth_interval")
 
 
-def _scales(value: Any, num_models: int, device: torch.device) -> Tensor:
-    """Return scales `[M]` of one number or M, each of them above 0 and finite.
+def _column(value: Any, num_models: int, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return one number for all, or one per model, as a tensor `[M]`.
 
     Raises:
         TypeError: no numbers.
-        ValueError: another number of them, or one with which nothing could be trained.
+        ValueError: another number of them, or a scale with which nothing could be trained: not above 0, or not finite.
     """
     try:
-        place = value.device if isinstance(value, Tensor) else torch.device("cpu")
-        scales = _column(value, num_models, torch.float32, place)
+        given = torch.as_tensor(value, dtype=dtype, device=value.device if isinstance(value, Tensor) else "cpu")
     except (TypeError, RuntimeError):
-        raise TypeError(
-            f"Expected a number as scale, or one per model, got {value!r}: pass one like 65536.0."
-        ) from None
-    if place.type == "cpu" and not bool(((scales > 0) & scales.isfinite()).all()):
-        raise ValueError(f"Expected finite scales above 0, got {value}: pass one like 65536.0.")
-    return scales.to(device)
-
-
-def _column(value: Any, num_models: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return one number for all, or one per model, as a tensor `[M]`."""
-    given = torch.as_tensor(value, dtype=dtype, device=device)
+        raise TypeError(f"Expected one number, or one per model, got {value!r}: pass one like 65536.0.") from None
     if given.dim() > 1 or (given.dim() == 1 and len(given) != num_models):
         raise ValueError(
             f"Expected one scale or {num_models} (one per model), got {list(given.shape)}: use it for as many models."
         )
-    return given.expand(num_models).clone()
+    if dtype == torch.float32 and given.device.type == "cpu" and not bool(((given > 0) & given.isfinite()).all()):
+        raise ValueError(f"Expected finite scales above 0, got {value}: pass one like 65536.0.")
+    return given.to(device).expand(num_models).clone()

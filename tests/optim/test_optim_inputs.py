@@ -152,7 +152,7 @@ def test_replaced_parameters_are_noticed() -> None:
     [
         (lambda: create_lr_sweep_configs(0.1, 0.01, 3), "min_lr <= max_lr, got 0.1 and 0.01"),
         (lambda: create_lr_sweep_configs(0.0, 0.1, 3), "above 0 on a log scale, got 0.0"),
-        (lambda: create_lr_sweep_configs(0.01, 0.1, 0), "whole number from 1 on, got 0"),
+        (lambda: create_lr_sweep_configs(0.01, 0.1, 0), "Expected at least 1 as num_models, got 0"),
         (lambda: create_lr_sweep_configs(0.01, 0.1, 3, "lin"), "got 'lin'. Did you mean 'linear'?"),
         (lambda: create_lr_sweep_configs(0.01, math.inf, 3), "finite learning rate from 0 on, got inf"),
         (lambda: create_sgd_configs([]), "at least one learning rate"),
