@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch.model_batch import ModelBatch
-from ..figures.curves import CEILING
+from ..figures.curves import CEILING, RateMap
+from ..figures.film import save_film
 from ..models import build_models
 from ..optim import OptimizerFactory
 from ..training.batched import train_steps
 
-__all__ = ["GROUPS", "WINDOW", "RateGrid", "Trainability", "TwoLayers", "points", "spaced"]
+__all__ = ["GROUPS", "WINDOW", "RateGrid", "Trainability", "TwoLayers", "film", "points", "spaced"]
 
 GROUPS = ("first", "second")
 WINDOW = ((0.01, 100.0), (0.01, 10.0))  # the demo's rates: from too slow to hopeless
@@ -160,3 +162,20 @@ def spaced(low: float, high: float, size: int, name: str = "rates") -> Tensor:
             f"Expected {name} as the lowest and the highest rate, both above 0, got {low}, {high}: pass (0.001, 1.0)."
         )
     return torch.logspace(*torch.tensor([low, high], dtype=torch.float64).log10().tolist(), size, dtype=torch.float64)
+
+
+def film(path: str | Path, size: int = 128, steps: int = 60) -> None:
+    """Train N x N networks and save how their map comes about, step by step, as a GIF.
+
+    Args:
+        path: of the GIF.
+        size: N.
+        steps: how many updates each network makes; after the first dozen one in four is shown.
+    """
+    shown, frames = None, []
+    for done, outcome in enumerate(RateGrid(size=size).train(*WINDOW, steps=steps), 1):
+        shown = shown or RateMap(outcome.first_rates, outcome.second_rates, steps, dpi=80)
+        if done <= 12 or done % 4 == 0:
+            shown.update(outcome, (size * 58 // 128, size * 60 // 128))
+            frames.append(shown.frame())
+    save_film(frames, path, 0.15, rest=3.0)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from mbkit.figures import plots
-from mbkit.lessons.trainability import WINDOW, RateGrid, Trainability, TwoLayers, points, spaced
+from mbkit.lessons.trainability import WINDOW, RateGrid, Trainability, TwoLayers, film, points, spaced
 
 X, Y = (tensor.double() for tensor in points()[0])
 
@@ -68,3 +69,12 @@ def test_the_map_goes_from_slow_to_diverged_and_its_figure_leaves_out_what_diver
 def test_impossible_ranges_are_refused(rates):
     with pytest.raises(ValueError, match="lowest and the highest rate"):
         next(RateGrid(size=2).train(rates, rates, 1))
+
+
+def test_a_film_shows_the_map_step_by_step(tmp_path):
+    film(tmp_path / "film.gif", size=8, steps=16)
+    with Image.open(tmp_path / "film.gif") as saved:
+        assert saved.n_frames == 13  # the first dozen steps, and the last
+        first = saved.convert("L").tobytes()
+        saved.seek(12)
+        assert saved.convert("L").tobytes() != first
