@@ -53,7 +53,7 @@ NO_FAULT_OF_VMAP = (torch.OutOfMemoryError, Warning)
 _COLLECTIONS = (list, dict, set, deque)
 
 
-def call_models(context: CallContext, args: tuple, kwargs: dict, shared: bool) -> Any:
+def call_models(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn: Callable | None = None) -> Any:
     """Call the template once for all models, and keep what it assigned anew in the context.
 
     A layer that vmap cannot run is noted in `context.model_by_model`, and the call starts again, with that layer run
@@ -64,26 +64,28 @@ def call_models(context: CallContext, args: tuple, kwargs: dict, shared: bool) -
         context: the models.
         args, kwargs: what one model takes; tensors in them are `[B, ...]`, or `[M, B, ...]` unless `shared`.
         shared: whether all models see the same input.
+        in_turn: what to do in plain PyTorch with each model's own copy of the template, one after the other, instead of
+            calling all models at once; arguments as for `call_in_turn`. After an error nothing has changed.
 
     Returns:
-        The model's own nested output, each tensor `[M, ...]`.
+        The model's own nested output, or what `in_turn` returns, each tensor `[M, ...]`.
     """
     check_numbers(tree_leaves(open_mappings((args, kwargs))), context.template)
     with held(context):
-        return _call(context, args, kwargs, shared)
+        return _call(context, args, kwargs, shared, in_turn)
 
 
-def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool) -> Any:
+def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn: Callable | None) -> Any:
     template, slow = context.template, context.model_by_model
     reasons: dict[str, str] = {}  # of the paths that are added in this call
     before = read_state(template)
-    for path in _hooked(before.modules) - slow:
+    for path in set() if in_turn else _hooked(before.modules) - slow:
         slow.add(path)
         reasons[path] = "its hooks are to see each model's own tensors and gradients"
     while True:
         memory = Memory(context, before)
         try:
-            output, after, attributes = attempt(context, before, args, kwargs, shared)
+            output, after, attributes = attempt(context, before, args, kwargs, shared, in_turn)
             write_state(before, after)
             context.attributes = attributes
             break
@@ -94,7 +96,8 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool) -> Any:
             elif isinstance(error, SharedDraw):
                 slow.add("")
             else:
-                unit = _next_slower(error, slow) if undone and not isinstance(error, NO_FAULT_OF_VMAP) else None
+                is_vmaps = undone and in_turn is None and not isinstance(error, NO_FAULT_OF_VMAP)
+                unit = _next_slower(error, slow) if is_vmaps else None
                 if unit is None:
                     slow.difference_update(reasons)
                     raise _named(error, context.num_models) from error
@@ -159,14 +162,14 @@ def _named(error: Exception, num_models: int) -> Exception:
 
 
 def attempt(
-    context: CallContext, before: State, args: tuple, kwargs: dict, shared: bool
+    context: CallContext, before: State, args: tuple, kwargs: dict, shared: bool, in_turn: Callable | None = None
 ) -> tuple[Any, State, list[Tensor]]:
     """Call the template once for all models, and change nothing of it but by edits in place.
 
     Args:
         context: the models.
         before: the template's state, as `read_state` returns it.
-        args, kwargs, shared: as for `call_models`.
+        args, kwargs, shared, in_turn: as for `call_models`.
 
     Returns:
         The output, the state after the call, and the stacked tensors among the plain attributes in it.
@@ -180,14 +183,17 @@ def attempt(
     stacked = {id(t) for key, t in before.items() if key[1] != "__dict__"} | set(map(id, attributes))
     device = next((t.device for t in (*kept, *(leaves[i] for i in places))), torch.device("cpu"))
 
-    if "" in context.model_by_model:
+    if in_turn or "" in context.model_by_model:
         flags = [id(t) in stacked for t in kept] + [not shared] * len(places)
         with context.streams.take_turns(device) as turns, kept_by(context).in_parts(context.num_models) as part:
+
+            def on(run: Callable, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+                alone = in_turn is not None  # rows that are leaves, whose gradients are each model's own
+                return run([t.detach() if alone and t.requires_grad else t for t in tensors], flags)
+
             turns = turns_in_parts(turns, part)
-            output, after, new = call_in_turn(
-                before, args, kwargs, turns, lambda run, tensors: run(tensors, flags), whole=True
-            )
-        if not isinstance(output, Failure):
+            output, after, new = call_in_turn(before, args, kwargs, turns, on, in_turn, whole=True)
+        if not in_turn and not isinstance(output, Failure):
             check_output(output, template)
     else:
         kept = [t for t in kept if id(t) in stacked]

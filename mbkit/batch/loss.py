@@ -20,7 +20,7 @@ from .kept import kept_by, turns_in_parts
 from .loss_settings import LossSettings
 from .targets import TargetForms
 
-__all__ = ["call_losses", "loss_code"]
+__all__ = ["call_losses", "loss_code", "one_number"]
 
 
 def call_losses(
@@ -56,7 +56,7 @@ def call_losses(
             mine = [leaf.values[m] if isinstance(leaf, PerModel) else leaf for leaf in mine]
         my_outputs, my_targets, keywords = tree_unflatten(mine, spec)
         with kept.under_vmap() if mode is not None else nullcontext():
-            loss = _one_number(loss_fn(my_outputs, my_targets, **keywords))
+            loss = one_number(loss_fn(my_outputs, my_targets, **keywords))
             if mode is not None and unsure:
                 nans.append(as_stacked(loss).isnan())
                 if nans[0].any():
@@ -130,7 +130,7 @@ def _in_dims(
     return dims
 
 
-def _one_number(loss: Any) -> Tensor:
+def one_number(loss: Any) -> Tensor:
     """Return one model's loss as a tensor without dimensions, or refuse what is not a tensor of one number."""
     if not isinstance(loss, Tensor):
         raise TypeError(

@@ -8,7 +8,6 @@ largest chunk is the whole batch, all models at once; a chunk of one model runs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,21 +19,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..batch.call import call_models
 from ..batch.context import CallContext, context_of
 from ..batch.kept import kept_by
-from ..batch.loss import call_losses, loss_code
+from ..batch.loss import call_losses, loss_code, one_number
 from ..batch.memory import Memory
 from ..batch.model_batch import ModelBatch
 from ..batch.targets import targets_at
-from ..common.checks import check_inputs
+from ..common.checks import check_inputs, check_output, open_mappings
 from ..common.machine import free_memory
-from ..vmap import (
-    HOOKS,
-    copy_module,
-    has_grad_hooks,
-    note_models_with_gradient,
-    read_state,
-)
+from ..vmap import HOOKS, copy_module, has_grad_hooks, read_state
 from .backward import backward_pass, is_main_thread
-from .gather import collect_gradients, join_outputs, keep_state
+from .gather import Gradients, join_outputs, keep_state
 from .loop import arguments, call, detach, first_tensor
 from .options import StepOptions
 from .saved_bytes import MadeBytes, saved_bytes
@@ -92,83 +85,114 @@ class Chunks:
         """Return what the batch returns for these inputs, without gradients."""
         if not _calls_are_own(self.batch):
             return call(partial(self.batch, shared_input=shared_input), x)
+        if self._is_one_by_one:
+
+            def plainly(m: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+                out = module(*args, **kwargs)
+                check_output(out, module)
+                return out
+
+            return call_models(context_of(self.batch), *arguments(x), shared_input, plainly)
         return join_outputs([out for *_, out in self._calls(x, shared_input)])
 
     def backward(self, x: Any, y: Any, options: StepOptions) -> tuple[Tensor, Any]:
         """Add up the gradients of all models; return the losses [M] and the outputs, detached."""
-        batch = self.batch
-        if not _calls_are_own(batch) or any(map(has_grad_hooks, batch.parameters())):
+        batch, context = self.batch, context_of(self.batch)
+        parameters = list(batch.parameters())
+        if not _calls_are_own(batch) or any(map(has_grad_hooks, parameters)):
             self.how = "all models at once"
             return _backward_of_the_whole(batch, x, y, options)
-        context, losses, outputs = context_of(batch), [], []
-        gradients: dict[nn.Parameter, list[list[bool]]] = {}
+        gradients = Gradients(parameters, self.num_models)
         undo = None if self._has_stepped else Memory(context, read_state(context.template)).undo
         try:
-            for start, stop, chunk, out in self._calls(x, batch.shared_input, options.loss_fn):
-                losses.append(self._losses(chunk, out, y, options, slice(start, stop), undo))
-                outputs.append(detach(out))
-                if chunk.template is not context.template:
-                    collect_gradients(batch, chunk.template, start, stop, gradients)
-        except BaseException:
-            for parameter in gradients:
-                parameter.grad = None
+            if self._is_one_by_one:
+                self.how = "one by one"
+                losses, outputs = self._one_by_one(x, y, options, gradients)
+            else:
+                parts = []
+                for start, stop, chunk, out in self._calls(x, batch.shared_input, options.loss_fn):
+                    parts.append((self._losses(chunk, out, y, options, slice(start, stop)), detach(out)))
+                    if chunk is not context:
+                        gradients.take(chunk.template.parameters(), slice(start, stop))
+                losses, outputs = join_outputs(parts)
+        except BaseException as error:
+            gradients.drop()
+            if undo is not None and isinstance(error, (TypeError, ValueError)):
+                undo(error)  # in the first step: who corrects the loss or the targets starts from the same state
             raise
         self._has_stepped = True
-        for parameter, flags in gradients.items():
-            note_models_with_gradient(parameter.grad, [flag for row in flags for flag in row])
-        context.latest_losses = torch.cat(losses)
-        return context.latest_losses, join_outputs(outputs)
+        gradients.note()
+        context.latest_losses = losses
+        return losses, outputs
 
-    def _losses(
-        self, chunk: CallContext, out: Any, y: Any, options: StepOptions, models: slice, undo: Callable | None
-    ) -> Tensor:
-        """Make the backward pass of a chunk; return its losses, detached. A loss that is refused is undone."""
-        try:
-            some = first_tensor(out)
-            if some is not None:  # or else call_losses says what is wrong
-                shared = options.forms.of(y, (self.num_models, *some.shape[1:]), self.num_models)
-                y = targets_at(y, shared, models)
-            settings = options.settings_of(self.num_models)
-            settings = settings and settings.of_models(models)
-            losses = call_losses(chunk, out, y, options.loss_fn, options.forms, settings)
-            alone = self.how == "one by one" and is_main_thread()
-            with chunk.streams.take_turns(losses.device) if alone else nullcontext((0,)) as turns:
-                for _ in turns:  # the one model's own, so that its backward pass draws what it draws alone
-                    backward_pass(losses, is_shared=not alone)
-        except (TypeError, ValueError) as error:
-            if undo is not None:  # in the first step: who corrects the loss or the targets starts from the same state
-                undo(error)
-            raise
+    @property
+    def _is_one_by_one(self) -> bool:
+        """Whether models run in plain PyTorch: by themselves vmap costs more than it saves.
+
+        In another thread they do not: a model by itself draws from torch's default generator, as whoever is in the main
+        thread does meanwhile.
+        """
+        return self.size == 1 and is_main_thread()
+
+    def _one_by_one(self, x: Any, y: Any, options: StepOptions, gradients: Gradients) -> tuple[Tensor, Any]:
+        """Make each model's forward and backward pass in plain PyTorch, in its turn, with its own random numbers."""
+        context, settings, loss_fn = context_of(self.batch), options.settings_of(self.num_models), options.loss_fn
+        kept = kept_by(context, loss_fn)
+        context.streams.meet(loss_code(loss_fn))
+
+        def step(m: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Any]:
+            parameters = list(module.parameters())
+            gradients.expect(parameters)
+            out = module(*args, **kwargs)
+            check_output(out, module)
+            shape = (self.num_models, *first_tensor(out).shape)
+            if settings is not None:
+                settings.check_outputs(shape)
+            targets = targets_at(y, options.forms.of(y, shape, self.num_models), m)
+            loss = one_number(loss_fn(out, targets, **(settings.of_model(m) if settings else {})))
+            kept.refuse_trained(loss)
+            backward_pass(loss, is_shared=False)
+            gradients.take(parameters, slice(m, m + 1))
+            return loss.detach(), detach(out)
+
+        return call_models(context, *arguments(x), self.batch.shared_input, step)
+
+    def _losses(self, chunk: CallContext, out: Any, y: Any, options: StepOptions, models: slice) -> Tensor:
+        """Make the backward pass of a chunk; return its losses, detached."""
+        some, settings = first_tensor(out), options.settings_of(self.num_models)
+        if some is not None:  # or else call_losses says what is wrong
+            shared = options.forms.of(y, (self.num_models, *some.shape[1:]), self.num_models)
+            y = targets_at(y, shared, models)
+        settings = settings and settings.of_models(models)
+        losses = call_losses(chunk, out, y, options.loss_fn, options.forms, settings)
+        backward_pass(losses)
         return losses.detach()
 
     def _calls(
         self, x: Any, shared_input: bool, loss_fn: Callable | None = None
     ) -> Iterator[tuple[int, int, CallContext, Any]]:
         """Call chunk after chunk; yield (first model, the one after the last, chunk, outputs), and keep its state."""
-        whole, after, sizes, inputs = context_of(self.batch), [], [], arguments(x)
+        whole, after, sizes, inputs = context_of(self.batch), [], [], open_mappings(arguments(x))
+        if self._first_size >= self.num_models:
+            self.how = "all models at once"
+            yield 0, self.num_models, whole, self._measured(whole, *inputs, shared_input)
+            return
+        before = read_state(whole.template)
         if not shared_input:
             check_inputs(tree_leaves(inputs), whole.num_models)
         self.how = ""
-        cuts = self._first_size < self.num_models  # else there is one chunk, whose calls keep their state themselves
-        before = read_state(whole.template) if cuts else {}
-        parts = kept_by(whole, loss_fn).in_parts(whole.num_models) if cuts else nullcontext(lambda _: nullcontext())
-        with parts as part:
+        with kept_by(whole, loss_fn).in_parts(whole.num_models) as part:
             for start, stop, chunk in self:
-                self.how = self.how or self._words(stop)
-                chunk = self._without_vmap(chunk, loss_fn) if self.how == "one by one" else chunk
+                self.how = self.how or self._words()
                 with part(slice(start, stop)):
-                    given = read_state(chunk.template) if cuts else {}
+                    given = read_state(chunk.template)
                     own = partial(_rows_of, start=start, stop=stop)
                     args, kwargs = inputs if shared_input else tree_map_only(Tensor, own, inputs)
-                    out = self._measured(chunk, args, kwargs, shared_input)
-                    if not cuts:
-                        whole.attributes = chunk.attributes
-                    yield start, stop, chunk, out
-                    now = read_state(chunk.template) if cuts else {}
+                    yield start, stop, chunk, self._measured(chunk, args, kwargs, shared_input)
+                    now = read_state(chunk.template)
                     after.append({key: value for key, value in now.items() if value is not given.get(key)})
                     sizes.append(stop - start)
-        if cuts:
-            keep_state(whole, before, after, sizes)
+        keep_state(whole, before, after, sizes)
 
     def _measured(self, chunk: CallContext, args: tuple, kwargs: dict, shared_input: bool) -> Any:
         """Call a chunk; choose the size by the bytes of the first one."""
@@ -193,19 +217,14 @@ class Chunks:
         size = max(1, min(size, room))
         return -(-self.num_models // -(-self.num_models // size))  # chunks of one size, or nearly
 
-    def _words(self, stop: int) -> str:
-        if min(self.size or stop, self.num_models) == 1:
-            return "one by one"
-        if stop == self.num_models:
-            return "all models at once"
+    def _words(self) -> str:
         if self.size is None:  # the first call, which chooses it
             return "in chunks"
-        return f"in chunks of {self.size}" + (", because memory is short" if self._memory_is_short else "")
+        short = ", because memory is short" if self._memory_is_short else ""
+        return "one by one" if self.size == 1 else f"in chunks of {self.size}{short}"
 
     def _chunk(self, start: int, stop: int) -> CallContext:
         whole = context_of(self.batch)
-        if stop - start == whole.num_models:
-            return whole
         tensors = [*whole.template.parameters(), *whole.template.buffers(), *whole.attributes]
         own = {id(t): self._row(t, start, stop) for t in tensors}
         frozen = None if whole.frozen is None else whole.frozen[start:stop]
@@ -218,17 +237,6 @@ class Chunks:
             frozen=frozen if frozen is not None and frozen.any() else None,
             steady=self._steady.setdefault((start, stop), {}),
         )
-
-    def _without_vmap(self, chunk: CallContext, loss_fn: Callable | None) -> CallContext:
-        """Return a chunk of one model as one that runs model by model: vmap costs more than it saves there.
-
-        In another thread it stays as it is: a model by itself draws from torch's default generator, as whoever is in
-        the main thread does meanwhile.
-        """
-        if not is_main_thread():
-            return chunk
-        everything = {path for path, _ in chunk.template.named_modules()}
-        return replace(chunk, model_by_model=everything, slow_losses={loss_code(loss_fn)})
 
     def _row(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         """Return the chunk's rows of a tensor: always the same object, for as long as the tensor is the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,32 +10,65 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..batch.context import CallContext
-from ..vmap import BatchingError, PerModelValue, models_with_gradient, write_state
+from ..vmap import BatchingError, PerModelValue, models_with_gradient, note_models_with_gradient, write_state
 
-__all__ = ["collect_gradients", "join_outputs", "keep_state"]
+__all__ = ["Gradients", "join_outputs", "keep_state"]
 
 
 def join_outputs(outputs: list[Any]) -> Any:
     """Return nested tensors `[M, ...]` from those of each chunk."""
+    if len(outputs) == 1:
+        return outputs[0]
     return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
 
 
-def collect_gradients(batch: nn.Module, chunk: nn.Module, start: int, stop: int, found: dict) -> None:
-    """Move a chunk's gradients into the whole batch's."""
-    for whole, own in zip(batch.parameters(), chunk.parameters(), strict=True):
-        if own.grad is None:
-            if whole in found:
-                whole.grad[start:stop] = 0
-                found[whole].append([False] * (stop - start))
-            continue
-        if whole not in found:
-            whole.grad = torch.empty_like(whole)
-            whole.grad[:start] = 0
-            found[whole] = [[False] * start]
-        whole.grad[start:stop] = own.grad
-        reached = models_with_gradient(own.grad, stop - start)
-        found[whole].append([True] * (stop - start) if reached is None else reached.tolist())
-        own.grad = None
+class Gradients:
+    """Moves the gradients of parts of the models into the whole batch's.
+
+    Args:
+        parameters: the batch's. num_models: M.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], num_models: int) -> None:
+        self._parameters, self._num_models = parameters, num_models
+        self._found: dict[nn.Parameter, list[list[bool]]] = {}  # which models have a gradient, part by part
+
+    def expect(self, parameters: Iterable[Tensor]) -> None:
+        """Have the parameters of a part, which are rows of the batch's, require gradients where the batch's do."""
+        for whole, own in zip(self._parameters, parameters, strict=True):
+            own.requires_grad_(whole.requires_grad)
+
+    def take(self, parameters: Iterable[Tensor], models: slice) -> None:
+        """Move the gradients of the parameters of a part of the models, which follows the one before."""
+        size = models.stop - models.start
+        for whole, own in zip(self._parameters, parameters, strict=True):
+            found = self._found.get(whole)
+            if own.grad is None:
+                if found is not None:
+                    whole.grad[models] = 0
+                    found.append([False] * size)
+                continue
+            if size == self._num_models:
+                whole.grad = own.grad.reshape(whole.shape)
+            elif found is None:
+                whole.grad = torch.empty_like(whole)
+                whole.grad[: models.start] = 0
+            found = self._found.setdefault(whole, [[False] * models.start])
+            if size < self._num_models:
+                whole.grad[models] = own.grad
+            reached = models_with_gradient(own.grad, size)
+            found.append([True] * size if reached is None else reached.tolist())
+            own.grad = None
+
+    def drop(self) -> None:
+        """Clear what has been moved so far, of a pass that was cut short."""
+        for parameter in self._found:
+            parameter.grad = None
+
+    def note(self) -> None:
+        """Note which models have a gradient, after the last part."""
+        for parameter, flags in self._found.items():
+            note_models_with_gradient(parameter.grad, [flag for part in flags for flag in part])
 
 
 def keep_state(context: CallContext, before: dict, after: list[dict], sizes: list[int]) -> None:

@@ -48,7 +48,7 @@ def model_by_model(mode: Pass, operator: Callable, args: tuple, kwargs: dict) ->
         raise BatchingError("out= is not supported here: assign the result instead")
     edits = edits_in_place(operator)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(m: int, module: None, args: tuple, kwargs: dict) -> Any:
         result = operator(*args, **kwargs)
         return None if edits else result
 
@@ -89,7 +89,7 @@ def call_in_turn(
     kwargs: dict,
     turns: Iterator[int],
     on: Callable,
-    operator: Callable | None = None,
+    call: Callable | None = None,
     edits: bool = True,
     whole: bool = False,
 ) -> tuple[Any, dict, list[Tensor]]:
@@ -100,7 +100,8 @@ def call_in_turn(
         args, kwargs: of the call.
         turns: yields 0 … M-1, each while model m's random stream is in place.
         on: gets a function and tensors; calls it with the tensors `[M, ...]` or shared, and a flag that says which.
-        operator: what to call instead of a copy of the module.
+        call: what to do in a model's turn instead of calling its copy of the module; gets the model's number, the copy,
+            its arguments and keyword arguments.
         edits: whether the call may edit its inputs in place.
         whole: whether the module is the whole model.
 
@@ -136,9 +137,10 @@ def call_in_turn(
             my_args, my_kwargs = arguments(m, own[len(kept) :])
             output = None
             try:
-                output = (operator or copies[-1].module)(*my_args, **my_kwargs)
+                module = copies[-1].module
+                output = call(m, module, my_args, my_kwargs) if call else module(*my_args, **my_kwargs)
             except Exception as error:
-                if not whole:
+                if not whole or call:
                     raise
                 failures.append(error)
             for i, (tensor, mark) in enumerate(zip(own, marks, strict=True)):

@@ -16,8 +16,10 @@ from mbkit.batch.call import call_models as plain
 from mbkit.batch.context import context_of
 from mbkit.training import train_steps
 from mbkit.training.chunks import _ENOUGH, Chunks
+from mbkit.training.compiled import CompiledStep
 from mbkit.training.options import StepOptions
 from mbkit.training.step import Stepper
+from tests.oracle import train_alone
 
 M, B, K, STEPS = 5, 8, 3, 4
 RATES = [0.001 * (m + 1) for m in range(M)]
@@ -62,43 +64,36 @@ def data(each: bool = False, dtype: torch.dtype = torch.float64) -> list[tuple[T
     return [(x, torch.randint(K, (*lead, B), generator=generator)) for x in x]
 
 
-def options() -> StepOptions:
-    return StepOptions(cross_entropy)
+def rates(lr: float | None = None, **settings) -> list[dict]:
+    """Return each model's settings of the optimizer."""
+    return [{"lr": rate if lr is None else lr, **settings} for rate in RATES]
 
 
-def alone(model: nn.Module, m: int, pairs: list, cls: type = torch.optim.Adam, **settings) -> tuple[dict, list[float]]:
-    """Train in plain PyTorch; return the state and the losses."""
-    torch.manual_seed(m)
-    model = copy.deepcopy(model)
-    optimizer, losses = cls(model.parameters(), lr=RATES[m], **settings), []
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-    for x, y in pairs:
-        optimizer.zero_grad()
-        loss = cross_entropy(model(x if x.dim() == 4 else x[m]), y if y.dim() == 1 else y[m])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.4)
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
-    return model.state_dict(), losses
-
-
-def assert_as_alone(batch: ModelBatch, history, models: list, pairs: list, cls=torch.optim.Adam, **settings) -> None:
+def assert_states(batch: ModelBatch, models: list[nn.Module], atol: float = 1e-10) -> None:
     for m, model in enumerate(models):
-        state, losses = alone(model, m, pairs, cls, **settings)
-        torch.testing.assert_close(history.loss[:, m].tolist(), losses, rtol=0, atol=1e-10)
-        for name, value in batch[m].state_dict().items():
-            torch.testing.assert_close(value, state[name], rtol=0, atol=1e-10)
+        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=atol)
+
+
+def assert_as_plain(batch: ModelBatch, models: list, pairs: list, atol: float = 1e-10, cls=torch.optim.SGD) -> None:
+    """Train the models in plain PyTorch, and compare."""
+    train_alone(models, pairs, loss_fn=cross_entropy, seeds=range(M), optimizer_cls=cls, configs=rates())
+    assert_states(batch, models, atol)
 
 
 def train(cls: type[nn.Module], each: bool, optimizer_cls: type = torch.optim.Adam, settings=(), **how):
+    """Train a batch clipped and scheduled, and compare it with the models trained alone so."""
     models, pairs = models_of(cls), data(each)
     batch = ModelBatch(models, not each, seeds=range(M))
-    optimizer = OptimizerFactory(optimizer_cls).create_optimizer(batch, lr=RATES, **dict(settings))
+    optimizer = OptimizerFactory(optimizer_cls).create_optimizer(batch, rates(**dict(settings)))
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     rest = {"scheduler": schedule, "scheduler_every": "step", "max_norm": 0.4, "progress": False}
     history = fit(batch, optimizer, pairs, cross_entropy, **rest, **how)
-    assert_as_alone(batch, history, models, pairs, optimizer_cls, **dict(settings))
+    losses = train_alone(
+        models, pairs, each, cross_entropy, 0.4, range(M), optimizer_cls, rates(**dict(settings)),
+        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+    )  # fmt: skip
+    torch.testing.assert_close(history.loss.double(), losses, rtol=0, atol=1e-10)
+    assert_states(batch, models)
     return history, batch
 
 
@@ -262,6 +257,20 @@ def test_a_compiled_step_changes_no_result_and_is_compiled_once(monkeypatch, opt
     assert torch.equal(batch.streams.on("cpu")[0].get_state(), torch.get_rng_state())
 
 
+@pytest.fixture
+def graphs(monkeypatch) -> list:
+    """The graphs that are traced; they run as they are, without inductor."""
+    made: list = []
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: made.append(graph) or graph)
+    return made
+
+
+def step_of(models: list, cls: type = torch.optim.SGD, **settings) -> tuple[ModelBatch, CompiledStep]:
+    batch = ModelBatch(models, seeds=range(M))
+    optimizer = OptimizerFactory(cls).create_optimizer(batch, rates(**settings))
+    return batch, CompiledStep(batch, optimizer, StepOptions(cross_entropy))
+
+
 class Branch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -287,27 +296,18 @@ def hooked() -> nn.Module:
     ],
 )
 def test_what_cannot_be_compiled_warns_once_and_trains_as_alone(build, optimizer_cls, reason):
-    torch.manual_seed(0)
-    models = [build().double() for _ in range(3)]
-    batch = ModelBatch([copy.deepcopy(model) for model in models], seeds=range(3))
-    optimizer = OptimizerFactory(optimizer_cls).create_optimizer(batch, lr=0.1)
-    pairs = [(torch.randn(B, 4).double(), torch.randint(K, (B,))) for _ in range(2)]
+    models = [build().double() for _ in range(M)]
+    batch = ModelBatch([copy.deepcopy(model) for model in models], seeds=range(M))
+    optimizer = OptimizerFactory(optimizer_cls).create_optimizer(batch, lr=RATES)
+    pairs = [(torch.randn(B, 4).double(), torch.randint(K, (B,))) for _ in range(2)] * 2
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        history = fit(batch, optimizer, pairs, cross_entropy, epochs=2, compile=True, progress=False)
+        history = fit(batch, optimizer, pairs, cross_entropy, compile=True, progress=False)
     told = [str(w.message) for w in caught if "compile=True" in str(w.message)]
     assert len(told) == 1
     assert reason in told[0]
     assert history.how == "all models at once"
-    for m, model in enumerate(models):
-        torch.manual_seed(m)
-        lone = optimizer_cls(model.parameters(), lr=0.1)
-        for x, y in pairs * 2:
-            lone.zero_grad()
-            cross_entropy(model(x), y).backward()
-            lone.step()
-        for mine, expected in zip(batch[m].parameters(), model.parameters(), strict=True):
-            torch.testing.assert_close(mine, expected, rtol=0, atol=1e-10)
+    assert_as_plain(batch, models, pairs, cls=optimizer_cls)
 
 
 def test_without_a_compiler_the_steps_run_uncompiled(monkeypatch):
@@ -320,8 +320,7 @@ def test_without_a_compiler_the_steps_run_uncompiled(monkeypatch):
     assert history.how == "all models at once"
 
 
-def test_what_would_not_fit_into_memory_as_one_function_runs_in_chunks(monkeypatch):
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+def test_what_would_not_fit_into_memory_as_one_function_runs_in_chunks(monkeypatch, graphs):
     monkeypatch.setattr("mbkit.training.compilable.free_memory", lambda device: 2 * 110_000)
     history, _ = train(Steady, False, compile=True)
     assert history.how == "compiled"
@@ -331,41 +330,23 @@ def test_what_would_not_fit_into_memory_as_one_function_runs_in_chunks(monkeypat
     assert history.how == "in chunks of 2"
 
 
-def test_a_mode_that_changes_is_compiled_anew(monkeypatch):
+def test_a_mode_that_changes_is_compiled_anew(graphs):
     """A graph takes training and eval mode for granted, and must notice when they change."""
-    from mbkit.training.compiled import CompiledStep
-
-    made = []
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: made.append(1) or graph)
-    models, pairs = models_of(Steady), data()
-    batch = ModelBatch(models, seeds=range(M))
-    step = CompiledStep(
-        batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), StepOptions(cross_entropy)
-    )
-    for (x, y), frozen_norm in zip(pairs, [False, True, True, False], strict=True):
-        context_of(batch).template.norm.train(not frozen_norm)
+    models, pairs, modes = models_of(Steady), data(), [True, False, False, True]
+    batch, step = step_of(models)
+    for (x, y), mode in zip(pairs, modes, strict=True):
+        context_of(batch).template.norm.train(mode)
         assert step.attempt(x, y) is not None
-    assert len(made) == 2
+    assert len(graphs) == 2
     for m, model in enumerate(models):
         torch.manual_seed(m)
         lone = torch.optim.SGD(model.parameters(), lr=RATES[m])
-        for (x, y), frozen_norm in zip(pairs, [False, True, True, False], strict=True):
-            model.norm.train(not frozen_norm)
+        for (x, y), mode in zip(pairs, modes, strict=True):
+            model.norm.train(mode)
             lone.zero_grad()
             cross_entropy(model(x), y).backward()
             lone.step()
-        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
-
-
-def assert_as_plain_sgd(batch: ModelBatch, models: list[nn.Module], pairs: list, atol: float = 1e-10) -> None:
-    """Train the models in plain PyTorch, and compare."""
-    for m, model in enumerate(models):
-        lone = torch.optim.SGD(model.parameters(), lr=RATES[m])
-        for x, y in pairs:
-            lone.zero_grad()
-            cross_entropy(model(x), y).backward()
-            lone.step()
-        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=atol)
+    assert_states(batch, models)
 
 
 class Edits(nn.Module):
@@ -389,52 +370,30 @@ class Strided(Edits):
         return self.out(h + h.as_strided((len(x), 6), (6, 1)))
 
 
-@pytest.mark.parametrize("cls", [Edits, Strided])
-def test_a_compiled_model_may_mind_how_its_activations_lie_in_memory(monkeypatch, cls):
-    from mbkit.training.compiled import CompiledStep
+def folded() -> nn.Module:
+    """Its activations are flattened by a copy, whose memory a traced step does not have."""
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(3, K))
 
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
-    models = [cls().double() for _ in range(M)]
+
+@pytest.mark.parametrize("build", [Edits, Strided, folded])
+def test_a_compiled_model_may_mind_how_its_activations_lie_in_memory(graphs, build):
+    models = [build().double() for _ in range(M)]
     x, y = torch.randn(B, 4).double(), torch.randint(K, (B,))
-    batch = ModelBatch(models)
-    step = CompiledStep(
-        batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), StepOptions(cross_entropy)
-    )
+    batch, step = step_of(models)
     for _ in range(3):
         assert step.attempt(x, y) is not None, step.reason
-    assert_as_plain_sgd(batch, models, [(x, y)] * 3)
+    assert_as_plain(batch, models, [(x, y)] * 3)
 
 
-def test_a_folded_convolution_can_be_compiled(monkeypatch):
-    """Its activations are flattened by a copy, whose memory a traced step does not have."""
-    from mbkit.training.compiled import CompiledStep
-
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
-    models = [nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, K)) for _ in range(M)]
-    x, y = torch.randn(B, 2, 6, 6), torch.randint(K, (B,))
-    batch = ModelBatch(models)
-    step = CompiledStep(
-        batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), StepOptions(cross_entropy)
-    )
-    assert step.attempt(x, y) is not None, step.reason
-    assert_as_plain_sgd(batch, models, [(x, y)], atol=1e-6)
-
-
-def test_a_compiled_step_leaves_no_gradient_and_gives_way_to_who_watches_one(monkeypatch):
-    from mbkit.training.compiled import CompiledStep
-
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+def test_a_compiled_step_leaves_no_gradient_and_gives_way_to_who_watches_one(graphs):
     models = [nn.Linear(4, K).double() for _ in range(M)]
     x, y = torch.randn(B, 4).double(), torch.randint(K, (B,))
-    batch = ModelBatch(models)
-    step = CompiledStep(
-        batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES), StepOptions(cross_entropy)
-    )
+    batch, step = step_of(models)
     for _ in range(2):
         batch(x).sum().backward()  # gradients of the user's own, which the next step clears, as any does
         assert step.attempt(x, y) is not None, step.reason
         assert all(p.grad is None for p in batch.parameters())
-    assert_as_plain_sgd(batch, models, [(x, y)] * 2)
+    assert_as_plain(batch, models, [(x, y)] * 2)
     before = {name: p.detach().clone() for name, p in batch.named_parameters()}
     batch.stacked_params["bias"].register_hook(lambda gradient: None)
     assert step.attempt(x, y) is None
@@ -443,15 +402,12 @@ def test_a_compiled_step_leaves_no_gradient_and_gives_way_to_who_watches_one(mon
 
 
 @pytest.mark.parametrize("change", ["load", "clear", "cast"])
-def test_a_compiled_step_takes_the_optimizers_state_as_it_is(monkeypatch, change):
-    from mbkit.training.compiled import CompiledStep
-
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+def test_a_compiled_step_takes_the_optimizers_state_as_it_is(graphs, change):
     models = [nn.Linear(4, K).double() for _ in range(M)]
     pairs = [(torch.randn(B, 4).double(), torch.randint(K, (B,))) for _ in range(6)]
-    batch, settings, saved = ModelBatch(models), {"momentum": 0.9}, {}
-    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES, **settings)
-    step = CompiledStep(batch, optimizer, options())
+    settings, saved = {"momentum": 0.9}, {}
+    batch, step = step_of(models, **settings)
+    optimizer = step.optimizer
 
     def between(i: int, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
         if change == "load" and i == 2:
@@ -478,24 +434,18 @@ def test_a_compiled_step_takes_the_optimizers_state_as_it_is(monkeypatch, change
             lone.step()
         mine = optimizer.state[batch.stacked_params["weight"]]["momentum_buffer"][m]
         torch.testing.assert_close(mine, lone.state[model.weight]["momentum_buffer"], rtol=0, atol=bound)
-        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=bound)
+    assert_states(batch, models, bound)
 
 
-def test_a_compiled_weights_gradient_lies_in_memory_as_the_weight_does(monkeypatch):
+def test_a_compiled_weights_gradient_lies_in_memory_as_the_weight_does(graphs):
     """Else the update reads it number by number, across the rows. Nor is a bias's summed model by model."""
-    from mbkit.training.compiled import CompiledStep
-
-    graphs, aten = [], torch.ops.aten
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graphs.append(graph) or graph)
-    models, pairs = [nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, K)).double() for _ in range(M)], []
-    for _ in range(3):
-        pairs.append((torch.randn(7, 6).double(), torch.randint(K, (7,))))
-    batch = ModelBatch(models)
-    step = CompiledStep(
-        batch, OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES), StepOptions(cross_entropy)
-    )
+    aten = torch.ops.aten
+    models = [nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, K)).double() for _ in range(M)]
+    pairs = [(torch.randn(7, 6).double(), torch.randint(K, (7,))) for _ in range(3)]
+    batch, step = step_of(models, torch.optim.Adam)
     for x, y in pairs:
-        assert step.attempt(x, y) is not None
+        _, outputs = step.attempt(x, y)
+    assert outputs.shape == (M, 7, K)
     products = graphs[0].graph.find_nodes(op="call_function", target=aten.bmm.default)
     shapes = [tuple(p.shape) for p in batch.parameters()]
     gradients = [product for product in products if tuple(product.meta["val"].shape) in shapes]
@@ -507,24 +457,11 @@ def test_a_compiled_weights_gradient_lies_in_memory_as_the_weight_does(monkeypat
     assert not graphs[0].graph.find_nodes(op="call_function", target=aten.baddbmm.default)
     sums = graphs[0].graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)
     assert not [node for node in sums if "val" in node.args[0].meta and node.args[0].meta["val"].dim() == 3]
-    for m, model in enumerate(models):
-        lone = torch.optim.Adam(model.parameters(), lr=RATES[m])
-        for x, y in pairs:
-            lone.zero_grad()
-            cross_entropy(model(x), y).backward()
-            lone.step()
-        torch.testing.assert_close(batch[m].state_dict(), model.state_dict(), rtol=0, atol=1e-10)
+    assert_as_plain(batch, models, pairs, cls=torch.optim.Adam)
 
 
-def test_a_compiled_adam_works_out_its_bias_corrections_once_and_not_for_each_weight(monkeypatch):
-    from mbkit.training.compiled import CompiledStep
-
-    graphs = []
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graphs.append(graph) or graph)
-    batch = ModelBatch([nn.Linear(6, K) for _ in range(M)])
-    step = CompiledStep(
-        batch, OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=RATES), StepOptions(cross_entropy)
-    )
+def test_a_compiled_adam_works_out_its_bias_corrections_once_and_not_for_each_weight(graphs):
+    _, step = step_of([nn.Linear(6, K) for _ in range(M)], torch.optim.Adam)
     _, outputs = step.attempt(torch.randn(B, 6), torch.randint(K, (B,)))
     assert outputs.shape == (M, B, K)
     kept = [tuple(node.meta["val"].shape) for node in graphs[0].graph.find_nodes(op="output")[0].args[0][2:]]
