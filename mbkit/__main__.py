@@ -88,7 +88,7 @@ def _picture(text: str) -> Path:
 
 
 def _story(options: argparse.Namespace) -> None:
-    from .figures.plots import story_figure
+    from .figures import plots
 
     _title("1. A published table that nobody could explain")
     print("A library trained three models in one batch, and they ended elsewhere than the\nsame three trained alone.")
@@ -112,7 +112,7 @@ def _story(options: argparse.Namespace) -> None:
         data = data.subset(8000, 2000)
     measured = run_benchmark(data, 16, epochs=4, max_steps=60)
     print(measured)
-    _save(story_figure(published, eight, measured), options.figure)
+    _save(plots.combinations(eight), options.figure)
     print("\nThe lessons: python -m mbkit lab      (after: pip install -e '.[lab]')")
 
 

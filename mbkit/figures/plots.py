@@ -19,12 +19,11 @@ from .curves import ALONE, BATCHED, GRAY, RAISED, RIGHT, WRONG, LearningRates, P
 
 __all__ = [
     "LearningRates", "Picture", "accuracy", "benchmark", "combinations", "consistency", "differences", "heat_map",
-    "learning_rates", "scaling", "story_figure", "trainability",
+    "learning_rates", "scaling", "trainability",
 ]  # fmt: skip
 
 # What a dtype's rounding may grow to in a few hundred steps, and where its axis begins: as powers of ten.
 ROUNDING = {torch.float32: (-5, -10), torch.float64: (-13, -18)}
-COMBINATIONS = {"sharey": True, "width_ratios": (2, 3, 3)}  # of the three panels
 
 
 def accuracy(outcome: Any, axes: Axes | None = None) -> Picture:
@@ -96,20 +95,16 @@ def consistency(outcome: Any) -> Picture:
     picture = Picture(dpi=100)
     left, right = picture.panels(left=0.08, top=0.91, bottom=0.15, wspace=0.32)
     accuracy(outcome, left)
-    differences(_by_model(outcome), "Parameters: how far from training alone", axes=right)
+    gaps = zip(outcome.demo.learning_rates, outcome.parameter_difference.unbind(1), strict=True)
+    by_rate = {f"learning rate {rate:g}": gap for rate, gap in gaps}
+    differences(by_rate, "Parameters: how far from training alone", axes=right)
     return picture
 
 
-def _by_model(outcome: Any) -> dict[str, Tensor]:
-    gaps = outcome.parameter_difference.unbind(1)
-    return {f"learning rate {rate:g}": gap for rate, gap in zip(outcome.demo.learning_rates, gaps, strict=True)}
-
-
-def combinations(dissection: Any, panels: Sequence[Axes] | None = None) -> Picture:
+def combinations(dissection: Any) -> Picture:
     """Draw the eight combinations of the three causes: how far accuracies, and parameters, are from those alone."""
-    if panels is None:
-        panels = Picture(8.6, 3.4).subplots(1, 3, **COMBINATIONS)
-    causes, accuracies, parameters = panels
+    picture = Picture(8.6, 3.4)
+    causes, accuracies, parameters = picture.subplots(1, 3, sharey=True, width_ratios=(2, 3, 3))
     places = list(range(len(dissection)))
     wrong = [[cause in outcome.faults for cause in dissection.causes] for outcome in dissection]
     for column in range(len(dissection.causes)):
@@ -131,7 +126,7 @@ def combinations(dissection: Any, panels: Sequence[Axes] | None = None) -> Pictu
         panel.set(xlabel="largest difference from training alone", xlim=(0, 1.18 * max(values) or 1))
         panel.tick_params(left=False)
         tidy(panel, "x", label)
-    return causes.figure
+    return picture
 
 
 def learning_rates(loss: Tensor, rates: Sequence[float], title: str = "", accuracy: Tensor | None = None) -> Picture:
@@ -172,9 +167,10 @@ def trainability(outcome: Any, chosen: tuple[int, int] | None = None) -> Picture
     return rates.still()
 
 
-def benchmark(result: Any, panels: Sequence[Axes] | None = None) -> Picture:
+def benchmark(result: Any) -> Picture:
     """Draw a benchmark: the time a model and step takes alone and in the batch, and each model's test accuracy."""
-    left, right = Picture(8.6, 3.2).subplots(1, 2) if panels is None else panels
+    picture = Picture()
+    left, right = picture.subplots(1, 2)
     sides = [("alone", result.alone, ALONE), ("in the batch", result.batched, BATCHED)]
     sides = [side for side in sides if side[1] is not None]
     for name, timing, color in sides:
@@ -197,7 +193,7 @@ def benchmark(result: Any, panels: Sequence[Axes] | None = None) -> Picture:
     right.set(xscale="log", xlabel="learning rate", ylabel="accuracy on the test set (%)", ylim=(0, top))
     right.legend(fontsize=8, frameon=False, loc="best")
     tidy(right, title=f"{result.setup['dataset']}, after {result.setup['steps']:,} steps")
-    return left.figure
+    return picture
 
 
 def scaling(measured: Mapping[str, Mapping[int, Any]]) -> Picture:
@@ -267,18 +263,4 @@ def heat_map(report: Any) -> Picture:
     bar = picture.colorbar(image, ax=panels, ticks=ticks, pad=0.01, extend="both")
     bar.ax.set_yticklabels(["10" + str(tick).translate(RAISED) for tick in ticks], fontsize=8)
     bar.set_label("difference / way come", fontsize=8)
-    return picture
-
-
-def story_figure(published: Any, dissection: Any, measured: Any) -> Picture:
-    """Draw the whole story: the published table, how parameters drift, the eight combinations, and a benchmark."""
-    picture = Picture(10, 9.4)
-    above, middle, below = picture.subfigures(3, 1)
-    left, right = above.subplots(1, 2)
-    accuracy(published, left)
-    left.set_title(f"The published table, computed anew: {left.get_title()}", fontsize=10, y=1.01)
-    stale = next(outcome for outcome in dissection if outcome.faults == ["stale-gradients"])
-    differences(_by_model(stale), "Stale gradients alone: same start, then ever further away", axes=right)
-    combinations(dissection, middle.subplots(1, 3, **COMBINATIONS))
-    benchmark(measured, below.subplots(1, 2))
     return picture

@@ -22,8 +22,7 @@ from .worker import Worker
 
 __all__ = ["Explorer", "live_curves"]
 
-BUTTONS = ("pause", "step", "reset", "stop")
-IDLE = ("step", "reset")  # those that do something where nothing trains
+IDLE = ("step", "reset")  # the buttons that do something where nothing trains
 
 
 class Explorer(ipw.VBox):
@@ -66,10 +65,15 @@ class Explorer(ipw.VBox):
         self.status, click = ipw.HTML(), ipw.Text(continuous_update=False)
         click.add_class("mbkit-click")
         click.observe(lambda change: self._clicked(*map(float, change["new"].split()[:2])), "value")
-        self.buttons = {name: ipw.Button(description=name.capitalize()) for name in BUTTONS}
-        acts = (self._pause, self._step, self.request, lambda: self.worker.stop())
-        for button, act in zip(self.buttons.values(), acts, strict=True):
-            button.on_click(lambda _, act=act: act())
+        self.buttons = {}
+        for name, act in (
+            ("pause", lambda: self.worker.pause(self.worker.state == "running")),
+            ("step", self._step),
+            ("reset", self.request),
+            ("stop", lambda: self.worker.stop()),
+        ):
+            self.buttons[name] = ipw.Button(description=name.capitalize())
+            self.buttons[name].on_click(lambda _, act=act: act())
         boxes = [
             ipw.HBox(list(row), layout=ipw.Layout(flex_flow="row wrap"))
             for row in (*(row.values() for row in rows), self.buttons.values())
@@ -119,11 +123,6 @@ class Explorer(ipw.VBox):
                 part.close()
         super().close()
 
-    @property
-    def png(self) -> bytes:
-        """The picture as a small PNG."""
-        return palette_png(self.image.value)
-
     def _named(self) -> dict[str, Any]:
         """What else the line of code says: settings without a control, and what is marked."""
         return {}
@@ -136,9 +135,6 @@ class Explorer(ipw.VBox):
 
     def _clicked(self, across: float, down: float) -> None:
         """React to a click on the picture, at these parts of its width and height."""
-
-    def _pause(self) -> None:
-        self.worker.pause(self.worker.state == "running")
 
     def _step(self) -> None:
         if self.worker.state in ("running", "paused"):
@@ -173,7 +169,7 @@ class Explorer(ipw.VBox):
         self.worker.wait(timeout=30)
         bundle = super()._repr_mimebundle_(**kwargs)
         if self.image.value:
-            bundle["image/png"] = base64.b64encode(self.png).decode()
+            bundle["image/png"] = base64.b64encode(palette_png(self.image.value)).decode()
         return bundle
 
 

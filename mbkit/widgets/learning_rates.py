@@ -102,11 +102,6 @@ class LearningRateExplorer(Explorer):
         super().__init__([grid, {"optimizer": chosen, **marks}], [*marks], given)
 
     @property
-    def done(self) -> int:
-        """The steps made so far."""
-        return len(self.loss)
-
-    @property
     def chosen(self) -> int:
         """The highlighted model: rates in the outer loop, seeds in the inner one."""
         return self.rate.index * self.num_seeds.value + self.seed.value

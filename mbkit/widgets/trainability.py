@@ -30,23 +30,17 @@ class TrainabilityExplorer(Explorer):
     or a click on the map, take it elsewhere.
 
     Args:
-        build: makes one model, drawing its weights from torch's default generator, which is seeded before each call;
-            `trainability.TwoLayers` where absent. All networks start from the same weights.
-        batches: an iterable of (inputs, targets), as for `fit`.
-        loss_fn: one model's outputs and targets to one number.
+        build, batches, loss_fn, optimizer, steps, **hyperparameters: as for `explore_learning_rates`; the models are
+            `trainability.TwoLayers` where absent, and all networks start from the same weights.
         groups: the names of the parameters that have the first rate, and of those that have the second, as
             `create_optimizer(groups=…)` takes them.
         first_rates: the lowest and the highest first rate. second_rates: likewise the second.
         size: networks a side, at most 256; M is its square.
         seed: of the weights.
-        optimizer: the name of a class of `torch.optim`.
-        steps: how many updates are made.
         mark: the place of the marked network, from the left and from below, 0 to 1; on the boundary where absent.
-        **hyperparameters: of the optimizer, such as momentum=0.9; another optimizer gets those that it has.
 
     Raises:
-        ValueError: only one of build and batches; rates that are not 0 < lowest <= highest; a number out of its range.
-        TypeError: a hyperparameter that the optimizer does not have.
+        ValueError, TypeError: as `explore_learning_rates`.
 
     Example:
         >>> explorer = explore_trainability(size=16, steps=20, mark=(0.5, 0.5)).wait()

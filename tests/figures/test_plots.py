@@ -158,10 +158,6 @@ def test_growth_shows_the_medians_and_its_labels_keep_apart():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "300"]
 
 
-def test_the_story_has_all_its_parts(dissection):
-    assert len(plots.story_figure(dissection[0], dissection, result()).axes) == 7
-
-
 def test_a_picture_shows_itself_as_a_small_png_that_keeps_rare_colors():
     picture = plots.Picture(4, 2)
     picture.subplots().plot([0.5], [0.5], "x", color=plots.WRONG, markersize=6)

@@ -8,10 +8,12 @@ import threading
 import time
 import weakref
 
+import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
 from ipywidgets.widgets.widget import _instances as OPEN
+from nbclient import NotebookClient
 from oracle import train_alone
 from PIL import Image
 from torch import nn
@@ -83,10 +85,10 @@ def test_a_closed_explorer_leaves_no_thread_no_widget_and_no_memory(name):
     shown = getattr(widgets, name)(**SMALL[name]).wait()
     assert len(OPEN) > open_widgets
     kept = [weakref.ref(thing) for thing in (shown, shown.worker, shown.image, shown.status)]
-    picture = shown.png
+    picture = shown.image.value
     shown.close()
     shown.close()  # twice is harmless
-    assert shown.png == picture
+    assert shown.image.value == picture
     assert threading.active_count() == threads
     assert len(OPEN) == open_widgets
     del shown
@@ -133,32 +135,32 @@ def test_pause_step_reset_and_stop_say_when_they_act(show, facts):
     def able():
         return {name for name, button in shown.buttons.items() if not button.disabled}
 
-    until(lambda: shown.done > 3)
+    until(lambda: len(shown.loss) > 3)
     assert able() == {"pause", "step", "reset", "stop"}
     acting["pause"]()
-    done = shown.wait().done
+    done = len(shown.wait().loss)
     assert facts(shown)["state"] == "paused"
     assert facts(shown)["step"] == str(done)
     assert shown.buttons["pause"].description == "Go on"
     acting["step"]()
-    assert shown.wait().done == done + 1
+    assert len(shown.wait().loss) == done + 1
     acting["pause"]()
-    until(lambda: shown.done > done + 3)
+    until(lambda: len(shown.loss) > done + 3)
     acting["stop"]()
     shown.wait()
     assert facts(shown)["state"] == "stopped"
-    assert shown.done < 100_000
+    assert len(shown.loss) < 100_000
     assert able() == {"step", "reset"}
     acting["step"]()  # begins anew, with one step
-    assert shown.wait().done == 1
+    assert len(shown.wait().loss) == 1
     assert facts(shown)["state"] == "paused"
     acting["step"]()
-    assert shown.wait().done == 2
+    assert len(shown.wait().loss) == 2
     generation = shown.worker.generation
     acting["reset"]()
     assert (shown.worker.generation, shown.worker.state) == (generation + 1, "running")
     shown.request(paused=True)
-    assert shown.wait().done == 1
+    assert len(shown.wait().loss) == 1
     assert "image/png" in shown._repr_mimebundle_()
 
 
@@ -182,6 +184,7 @@ def test_an_exception_is_shown_and_goes_away_and_what_is_out_of_date_is_dimmed(s
     shown.seed.value = 2
     assert "mbkit-outdated" in shown.image._dom_classes
     assert facts(shown)["state"] == "running"
+    assert not shown.worker.wait(0.05)  # it trains in a thread of its own, and whoever asks goes on at once
     gate.set()
     shown.wait()
     assert "mbkit-outdated" not in shown.image._dom_classes
@@ -244,6 +247,26 @@ def test_a_line_of_code_names_what_the_notebook_names(show, monkeypatch):
     assert "groups=('weight', 'bias')" in call
     monkeypatch.setattr(controls, "get_ipython", lambda: None)
     assert "(build, <list>, rates=" in show(widgets.explore_learning_rates, build, points, **settings).call
+
+
+def test_in_a_notebook_the_line_of_code_runs_with_the_notebooks_own_names():
+    first = """import torch
+from mbkit import widgets
+def Reader():
+    return torch.nn.Linear(5, 3)
+single = [(torch.randn(6, 5), torch.arange(6) % 3)]
+loss = lambda outputs, targets: torch.nn.functional.cross_entropy(outputs, targets)"""
+    shown = """shown = widgets.explore_{}(Reader, single, loss_fn=loss, {}, steps=3).wait()
+again = eval(shown.call).wait()
+assert again.image.value == shown.image.value
+assert again.worker.state == "idle"
+print(shown.call)"""
+    grids = {"learning_rates": "num_rates=2", "trainability": "size=2, groups=('weight', '*')"}
+    sources = [first, *(shown.format(name, settings) for name, settings in grids.items())]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    for cell in notebook.cells[1:]:
+        assert "(Reader, single, loss_fn=loss, " in cell.outputs[0].text
 
 
 # explore_consistency

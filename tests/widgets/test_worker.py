@@ -21,13 +21,6 @@ def worker():
         each.close()
 
 
-def until(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
-
-
 def held(gate, seen):
     """A run whose every step waits until `gate` is set."""
 
@@ -64,76 +57,6 @@ def test_a_run_that_was_dropped_is_not_drawn_any_more(worker):
     assert worker.wait(10)
     assert seen[0] == (1, 0)
     assert set(drawn) == {2}
-
-
-def test_a_request_returns_at_once_and_training_is_in_another_thread(worker):
-    gate, threads = threading.Event(), []
-
-    def start():
-        threads.append(threading.current_thread())
-        gate.wait(10)
-        yield
-
-    worker = worker(start)
-    worker.request({})
-    assert worker.state == "running"  # so the request did not wait for the gate
-    assert not worker.wait(0.05)
-    gate.set()
-    assert worker.wait(10)
-    assert threads[0] is not threading.current_thread()
-    assert threads[0].daemon
-
-
-def test_pause_step_go_on_and_stop(worker):
-    seen = []
-    allowed = threading.Semaphore(0)
-
-    def start():
-        for step in range(100):
-            allowed.acquire(timeout=10)
-            seen.append(step)
-            yield
-
-    worker = worker(start)
-    worker.request({})
-    allowed.release()
-    until(lambda: len(seen) == 1)
-    worker.pause(True)
-    allowed.release()  # the step that it is in
-    assert worker.wait(10)
-    assert worker.state == "paused"
-    assert len(seen) == 2
-    allowed.release(50)
-    assert worker.wait(10)
-    assert len(seen) == 2
-    worker.step()
-    assert worker.wait(10)
-    assert worker.state == "paused"
-    assert len(seen) == 3
-    worker.pause(False)
-    until(lambda: len(seen) > 10)
-    worker.stop()
-    allowed.release()
-    assert worker.wait(10)
-    assert worker.state == "stopped"
-    assert len(seen) < 100
-
-
-def test_an_exception_is_kept_and_the_next_request_starts_clean(worker):
-    def start(good):
-        yield
-        if not good:
-            raise ValueError("no good")
-
-    worker = worker(start)
-    worker.request({"good": False})
-    with pytest.raises(ValueError, match="no good"):
-        worker.wait(10)
-    assert worker.state == "failed"
-    worker.request({"good": True})
-    assert worker.wait(10)
-    assert worker.state == "idle"
-    assert worker.error is None
 
 
 def test_the_last_step_is_always_drawn(worker):
