@@ -189,7 +189,7 @@ def _race(options: argparse.Namespace) -> BenchmarkResult:
     return run_benchmark(data, options.models, alone=not options.batch_only, **settings)
 
 
-# lab
+# sweep
 
 
 def _sweep_options(command: argparse.ArgumentParser) -> None:
@@ -212,6 +212,9 @@ def _sweep(options: argparse.Namespace) -> None:
         _save(result.plot(), options.figure)
 
 
+# lab
+
+
 def _lab_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-browser", action="store_true", help="only print the address")
 
@@ -222,7 +225,8 @@ def _lab(options: argparse.Namespace) -> int:
         raise FileNotFoundError("The notebooks come with a checkout of mbkit, not with a wheel: clone it first.")
     if importlib.util.find_spec("jupyterlab") is None:
         raise FileNotFoundError("JupyterLab is not installed: pip install -e '.[lab]'")
-    command = [sys.executable, "-m", "jupyterlab", str(first), *["--no-browser"] * options.no_browser]
+    place = [f"--ServerApp.root_dir={NOTEBOOKS}", f"--LabApp.default_url=/lab/tree/{first.name}"]
+    command = [sys.executable, "-m", "jupyterlab", *place, *["--no-browser"] * options.no_browser]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")  # or JupyterLab refuses to start
     return subprocess.run(command, check=False).returncode
