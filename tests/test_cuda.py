@@ -200,3 +200,31 @@ def test_a_model_moved_to_the_device_and_back_is_itself():
         warnings.simplefilter("error")
         batch.cpu().to(CUDA)
     assert_same(batch, models, 1e-15)
+
+
+def test_selected_models_go_on_with_their_masks():
+    models, data = models_of("dropout"), data_of("dropout")
+    expected = alone(models, [*data, *data], torch.optim.SGD)
+    batch, optimizer = batch_of(models, torch.optim.SGD)
+    fit(batch, optimizer, data, cross_entropy, progress=False)
+    few = batch.select([2, 0])
+    fit(few, optimizer.select([2, 0], few), data, cross_entropy, progress=False)
+    assert_same(few, [expected[2], expected[0]], 1e-8)
+
+
+def test_a_sweep_trains_each_trial_as_alone(tmp_path):
+    def build() -> nn.Module:
+        return NETS["MLP"][0]().to(CUDA, torch.float64)
+
+    models, data = [], data_of("MLP")
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        models.append(build())
+    expected = alone(models, [*data, *data], torch.optim.Adam)
+    how = {"folder": tmp_path, "seeds": SEEDS, "rungs": (1, 2), "reduction_factor": None, "models_per_batch": 3}
+    configs = [{"lr": rate} for rate in RATES]
+    result = mbkit.sweep(build, torch.optim.Adam, configs, data, cross_entropy, progress=False, **how)
+    for m, model in enumerate(expected):
+        trained = result.load(m).to(CUDA)
+        for p, q in zip(trained.parameters(), model.parameters(), strict=True):
+            close(p, q, 1e-8, f"trial {m}")
