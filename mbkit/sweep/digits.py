@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.load import load_digits
+from ..data.load import Batches, load_digits
 from ..models import MLP, LeNet5
 from .configs import sample
 from .engine import sweep
 from .result import SweepResult
 
-__all__ = ["MODELS", "sweep_digits"]
+__all__ = ["MODELS", "digits_batches", "mlp", "sweep_digits"]
 
 
 def mlp(width: int, dropout: float) -> nn.Module:
@@ -40,18 +40,10 @@ def _digits(model: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[0], data.labels, images[1], data.test_labels
 
 
-def training_batches(model: str) -> Any:
-    """Return the digits' training batches."""
-    from ..data import Batches
-
-    x, y, _, _ = _digits(model)
-    return Batches(x, y, 128)
-
-
-def test_batches(model: str) -> Any:
-    """Return the digits' test set as one batch."""
-    _, _, x, y = _digits(model)
-    return [(x, y)]
+def digits_batches(model: str, test: bool = False) -> Any:
+    """Return the digits' training batches, or the test set as one batch, as a model takes them."""
+    x, y, test_x, test_y = _digits(model)
+    return [(test_x, test_y)] if test else Batches(x, y, 128)
 
 
 def sweep_digits(
@@ -65,7 +57,6 @@ def sweep_digits(
     """
     build, own = MODELS[model]
     space = {"lr": (1e-4, 1e-1, "log"), "weight_decay": (1e-6, 1e-1, "log"), "dropout": (0.0, 0.6), **own}
-    data = {"data": functools.partial(training_batches, model), "valid": functools.partial(test_batches, model)}
-    settings = {"folder": folder, "rungs": rungs, **data}
-    configs = sample(space, n=trials, seed=seed)
-    return sweep(build, torch.optim.AdamW, configs, loss_fn=nn.functional.cross_entropy, **settings)
+    data, valid = (functools.partial(digits_batches, model, test) for test in (False, True))
+    configs, loss_fn = sample(space, n=trials, seed=seed), nn.functional.cross_entropy
+    return sweep(build, torch.optim.AdamW, configs, data, loss_fn, valid=valid, folder=folder, rungs=rungs)
