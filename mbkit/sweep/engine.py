@@ -86,12 +86,12 @@ def sweep(
         groups: trials that are ranked by the mean of their scores and go on together: the name or a tuple of names in
             which they differ (`"data_fold"`), or a label for each trial.
         seeds: one per trial; 0, 1, 2 … by default.
-        scheduler: a callable that makes an lr scheduler of a batch's optimizer. scheduler_every, max_norm,
-            on_nonfinite, shared_targets, chunk_size: as for `fit`.
+        scheduler: a callable that makes an lr scheduler of one model's optimizer; each trial has its own.
+        scheduler_every, max_norm, on_nonfinite, shared_targets, chunk_size: as for `fit`.
         device: where to train; by default where `build` puts the models.
         executor: None to train in this process; any `concurrent.futures.Executor` whose workers see the folder, such as
-            Dask's `client.get_executor(pure=False)`; a Dask Client; or a function that makes an executor, and a new one
-            for one that a dying worker broke.
+            Dask's `client.get_executor(pure=False)`; or a Dask Client. Dask replaces workers that die; a pool of
+            processes breaks, and the same call with another goes on.
         max_retries: a batch is given up when its worker has died more often than this in a row without coming further.
         no_workers_timeout: seconds after which a Dask cluster without workers is an error.
         save_every: seconds after which a batch under way is saved at the end of an epoch.
@@ -197,28 +197,16 @@ class _Run:
             sources = tuple(trial.places[-1] for trial in trials) if rung else ()
             seeds, parts = tuple(trial.seed for trial in trials), tuple(self.parts[t] for t in own)
             jobs.append(Job(self.task, rung, number, tuple(own), parts, seeds, sources))
-        epochs = self.task.rungs[rung] - (0, *self.task.rungs)[rung]
-        self._label, self._left = f"rung {rung + 1} of {len(self.task.rungs)}", epochs * len(going)
+        self._label, self._left = f"rung {rung + 1} of {len(self.task.rungs)}", len(going)
         self._begun, self._total = time.monotonic(), self._left
         left = []
         for job in jobs:
             if batch_file(self.task.folder, rung, job.number).exists():
                 self._note(job, read_result(job))
-                self._advance(epochs * len(job.trials))
             else:
                 left.append(job)
         self._begun, self._total = time.monotonic(), self._left
-        shown: dict[int, int] = {}
-
-        def after_epoch(job: Job, epoch: int) -> None:
-            shown[job.number] = shown.get(job.number, 0) + 1
-            self._advance(len(job.trials))
-
-        def done(job: Job, result: dict[str, list[float]]) -> None:
-            self._note(job, result)
-            self._advance((epochs - shown.get(job.number, 0)) * len(job.trials))
-
-        run_jobs(left, executor, done, after_epoch=after_epoch, **workers)
+        run_jobs(left, executor, self._note, **workers)
         if rung:
             for file in Path(self.task.folder, f"rung-{rung - 1}").glob("*.state.safetensors"):
                 file.unlink()
@@ -227,10 +215,8 @@ class _Run:
         epochs = self.task.rungs[job.rung]
         for row, (t, *seen) in enumerate(zip(job.trials, result["scores"], result["losses"], strict=True)):
             self.trials[t].note(epochs, *seen, (job.number, row))
-
-    def _advance(self, steps: int) -> None:
-        self._left -= steps
-        self.bar.advance(self._text, steps)
+        self._left -= len(job.trials)
+        self.bar.advance(self._text, len(job.trials))
 
     def _text(self) -> str:
         done = self._total - self._left

@@ -19,10 +19,9 @@ from ..common.files import write_tree
 from ..common.random_streams import global_state, set_global_state
 from ..optim import OptimizerFactory
 from ..training import PositionedBatches, evaluate, train_steps
-from ..training.loop import arguments, make_schedule, walk
+from ..training.loop import arguments, walk
 from .configs import Parts, build_model, seed_all
 from .folder import batch_file, read_batch, state_file
-from .schedules import join_schedules
 
 __all__ = ["Job", "Task", "build_batch", "own_process", "read_result", "run_batch"]
 
@@ -74,19 +73,16 @@ class Job:
         return f"batch {self.number} of rung {self.rung} (trials {few})"
 
 
-def run_batch(job: Job, after_epoch: Callable[[int], None] | None = None) -> dict[str, list[float]]:
+def run_batch(job: Job) -> dict[str, list[float]]:
     """Train a batch up to its rung, and return its "scores" and "losses"; from its file, if that is there already.
 
     It goes on from where an earlier worker has left it. Out of memory, it is trained in chunks of half the size.
-
-    Args:
-        after_epoch: called with the number of epochs done; in this process only.
     """
     task, size = job.task, job.task.chunk_size
     with _ONE_AT_A_TIME, own_process(task):
         while not batch_file(task.folder, job.rung, job.number).exists():
             try:
-                _train(job, size, after_epoch)
+                _train(job, size)
             except (MemoryError, RuntimeError) as error:
                 largest = size if isinstance(size, int) else len(job.trials)
                 if largest < 2 or not _is_out_of_memory(error):
@@ -104,7 +100,7 @@ def read_result(job: Job) -> dict[str, list[float]]:
     return {"scores": saved["scores"].tolist(), "losses": saved["losses"].tolist()}
 
 
-def _train(job: Job, size: Any, after_epoch: Callable[[int], None] | None) -> None:
+def _train(job: Job, size: Any) -> None:
     task, parts, rung = job.task, job.parts, job.rung
     file, part = (batch_file(task.folder, rung, job.number, kind) for kind in ("", "part."))
     (data, own_data), (valid, own_valid) = (_batches(source, parts) for source in (task.data, task.valid))
@@ -131,8 +127,6 @@ def _train(job: Job, size: Any, after_epoch: Callable[[int], None] | None) -> No
     walked = _Walk(data, start)
 
     def at_end() -> None:
-        if after_epoch:
-            after_epoch(walked.epoch)
         if walked.epoch < end and time.monotonic() - walked.saved >= task.save_every:
             where = {"epoch": walked.epoch, "chunk_size": walked.chunk_size, "batch": save_whole(batch)}
             write_tree(part, {**where, **_state_of(optimizer, schedule)}, _UNDER_WAY)
@@ -175,7 +169,9 @@ def _optimizer(task: Task, batch: ModelBatch, parts: Sequence[Parts]) -> tuple[A
     optimizer = OptimizerFactory(task.optimizer_cls).create_optimizer(
         batch, [own.optimizer for own in parts], groups=[*groups, {"params": "*"}] if groups else None
     )
-    return optimizer, make_schedule(task.scheduler, optimizer)
+    if task.scheduler is None:
+        return optimizer, None
+    return optimizer, OptimizerFactory.create_lr_scheduler(optimizer, task.scheduler, {})
 
 
 def _gather(job: Job, own_data: bool) -> tuple[ModelBatch, list[dict[str, Any]], Any]:
@@ -183,7 +179,7 @@ def _gather(job: Job, own_data: bool) -> tuple[ModelBatch, list[dict[str, Any]],
     places: dict[int, dict[int, Parts]] = {}
     for (number, row), own in zip(job.sources, job.parts, strict=True):
         places.setdefault(number, {})[row] = own
-    batches, states, schedules = [], [], []
+    batches, states, scheduled = [], [], []
     for number, chosen in places.items():  # trials are in the order of their numbers, and so in that of these batches
         saved = read_batch(batch_file(job.task.folder, job.rung - 1, number), _DONE)
         rest = read_batch(state_file(job.task.folder, job.rung - 1, number), _STATE)
@@ -195,8 +191,8 @@ def _gather(job: Job, own_data: bool) -> tuple[ModelBatch, list[dict[str, Any]],
         optimizer.load_state_dict(rest["optimizer"])
         batches.append(whole.select(rows))
         states += optimizer.get_model_states(rows)
-        schedules.append((rest["schedule"], rows, count))
-    return batches[0] if len(batches) == 1 else ModelBatch.merge(batches), states, join_schedules(schedules)
+        scheduled += [rest["schedule"]["schedulers"][row] for row in rows] if rest["schedule"] else []
+    return batches[0] if len(batches) == 1 else ModelBatch.merge(batches), states, {"schedulers": scheduled}
 
 
 def _state_of(optimizer: Any, schedule: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, SequentialLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from mbkit import Batches, OptimizerFactory, grid
+from mbkit import Batches, grid
 
 
 def assert_same(module: nn.Module, expected: nn.Module, what: str) -> None:
@@ -59,10 +59,6 @@ def sequential(optimizer: Any) -> Any:
     return SequentialLR(optimizer, parts, milestones=[2])
 
 
-def one_per_model(optimizer: Any) -> Any:
-    return OptimizerFactory.create_lr_scheduler(optimizer, ExponentialLR, {"gamma": 0.6})
-
-
 SETUPS: dict[str, tuple[type, dict[str, list[Any]], dict[str, Any], Callable | None]] = {
     "momentum or none": (torch.optim.SGD, {"lr": [0.1, 0.2], "momentum": [0.0, 0.0, 0.9], "seed": [1, 2]}, {}, None),
     "centered or not": (torch.optim.RMSprop, {"lr": [0.01, 0.02], "centered": [False, True], "seed": [3]}, {}, None),
@@ -77,12 +73,6 @@ SETUPS: dict[str, tuple[type, dict[str, list[Any]], dict[str, Any], Callable | N
         {"lr": [0.01, 0.1], "lr@head": [0.2, 0.3]},
         {"scheduler": exponential},
         exponential,
-    ),
-    "schedules": (
-        torch.optim.NAdam,
-        {"lr": [0.01, 0.1], "seed": [1, 2]},
-        {"scheduler": one_per_model},
-        lambda optimizer: ExponentialLR(optimizer, 0.6),
     ),
 }
 
