@@ -18,15 +18,11 @@ from ..common.progress import Progress
 from .history import History, Step
 from .loop import goes_on
 
-__all__ = ["HalfUpdated", "Recording", "whole_update"]
+__all__ = ["Recording", "whole_update"]
 
 
-class _PressedTwice(KeyboardInterrupt):
-    """Ctrl-C for the second time."""
-
-
-class HalfUpdated(KeyboardInterrupt):
-    """Ctrl-C that did not wait for the end of an update."""
+class _AtOnce(KeyboardInterrupt):
+    """Ctrl-C for the second time, or in the middle of an update: it does not wait, and is not swallowed."""
 
 
 @contextmanager
@@ -35,7 +31,7 @@ def whole_update() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise HalfUpdated(
+        raise _AtOnce(
             "The training was ended in the middle of an update, so the models may be half updated: go on from a "
             "checkpoint (fit(..., checkpoint=folder) writes one), or build the models again."
         ) from error
@@ -109,7 +105,7 @@ class Recording:
         try:
             self._bar.close()
             # A second press ends all at once; only a first one, or one from the data, has left whole models.
-            swallowed = isinstance(error, KeyboardInterrupt) and not isinstance(error, HalfUpdated | _PressedTwice)
+            swallowed = isinstance(error, KeyboardInterrupt) and not isinstance(error, _AtOnce)
             self.interrupted |= swallowed
             self.history = self._history()
         finally:
@@ -122,28 +118,24 @@ class Recording:
 
     def _press(self, number: int, frame: Any) -> None:
         if self.interrupted:
-            raise _PressedTwice("Ctrl-C was pressed twice.")
+            raise _AtOnce("Ctrl-C was pressed twice.")
         self.interrupted = True
 
     def _history(self) -> History:
-        columns = self._columns
-        loss = _table([[s.losses for s in column] for column in columns], self._width)
+        columns, alone = self._columns, self._alone
         known = any(columns) and all(s.accuracy is not None for column in columns for s in column)
-        accuracy = _table([[s.accuracy for s in column] for column in columns], self._width) if known else None
-        clocks = [[torch.tensor([s.seconds], dtype=torch.float64) for s in column] for column in columns]
-        step_seconds = _table(clocks, 1)
+        clocks = _table([[torch.tensor([s.seconds], dtype=torch.float64) for s in column] for column in columns], 1)
         done = [len(column) for column in columns for _ in range(self._width)]
-        last = done if self._alone else _last_updates(columns[0], self._width)
-        frozen = [None if a == b else a for a, b in zip(last, done, strict=True)] if last != done else []
+        last = done if alone else _last_updates(columns[0], self._width)
         return History(
-            loss=loss,
-            accuracy=accuracy,
+            loss=_table([[s.losses for s in column] for column in columns], self._width),
+            accuracy=_table([[s.accuracy for s in column] for column in columns], self._width) if known else None,
             seconds=self.seconds,
-            step_seconds=step_seconds if self._alone else step_seconds[:, 0],
+            step_seconds=clocks if alone else clocks[:, 0],
             epoch=torch.tensor([s.epoch for s in max(columns, key=len)], dtype=torch.int64),
             steps_done=last,
             interrupted=self.interrupted,
-            frozen=frozen,
+            frozen=[None if a == b else a for a, b in zip(last, done, strict=True)] if last != done else [],
             how=columns[0][-1].how if columns[0] else "",
         )
 

@@ -17,24 +17,16 @@ def slowly(outputs, labels):
     return sum(right) / len(right)
 
 
-def test_classes_last_and_classes_second():
-    torch.manual_seed(0)
+def test_a_batchs_accuracy_is_the_share_counted_one_by_one():
     out, y = torch.randn(M, B, T, K), torch.randint(K, (B, T))
     expected = [slowly(o.reshape(-1, K).tolist(), y.flatten().tolist()) for o in out]
     assert batch_accuracy(out, y).tolist() == pytest.approx(expected)
     assert batch_accuracy(out.transpose(2, 3), y).tolist() == pytest.approx(expected)  # cross_entropy's own order
     assert batch_accuracy(out, y.expand(M, B, T)).tolist() == pytest.approx(expected)
-
-
-def test_labels_of_each_model():
-    torch.manual_seed(0)
-    out, y = torch.randn(M, B, K), torch.randint(K, (M, B))
+    out, y = torch.randn(M, B, K), torch.randint(K, (M, B))  # labels of each model's own
     assert batch_accuracy(out, y).tolist() == pytest.approx([slowly(out[m].tolist(), y[m].tolist()) for m in range(M)])
-
-
-def test_ignored_labels_do_not_count():
-    out = torch.eye(4).expand(2, 4, 4)
-    assert batch_accuracy(out, torch.tensor([0, 1, -100, 0])).tolist() == pytest.approx([2 / 3] * 2)
+    ignored = torch.tensor([0, 1, -100, 0])
+    assert batch_accuracy(torch.eye(4).expand(2, 4, 4), ignored).tolist() == pytest.approx([2 / 3] * 2)
 
 
 @pytest.mark.parametrize(
@@ -155,12 +147,16 @@ def test_no_trace_is_left(case, wrap, error):
     modules = [subject] if isinstance(subject, nn.Module) else subject
     modes = [part.training for module in modules for part in module.modules()]
     state = [t.clone() for module in modules for t in (*module.parameters(), *module.buffers())]
-    random = torch.get_rng_state()
+    random, graphs = torch.get_rng_state(), []
+    models[0][0].register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
     if error:
         with pytest.raises(ValueError, match="got outputs"):
             evaluate(subject, [(pairs[0][0], torch.zeros(B))])
     else:
         evaluate(subject, pairs)
+    assert torch.is_grad_enabled()
+    assert not any(graphs)
+    assert graphs or wrap is ModelBatch
     assert [part.training for module in modules for part in module.modules()] == modes
     after = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     assert all(map(torch.equal, state, after))
@@ -198,15 +194,6 @@ def test_a_batch_is_back_in_its_own_mode_as_a_whole(training):
 def test_bad_input_is_refused(models, batches, error, text):
     with pytest.raises(error, match=text):
         evaluate(models, batches)
-
-
-def test_no_graph_is_built():
-    seen = []
-    model = nn.Linear(4, K)
-    model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    evaluate(model, [(torch.randn(B, 4), torch.zeros(B, dtype=torch.int64))])
-    assert seen == [False]
-    assert torch.is_grad_enabled()
 
 
 def test_inside_one_autocast_the_weights_are_those_of_now():
