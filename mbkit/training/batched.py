@@ -17,7 +17,7 @@ from ..optim.ownership import check_scheduler, check_trains
 from .checkpoint import Checkpoint
 from .evaluation import batch_accuracy
 from .history import History, Step
-from .loop import Pairs, check_run, check_schedule, count_steps, make_schedule, walk
+from .loop import Pairs, check_run, check_schedule, count_steps, make_schedule, rounds
 from .options import StepOptions
 from .position import PositionedBatches
 from .recorder import Recording, whole_update
@@ -206,33 +206,23 @@ def _steps(
     run = Stepper(batch, optimizer, options)
 
     def steps() -> Iterator[Step]:
-        device = next(batch.parameters()).device
-        index = 0
-        for epoch in range(first_epoch, first_epoch + epochs):
-            count, done = count_steps(batches, 1), 0
-            for x, y in walk(batches, epoch, device):
-                if not batch.training:
-                    batch.train()
-                start = time.perf_counter()
-                with whole_update():
-                    losses, outputs = run.step(x, y)
-                    seconds, done = time.perf_counter() - start, done + 1
-                    if schedule and (scheduler_every == "step" or done == count):
-                        schedule.step()
-                frozen = context_of(batch).frozen
-                if isinstance(batches, PositionedBatches):
-                    batches.chunk_size = run.chunk_size
-                yield Step(index, epoch, losses, batch_accuracy(outputs, y), seconds, frozen=frozen, how=run.how)
-                index += 1
-            if schedule and scheduler_every == "epoch" and done != count:
-                if count is not None and done > count:
-                    raise ValueError(
-                        f"Expected {count} batches in epoch {epoch}, as len(batches) says, got {done}: correct the "
-                        "length, which says when the scheduler's step of an epoch is due."
-                    )
-                schedule.step()
-            if isinstance(batches, PositionedBatches):
-                batches.at_end()
+        device, positioned = next(batch.parameters()).device, isinstance(batches, PositionedBatches)
+        schedules, numbers = [schedule] if schedule else [], range(first_epoch, first_epoch + epochs)
+        at_end = batches.at_end if positioned else None
+        each = rounds(batches, numbers, device, scheduler_every, lambda: schedules, at_end)
+        for index, (epoch, x, y, due) in enumerate(each):
+            if not batch.training:
+                batch.train()
+            start = time.perf_counter()
+            with whole_update():
+                losses, outputs = run.step(x, y)
+                seconds = time.perf_counter() - start
+                if schedule and due:
+                    schedule.step()
+            if positioned:
+                batches.chunk_size = run.chunk_size
+            frozen = context_of(batch).frozen
+            yield Step(index, epoch, losses, batch_accuracy(outputs, y), seconds, frozen=frozen, how=run.how)
 
     return steps()
 

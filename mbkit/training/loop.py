@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..common.checks import open_mappings, whole_number
 
 __all__ = [
     "Pairs", "arguments", "call", "check_run", "check_schedule", "count_steps", "detach", "first_tensor", "goes_on",
-    "make_schedule", "part", "walk",
+    "make_schedule", "part", "rounds", "walk",
 ]  # fmt: skip
 
 Pairs = Iterable[tuple[Any, Any]]  # (inputs, targets)
@@ -127,6 +127,44 @@ def walk(batches: Pairs, epoch: int, device: torch.device) -> Iterator[tuple[Any
             f"Expected at least one batch in epoch {epoch}, got none: use a smaller batch size (a loader with "
             "drop_last=True drops a set smaller than a batch), or pass a list if an iterator is used up."
         )
+
+
+def rounds(
+    batches: Pairs,
+    epochs: Iterable[int],
+    device: torch.device,
+    every: str,
+    schedules: Callable[[], Iterable[Any]],
+    at_end: Callable[[], None] | None = None,
+) -> Iterator[tuple[int, Any, Any, bool]]:
+    """Walk through the batches epoch after epoch; yield (epoch, inputs, targets, whether schedulers step after them).
+
+    Where the batches don't know their number, a scheduler's step of an epoch is made here, once the epoch is over.
+
+    Args:
+        batches, device: as for `walk`. epochs: the epochs' numbers.
+        every: "epoch" or "step", the schedulers' rhythm.
+        schedules: returns the schedulers of the models that still train.
+        at_end: called when an epoch is over and its schedulers' steps are made.
+
+    Raises:
+        ValueError: more batches than their length says, where a scheduler goes by it.
+    """
+    for epoch in epochs:
+        count, done = count_steps(batches, 1), 0
+        for x, y in walk(batches, epoch, device):
+            done += 1
+            yield epoch, x, y, every == "step" or done == count
+        due = list(schedules()) if every == "epoch" and done != count else []
+        if due and count is not None and done > count:
+            raise ValueError(
+                f"Expected {count} batches in epoch {epoch}, as len(batches) says, got {done}: correct the length, "
+                "which says when the scheduler's step of an epoch is due."
+            )
+        for schedule in due:
+            schedule.step()
+        if at_end is not None:
+            at_end()
 
 
 def goes_on(answer: Any) -> bool:

@@ -17,7 +17,7 @@ from ..common.checks import check_seeds, list_of_models, per_model
 from ..common.random_streams import OwnDraws, in_turn
 from .evaluation import batch_accuracy
 from .history import History, Step
-from .loop import Pairs, call, check_run, count_steps, detach, first_tensor, make_schedule, part, walk
+from .loop import Pairs, call, check_run, count_steps, detach, first_tensor, make_schedule, part, rounds
 from .recorder import Recording, whole_update
 
 __all__ = ["LoneTrainer", "check_configs", "fit_alone", "fresh", "in_turn", "lone_step", "loss_of_model", "refuse_meta"]
@@ -97,33 +97,28 @@ def fit_alone(
     losses = [loss_of_model(loss_fn, m, num_models, forms, settings) for m in range(num_models)]
     total = count_steps(batches, epochs * num_models)
     with Recording(num_models, total, alone=True, progress=progress) as run:
-        going, index = list(range(num_models)), 0
-        for epoch in range(epochs):
-            count, done = count_steps(batches, 1), 0
-            for pair in walk(batches, epoch, device):
-                done += 1
-                for m in in_turn(list(going)):
-                    x, y = fresh(pair) if len(going) > 1 else pair
-                    lone = lones[m]
-                    with whole_update(), lone.draws.current():
-                        start = time.perf_counter()
-                        loss, outputs = lone.update(x if shared_input else part(x, m), y, losses[m])
-                        seconds = time.perf_counter() - start
-                    if lone.schedule and (scheduler_every == "step" or done == count):
-                        lone.schedule.step()
-                    y = own_targets(y, outputs, m, num_models, forms)
-                    accuracy = batch_accuracy(outputs.unsqueeze(0), y) if isinstance(outputs, Tensor) else None
-                    if not run.keep(Step(index, epoch, loss.reshape(1), accuracy, seconds, m), callback):
-                        going.remove(m)
-                    if run.interrupted:
-                        going.clear()
-                        break
-                if not going:
+        going = list(range(num_models))
+
+        def schedules() -> list[Any]:
+            return [lones[m].schedule for m in going if lones[m].schedule]
+
+        each = rounds(batches, range(epochs), device, scheduler_every, schedules)
+        for index, (epoch, *pair, due) in enumerate(each):
+            for m in in_turn(list(going)):
+                lone, (x, y) = lones[m], fresh(pair) if len(going) > 1 else pair
+                with whole_update(), lone.draws.current():
+                    start = time.perf_counter()
+                    loss, outputs = lone.update(x if shared_input else part(x, m), y, losses[m])
+                    seconds = time.perf_counter() - start
+                if lone.schedule and due:
+                    lone.schedule.step()
+                y = own_targets(y, outputs, m, num_models, forms)
+                accuracy = batch_accuracy(outputs.unsqueeze(0), y) if isinstance(outputs, Tensor) else None
+                if not run.keep(Step(index, epoch, loss.reshape(1), accuracy, seconds, m), callback):
+                    going.remove(m)
+                if run.interrupted:
+                    going.clear()
                     break
-                index += 1
-            for m in going:
-                if lones[m].schedule and scheduler_every == "epoch" and done != count:
-                    lones[m].schedule.step()
             if not going:
                 break
     return run.history
