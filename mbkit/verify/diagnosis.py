@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import itertools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.random_streams import seeded
-from ..common.tables import html_table, plain
+from ..common.tables import html_table, plain, printable
 from ..data.load import demo_points
 from ..models import MLP
 from . import isolation_checks as isolation
@@ -35,7 +34,6 @@ EXPERIMENTS = (
 )  # fmt: skip
 READINGS = (each.memory, each.weights, each.order, isolation.schedule)  # those that need no gradient
 MARKS = {"guilty": "✗", "cleared": "✓", "not measured": "?", "all there is": "≈"}
-PLAIN_MARKS = {"guilty": "x", "cleared": "+", "not measured": "?", "all there is": "~"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,25 +74,21 @@ class Diagnosis:
         """Return a figure: how far each parameter is, step by step, one panel a model."""
         return self.equivalence.plot()
 
-    def _rows(self, marks: Mapping[str, str]) -> list[list[str]]:
+    def _rows(self) -> list[list[str]]:
         rows = [["", "suspect", "verdict", "what was measured"]]
         order = sorted(self.findings.values(), key=lambda finding: finding.verdict != "guilty")
-        return rows + [[marks[f.verdict], f.suspect, f.verdict, f.evidence] for f in order]
+        return rows + [[MARKS[f.verdict], f.suspect, f.verdict, f.evidence] for f in order]
 
     def __repr__(self) -> str:
-        try:
-            "".join(MARKS.values()).encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-            rows = self._rows(MARKS)
-        except UnicodeEncodeError:  # such as a file on Windows, in code page 1252
-            rows = self._rows(PLAIN_MARKS)
+        rows = self._rows()
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
-        return "\n".join([self.conclusion, "", *lines])
+        return printable("\n".join([self.conclusion, "", *lines]))
 
     def _repr_html_(self) -> str:
         picture = base64.b64encode(self.plot().png()).decode()
         title = f"<p><b>{html.escape(self.conclusion)}</b></p>"
-        return f'{title}{html_table(self._rows(MARKS))}<img alt="differences" src="data:image/png;base64,{picture}">'
+        return f'{title}{html_table(self._rows())}<img alt="differences" src="data:image/png;base64,{picture}">'
 
 
 def diagnose(
@@ -146,9 +140,7 @@ def diagnose(
     recipe = BatchRecipe(optimizer_cls, max_norm, scheduler, shared_input, shared_targets, build)
     device = next(models[0].parameters()).device
     data = list(itertools.islice(endless(batches, device), max(steps, 2)))  # experiments make two steps
-    case = Case(
-        recipe, optimizer_cls, scheduler, models, configs, seeds, data, loss_fn, shared_input, shared_targets, dtype
-    )
+    case = Case(recipe, models, configs, seeds, data, loss_fn, dtype)
     for experiment in EXPERIMENTS if case.finite else READINGS:
         found = experiment(case)
         case.findings |= {one.suspect: one for one in (found if isinstance(found, list) else [found])}

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.targets import TargetForms
-from ..training.loop import make_schedule, part
+from ..training.loop import call, make_schedule, part
 from ..training.sequential import LoneTrainer, fresh, loss_of_model
 from .equivalence import Precision
-from .measure import Lone, apart, as_precision, few_examples, quiet, shared_memory
+from .measure import apart, as_precision, few_examples, quiet, shared_memory
 from .report import Finding
-from .subject import Recipe
+from .subject import BatchRecipe
 
 __all__ = ["LARGE", "SMALL", "Case", "Run", "Values"]
 
@@ -28,6 +28,7 @@ SMALL, LARGE = 2.0**-20, 2.0**20
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; what is planted or made by mistake is far above
 COARSE = 5e-2  # of all that is less precise
 Values = list[dict[str, Tensor]]  # model -> name -> numbers
+Gap = tuple[float, int, str]  # how far apart, of its length; the model, and the parameter's name
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Run:
     """What was read of one batch: before its first step, and after each."""
 
     start: Values
-    unlike: list[tuple[float, int, str]]  # initial parameters other than those given: how far, model, name
+    unlike: list[Gap]  # initial parameters other than those given
     parameters: list[Values] = field(default_factory=list)
     gradients: list[Values] = field(default_factory=list)
     states: list[Values] = field(default_factory=list)
@@ -47,11 +48,10 @@ class Case:
     """One recipe under investigation: what its batches do, what the lone models do, and what has been found so far.
 
     Args:
-        recipe: makes a batch. optimizer_cls, scheduler: of the lone models.
+        recipe: makes a batch, and says how the lone models are trained.
         models: M lone models. configs: M dicts. seeds: M numbers.
         data: the batches, in the order in which the lone models see them; experiments use a few examples of each.
         loss_fn: one model's outputs and targets to one number.
-        shared_input: False where inputs are [M, B, ...]. shared_targets: likewise; None to tell by their shapes.
         dtype: of the experiments, or None for the models' own.
 
     Attributes:
@@ -67,25 +67,19 @@ class Case:
 
     def __init__(
         self,
-        recipe: Recipe,
-        optimizer_cls: type[torch.optim.Optimizer],
-        scheduler: Any,
+        recipe: BatchRecipe,
         models: Sequence[nn.Module],
         configs: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
         data: Sequence[tuple[Any, Any]],
         loss_fn: Callable[[Any, Any], Tensor],
-        shared_input: bool = True,
-        shared_targets: bool | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.recipe, self.optimizer_cls, self.scheduler = recipe, optimizer_cls, scheduler
-        self.seeds, self.given, self.loss_fn, self.shared_input = list(seeds), list(data), loss_fn, shared_input
-        self.models = [as_precision(model, dtype) for model in models]
-        self.configs = [dict(config) for config in configs]
-        self.data = [few_examples(pair, 0 if shared_input else 1, dtype) for pair in data]
+        self.recipe, self.seeds, self.given, self.loss_fn = recipe, list(seeds), list(data), loss_fn
+        self.models, self.configs = [as_precision(model, dtype) for model in models], [dict(c) for c in configs]
+        self.data = [few_examples(pair, 0 if recipe.shared_input else 1, dtype) for pair in data]
         self.names, self.num_models = [name for name, _ in self.models[0].named_parameters()], len(self.models)
-        forms = TargetForms(shared_targets)
+        forms = TargetForms(recipe.shared_targets)
         self.loss_fns = [loss_of_model(loss_fn, m, self.num_models, forms) for m in range(self.num_models)]
         self.quiet = [quiet(model) for model in self.models]
         self.settings = [self._lone_optimizer(config).param_groups[0] for config in self.configs]
@@ -124,6 +118,10 @@ class Case:
             torch.manual_seed(0)
             made = self.recipe(copy.deepcopy(list(models)), copy.deepcopy(list(configs)), list(seeds or self.seeds))
 
+            def states(m: int) -> dict[Any, Tensor]:
+                every = made.optimizer_state(m).items()
+                return {(name, key): v for name, own in every for key, v in own.items() if isinstance(v, Tensor)}
+
             def read(reader: Callable[[int], Mapping[str, Tensor]]) -> Values:
                 return [{n: value.detach().clone() for n, value in reader(m).items()} for m in range(len(models))]
 
@@ -141,14 +139,12 @@ class Case:
                 made.step(*fresh((x, y)), lambda outputs, y, scale=scale: self.loss_fn(outputs, y) * scale)
                 run.parameters.append(read(made.parameters))
                 run.gradients.append(read(made.gradients))
-                run.states.append(read(lambda m: _flat(made.optimizer_state(m))))
+                run.states.append(read(states))
                 run.rates.append(_rates(made, len(models)))
                 if len(run.parameters) == 1 and len(models) > 1:
                     readers = {"parameters": made.parameters, "gradients": made.gradients}
                     # Counts, of one number, may be common.
-                    readers["states"] = lambda m: {
-                        f"{name} {key}": v for (name, key), v in _flat(made.optimizer_state(m)).items() if v.dim()
-                    }
+                    readers["states"] = lambda m: {" ".join(name): v for name, v in states(m).items() if v.dim()}
                     for kind, reader in readers.items():
                         run.shared += [(kind, *each) for each in shared_memory(map(reader, range(len(models))))]
         return run
@@ -184,27 +180,37 @@ class Case:
 
     # ------------------------------------------------------------------ what the models do alone
 
-    def drawing(self, models: Sequence[nn.Module], training: bool) -> list[Lone]:
-        """Return the models alone, each at the start of its random numbers."""
-        return [Lone(model, seed, training) for model, seed in zip(models, self.seeds, strict=False)]
+    def lones(self, models: Sequence[nn.Module], training: bool) -> list[LoneTrainer]:
+        """Return copies of the models alone, each at the start of its random numbers, for `gradients`."""
+        copies = [copy.deepcopy(model).train(training) for model in models]
+        return [LoneTrainer(*own, torch.optim.SGD, {}) for own in zip(copies, self.seeds, strict=False)]
 
-    def gradients(self, lones: Sequence[Lone], k: int, start: Values) -> Values:
-        """Return each lone model's gradient on batch k at the parameters `start`."""
-        return [lone.gradients(start[m], *self._own(k, m), self.loss_fns[m]) for m, lone in enumerate(lones)]
+    def gradients(self, lones: Sequence[LoneTrainer], k: int, start: Values) -> Values:
+        """Return each lone model's gradient by plain autograd on batch k at the parameters `start`."""
+        for m, lone in enumerate(lones):
+            for name, p in lone.model.named_parameters():
+                p.data.copy_(start[m][name])
+            lone.model.zero_grad()
+            x, y = fresh(self._own(k, m))
+            torch.clear_autocast_cache()
+            with lone.draws.current():
+                self.loss_fns[m](call(lone.model, x), y).backward()
+        every = [lone.model.named_parameters() for lone in lones]
+        return [{name: p.grad for name, p in own if p.grad is not None} for own in every]
 
     def alone(self, models: Sequence[nn.Module], training: bool = True, k: int = 0) -> tuple[Values, bool]:
-        """Return each model's gradient by plain autograd where the batch starts, and whether random numbers were."""
-        lones = self.drawing(models, training)
+        """Return each model's gradient where the batch starts, and whether random numbers were drawn for it."""
+        lones = self.lones(models, training)
         return self.gradients(lones, k, self.base.start), any(lone.draws.drew for lone in lones)
 
     def way_alone(self, m: int, models: Any = None, configs: Any = None) -> dict[str, Tensor]:
         """Return how far model m comes alone in a step on the loss and a step on none."""
-        model = copy.deepcopy((models or self.quiet)[m]).train()
+        model = copy.deepcopy((models or self.quiet)[m])
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
-        lone = LoneTrainer(model, self.seeds[m], self.optimizer_cls, (configs or self.configs)[m])
+        lone = LoneTrainer(model, self.seeds[m], self.recipe.optimizer_cls, (configs or self.configs)[m])
         for k, scale in enumerate((1.0, 0.0)):
-            x, y = self._own(k, m)
-            lone.step(*fresh((x, y)), lambda outputs, y, scale=scale: self.loss_fns[m](outputs, y) * scale)
+            x, y = fresh(self._own(k, m))
+            lone.step(x, y, lambda outputs, y, scale=scale: self.loss_fns[m](outputs, y) * scale)
         return {name: p.detach() - start[name] for name, p in model.named_parameters()}
 
     def remembers(self) -> bool:
@@ -218,7 +224,7 @@ class Case:
     def rates_alone(self, config: dict[str, Any], steps: int) -> list[float]:
         """Return the learning rates of a lone model at the start and after each step of its schedule."""
         optimizer = self._lone_optimizer(config)
-        schedule, rates = make_schedule(self.scheduler, optimizer), [optimizer.param_groups[0]["lr"]]
+        schedule, rates = make_schedule(self.recipe.scheduler, optimizer), [optimizer.param_groups[0]["lr"]]
         for _ in range(steps):
             optimizer.step()
             schedule.step()
@@ -228,16 +234,14 @@ class Case:
     def _own(self, k: int, m: int) -> tuple[Any, Any]:
         """Return model m's inputs in batch k, and the targets of all models."""
         x, y = self.data[k]
-        return x if self.shared_input else part(x, m), y
+        return x if self.recipe.shared_input else part(x, m), y
 
     def _lone_optimizer(self, config: dict[str, Any]) -> torch.optim.Optimizer:
-        return self.optimizer_cls([nn.Parameter(torch.zeros(1))], **config)
+        return self.recipe.optimizer_cls([nn.Parameter(torch.zeros(1))], **config)
 
     # ------------------------------------------------------------------ both
 
-    def compared(
-        self, reference: Values, seen: Values, factor: float | None = None
-    ) -> tuple[float, list[tuple[float, int, str]]]:
+    def compared(self, reference: Values, seen: Values, factor: float | None = None) -> tuple[float, list[Gap]]:
         """Return the one factor between most gradients and the reference, and those for which it does not hold."""
         pairs = []
         for m, (alone, batch) in enumerate(zip(reference, seen, strict=True)):
@@ -270,9 +274,8 @@ class Case:
         if self.num_models == 1:
             return []
         count = next(n for n in itertools.count(2) if math.comb(n, n // 2) >= self.num_models)
-        sets = itertools.islice(itertools.combinations(range(count), count // 2), self.num_models)
-        chosen = list(enumerate(sets))
-        return [{m for m, own in chosen if group in own} for group in range(count)]
+        chosen = list(itertools.islice(itertools.combinations(range(count), count // 2), self.num_models))
+        return [{m for m, own in enumerate(chosen) if group in own} for group in range(count)]
 
     def perturbed(self, group: set[int], spared: set[str]) -> list[nn.Module]:
         """Return copies of the quiet models, the parameters of those in `group` moved, but for the names `spared`."""
@@ -290,7 +293,3 @@ class Case:
 def _rates(made: Any, num_models: int) -> list[float] | None:
     rates = [made.learning_rate(m) for m in range(num_models)] if hasattr(made, "learning_rate") else [None]
     return None if None in rates else rates
-
-
-def _flat(states: Mapping[str, Mapping[str, Any]]) -> dict[Any, Tensor]:
-    return {(name, key): v for name, own in states.items() for key, v in own.items() if isinstance(v, Tensor)}

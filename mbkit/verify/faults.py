@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,22 +25,10 @@ from .subject import BatchSubject, Recipe
 
 __all__ = ["FAULTS", "StaleGradientOptimizer", "plant"]
 
-# The name under which each fault is planted and reported -> what is wrong.
-FAULTS: dict[str, str] = {
-    "stale-gradients": "zero_grad() misses the stacked gradients, so each step adds to those of all earlier steps",
-    "other-weights": "the batch is built without seeding again, so it starts from other initial weights",
-    "other-order": "the batch reads its data without seeding again, so it sees other batches",
-    "other-masks": "the batch draws other random numbers than its models alone, so dropout takes out other units",
-    "other-mode": "the batch is in eval mode where its models alone are in train mode, or the other way round",
-    "wrong-gradient": "the batch computes another gradient than autograd does for the model alone",
-    "mean-loss": "the loss is averaged over the M models and not added up, so every gradient is divided by M",
-    "clipped-across-models": "all models' gradients are clipped by one common norm, not each model's by its own",
-    "setting-of-model-0": "model 0's setting is used for all models",
-    "shared-optimizer-state": "what the optimizer remembers of one model is mixed with another model's",
-    "leaking-update": "a part of one model's update is added to another model's parameters",
-    "shared-memory": "numbers of different models lie in the same memory, so that writing one changes the other",
-    "schedule-stepped-M-times": "the schedule is stepped once a model in each step, M times as fast as alone",
-}
+# The name under which each fault is planted and reported -> what is wrong; and what plants it.
+FAULTS: dict[str, str] = {}
+_PLANTS: dict[str, Callable] = {}
+_BEFORE = {"other-weights", "other-masks", "setting-of-model-0"}  # change what the batch is made of, not the batch
 
 
 class StaleGradientOptimizer:
@@ -121,22 +110,35 @@ def plant(recipe: Recipe, *names: str, seed: int = 0) -> Recipe:
     for name in names:
         if name not in _PLANTS:
             raise ValueError(f"Expected names of faults, got {name!r}: choose from {', '.join(_PLANTS)}.")
-        recipe = _planted(recipe, name, seed)
+        recipe = partial(_planted, recipe, name, seed)
     return recipe
 
 
-def _planted(recipe: Recipe, name: str, seed: int) -> Recipe:
-    def planted(models: list[nn.Module], configs: list[dict[str, Any]], seeds: list[int]) -> BatchSubject:
-        draw, fault = random.Random(f"{name} {seed}"), _PLANTS[name]  # anew, and alike, for each batch
-        if name in _BEFORE:
-            return recipe(*fault(models, configs, seeds, draw))
-        subject = recipe(models, configs, seeds)
-        fault(subject, draw)
-        return subject
-
-    return planted
+def _planted(recipe: Recipe, name: str, seed: int, *given: Any) -> BatchSubject:
+    draw = random.Random(f"{name} {seed}")  # anew, and alike, for each batch
+    if name in _BEFORE:
+        return recipe(*_PLANTS[name](*given, draw))
+    subject = recipe(*given)
+    _PLANTS[name](subject, draw)
+    return subject
 
 
+def _fault(name: str, what_is_wrong: str) -> Callable[[Callable], Callable]:
+    """Enter a fault into the tables."""
+
+    def enter(plant: Callable) -> Callable:
+        FAULTS[name], _PLANTS[name] = what_is_wrong, plant
+        return plant
+
+    return enter
+
+
+@_fault("stale-gradients", "zero_grad() misses the stacked gradients, so each step adds to those of all earlier steps")
+def _stale_gradients(subject: BatchSubject, draw: random.Random) -> None:
+    subject.optimizer.zero_grad = lambda set_to_none=True: None
+
+
+@_fault("other-weights", "the batch is built without seeding again, so it starts from other initial weights")
 def _other_weights(models: Any, configs: Any, seeds: Any, draw: random.Random) -> Any:
     generator, models = torch.Generator().manual_seed(draw.getrandbits(32)), copy.deepcopy(models)
     for p in (p for model in models for p in model.parameters()):
@@ -145,18 +147,7 @@ def _other_weights(models: Any, configs: Any, seeds: Any, draw: random.Random) -
     return models, configs, seeds
 
 
-def _other_masks(models: Any, configs: Any, seeds: Any, draw: random.Random) -> Any:
-    return models, configs, [seed + draw.randrange(1, 1000) for seed in seeds]
-
-
-def _setting_of_model_0(models: Any, configs: Any, seeds: Any, draw: random.Random) -> Any:
-    models = copy.deepcopy(models)
-    for model in models:
-        for module, first in zip(model.modules(), models[0].modules(), strict=True):
-            module.__dict__.update({name: v for name, v in vars(first).items() if isinstance(v, float)})
-    return models, [configs[0]] * len(configs), seeds
-
-
+@_fault("other-order", "the batch reads its data without seeding again, so it sees other batches")
 def _other_order(subject: BatchSubject, draw: random.Random) -> None:
     turn = draw.random()
 
@@ -168,19 +159,17 @@ def _other_order(subject: BatchSubject, draw: random.Random) -> None:
     subject.walk = turned
 
 
+@_fault("other-masks", "the batch draws other random numbers than its models alone, so dropout takes out other units")
+def _other_masks(models: Any, configs: Any, seeds: Any, draw: random.Random) -> Any:
+    return models, configs, [seed + draw.randrange(1, 1000) for seed in seeds]
+
+
+@_fault("other-mode", "the batch is in eval mode where its models alone are in train mode, or the other way round")
 def _other_mode(subject: BatchSubject, draw: random.Random) -> None:
     subject.batch.eval()
 
 
-def _stale_gradients(subject: BatchSubject, draw: random.Random) -> None:
-    subject.optimizer.zero_grad = lambda set_to_none=True: None
-
-
-def _mean_loss(subject: BatchSubject, draw: random.Random) -> None:
-    right, num_models = subject.batch.compute_loss, subject.batch.num_models
-    subject.batch.compute_loss = lambda *args, **kwargs: right(*args, **kwargs) / num_models
-
-
+@_fault("wrong-gradient", "the batch computes another gradient than autograd does for the model alone")
 def _wrong_gradient(subject: BatchSubject, draw: random.Random) -> None:
     # Of a bias before BatchNorm the true gradient is zero, and twice zero is right.
     weights = [p for p in subject.batch.parameters() if p.dim() > 2] or list(subject.batch.parameters())
@@ -195,7 +184,14 @@ def _wrong_gradient(subject: BatchSubject, draw: random.Random) -> None:
     p.register_hook(hook)
 
 
-def _clipped_across(subject: BatchSubject, draw: random.Random) -> None:
+@_fault("mean-loss", "the loss is averaged over the M models and not added up, so every gradient is divided by M")
+def _mean_loss(subject: BatchSubject, draw: random.Random) -> None:
+    right, num_models = subject.batch.compute_loss, subject.batch.num_models
+    subject.batch.compute_loss = lambda *args, **kwargs: right(*args, **kwargs) / num_models
+
+
+@_fault("clipped-across-models", "all models' gradients are clipped by one common norm, not each model's by its own")
+def _clipped_across_models(subject: BatchSubject, draw: random.Random) -> None:
     subject.max_norm = draw.uniform(0.01, 0.1) if subject.max_norm is None else subject.max_norm
     parameters = list(subject.batch.parameters())
 
@@ -205,14 +201,17 @@ def _clipped_across(subject: BatchSubject, draw: random.Random) -> None:
     subject.batch.clip_grad_norm_ = clip
 
 
-def _schedule_m_times(subject: BatchSubject, draw: random.Random) -> None:
-    if subject.schedule is None:
-        raise ValueError("Expected a recipe with a schedule, got one without: pass BatchRecipe(..., scheduler=...).")
-    step, num_models = subject.schedule.step, subject.batch.num_models
-    subject.schedule.step = lambda: [step() for _ in range(num_models)]
+@_fault("setting-of-model-0", "model 0's setting is used for all models")
+def _setting_of_model_0(models: Any, configs: Any, seeds: Any, draw: random.Random) -> Any:
+    models = copy.deepcopy(models)
+    for model in models:
+        for module, first in zip(model.modules(), models[0].modules(), strict=True):
+            module.__dict__.update({name: v for name, v in vars(first).items() if isinstance(v, float)})
+    return models, [configs[0]] * len(configs), seeds
 
 
-def _shared_state(subject: BatchSubject, draw: random.Random) -> None:
+@_fault("shared-optimizer-state", "what the optimizer remembers of one model is mixed with another model's")
+def _shared_optimizer_state(subject: BatchSubject, draw: random.Random) -> None:
     mix = draw.choice([
         lambda state: state.roll(1, 0),
         lambda state: state[:1].expand_as(state).clone(),
@@ -228,6 +227,7 @@ def _shared_state(subject: BatchSubject, draw: random.Random) -> None:
     subject.optimizer.register_step_post_hook(mixed)
 
 
+@_fault("leaking-update", "a part of one model's update is added to another model's parameters")
 def _leaking_update(subject: BatchSubject, draw: random.Random) -> None:
     if subject.batch.num_models == 1:
         return
@@ -245,6 +245,7 @@ def _leaking_update(subject: BatchSubject, draw: random.Random) -> None:
     subject.optimizer.register_step_post_hook(leak)
 
 
+@_fault("shared-memory", "numbers of different models lie in the same memory, so that writing one changes the other")
 def _shared_memory(subject: BatchSubject, draw: random.Random) -> None:
     p = _pick(draw, [p for p in subject.batch.parameters() if p[0].numel() > 1])
     kind = draw.choice(["parameters", "gradients", "states"])
@@ -263,6 +264,14 @@ def _shared_memory(subject: BatchSubject, draw: random.Random) -> None:
         optimizer.register_step_post_hook(states)
 
 
+@_fault("schedule-stepped-M-times", "the schedule is stepped once a model in each step, M times as fast as alone")
+def _schedule_stepped_m_times(subject: BatchSubject, draw: random.Random) -> None:
+    if subject.schedule is None:
+        raise ValueError("Expected a recipe with a schedule, got one without: pass BatchRecipe(..., scheduler=...).")
+    step, num_models = subject.schedule.step, subject.batch.num_models
+    subject.schedule.step = lambda: [step() for _ in range(num_models)]
+
+
 def _overlapping(stacked: Tensor) -> Tensor:
     """Return a copy in memory that is too small: each model begins on the last number of the model before it."""
     size, whole = stacked[0].numel(), stacked.contiguous()
@@ -274,21 +283,3 @@ def _pick(draw: random.Random, choices: Any) -> Any:
     """Return one of the choices, or a number below `choices`."""
     place = draw.random()
     return int(place * choices) if isinstance(choices, int) else choices[int(place * len(choices))]
-
-
-_BEFORE = {"other-weights", "other-masks", "setting-of-model-0"}  # changes what the batch is made of
-_PLANTS: dict[str, Callable] = {
-    "other-weights": _other_weights,
-    "other-order": _other_order,
-    "other-masks": _other_masks,
-    "other-mode": _other_mode,
-    "stale-gradients": _stale_gradients,
-    "wrong-gradient": _wrong_gradient,
-    "mean-loss": _mean_loss,
-    "clipped-across-models": _clipped_across,
-    "setting-of-model-0": _setting_of_model_0,
-    "shared-optimizer-state": _shared_state,
-    "leaking-update": _leaking_update,
-    "shared-memory": _shared_memory,
-    "schedule-stepped-M-times": _schedule_m_times,
-}

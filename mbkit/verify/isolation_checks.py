@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from .experiment import SMALL, Case
@@ -16,9 +17,11 @@ __all__ = ["leak", "schedule", "settings", "states"]
 def settings(case: Case) -> Finding:
     """Give each model model 0's value: where that changes nothing, but model 0's value does, it had it already."""
     checked, found = [], None
-    for label, values, change in (*_hyperparameters(case), *_attributes(case)):
-        checked.append(label)
+    for label, values, change in _settings(case):
         others = [m for m, value in enumerate(values) if value != values[0]]
+        if not others:
+            continue
+        checked.append(label)
         changes = [change(v) for v in (values, [values[0]] * len(values), [values[others[0]], *values[1:]])]
         plain, same, swapped = (case.run(1.0, 0.0, **each) for each in changes)
         for m in others:
@@ -39,37 +42,29 @@ def settings(case: Case) -> Finding:
     return finding("setting-of-model-0", True, text, model=m, parameter=name, step=1, size=alone)
 
 
-# A setting in which models differ: its name, M values, and what gives other values to a run.
+# A setting: its name, M values, and what gives other values to a run.
 Setting = tuple[str, list[Any], Callable[[Sequence[Any]], dict[str, list[Any]]]]
 
 
-def _hyperparameters(case: Case) -> Iterator[Setting]:
+def _settings(case: Case) -> Iterator[Setting]:
+    """Yield the hyperparameters, and the numbers that layers have as attributes."""
+
+    def of_config(name: str, values: Sequence[Any]) -> dict[str, list[Any]]:
+        return {"configs": [{**config, name: value} for config, value in zip(case.configs, values, strict=True)]}
+
+    def of_layer(path: str, name: str, values: Sequence[Any]) -> dict[str, list[Any]]:
+        models = copy.deepcopy(case.models)
+        for model, value in zip(models, values, strict=True):
+            setattr(model.get_submodule(path), name, value)
+        return {"models": models}
+
     for name in [name for name in case.settings[0] if name != "params"]:
-        values = [group[name] for group in case.settings]
-        if any(value != values[0] for value in values):
-
-            def change(values: Sequence[Any], name: str = name) -> dict[str, list[Any]]:
-                return {"configs": [{**c, name: value} for c, value in zip(case.configs, values, strict=True)]}
-
-            yield name, values, change
-
-
-def _attributes(case: Case) -> Iterator[Setting]:
-    """The numbers of layers."""
+        yield name, [group[name] for group in case.settings], partial(of_config, name)
     for path, module in case.models[0].named_modules():
         for name, value in vars(module).items():
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or name.startswith("_"):
-                continue
-            values = [getattr(model.get_submodule(path), name, value) for model in case.models]
-            if any(other != value for other in values):
-
-                def change(values: Sequence[Any], path: str = path, name: str = name) -> dict[str, list[Any]]:
-                    models = copy.deepcopy(case.models)
-                    for model, value in zip(models, values, strict=True):
-                        setattr(model.get_submodule(path), name, value)
-                    return {"models": models}
-
-                yield f"{path}.{name}", values, change
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and not name.startswith("_"):
+                values = [getattr(model.get_submodule(path), name, value) for model in case.models]
+                yield f"{path}.{name}", values, partial(of_layer, path, name)
 
 
 def states(case: Case) -> list[Finding]:
@@ -90,15 +85,12 @@ def states(case: Case) -> list[Finding]:
             elif not gradients:
                 untouched.add(m)
         case.trials.append((group, run, untouched))
-    return [*_bled(bled), _remembered(case, found)]
-
-
-def _bled(bled: tuple[float, str, int, set[int]] | None) -> list[Finding]:
+    remembered = _remembered(case, found)
     if bled is None:
-        return []
+        return [remembered]
     gap, name, m, group = bled
     text = f"the gradient of {name} of model {m} changes by {gap:.1e} when {_are(group)} changed"
-    return [finding("wrong-gradient", True, text, model=m, parameter=name, step=1, size=gap)]
+    return [finding("wrong-gradient", True, text, model=m, parameter=name, step=1, size=gap), remembered]
 
 
 def _remembered(case: Case, found: tuple[float, tuple[str, str], int, set[int]] | None) -> Finding:
@@ -118,24 +110,22 @@ def _remembered(case: Case, found: tuple[float, tuple[str, str], int, set[int]] 
 
 def leak(case: Case) -> Finding:
     """Double some models' learning rates: gradients and states stay, so nothing else may move the other models."""
-    found, able = None, case.num_models == 1
+    able, found = case.num_models == 1, [(0.0, "", 0, set(), "")]
     for group in () if case.guilty("setting-of-model-0") else case.groups():
-        rates = [group_["lr"] * (2.0 if m in group else 1.0) for m, group_ in enumerate(case.settings)]
-        configs = [{**config, "lr": rate} for config, rate in zip(case.configs, rates, strict=True)]
-        run = case.run(1.0, configs=configs)
+        rates = [own["lr"] * (2.0 if m in group else 1.0) for m, own in enumerate(case.settings)]
+        run = case.run(1.0, configs=[{**own, "lr": rate} for own, rate in zip(case.configs, rates, strict=True)])
         able |= any(case.moved(case.plain, run, m, 0)[0] for m in group)
-        for m in set(range(case.num_models)) - group:
-            found = max(found or (0.0,), (*case.moved(case.plain, run, m, 0), m, group, "made twice as fast"))
+        others = set(range(case.num_models)) - group
+        found += [(*case.moved(case.plain, run, m, 0), m, group, "made twice as fast") for m in others]
     if not able:  # where learning rates are not obeyed, other parameters make other updates, too
+        able = bool(case.trials)
         for group, run, untouched in case.trials:
-            able = True
-            for m in untouched:
-                found = max(found or (0.0,), (*case.moved(case.base, run, m, 0), m, group, "changed"))
+            found += [(*case.moved(case.base, run, m, 0), m, group, "changed") for m in untouched]
     if not able:
         return finding("leaking-update", None, "neither learning rates nor parameters can be changed")
-    if not found or found[0] <= 1e-3 * case.tolerance:
+    gap, name, m, group, how = max(found, key=lambda each: each[:3])
+    if gap <= 1e-3 * case.tolerance:
         return finding("leaking-update", False, "no model moves differently when others move differently")
-    gap, name, m, group, how = found
     text = f"{name} of model {m} takes another step, by {gap:.1e} of it, when {_are(group)} {how}"
     return finding("leaking-update", True, text, model=m, parameter=name, step=1, size=gap)
 
@@ -143,8 +133,8 @@ def leak(case: Case) -> Finding:
 def schedule(case: Case) -> Finding:
     """Step both until the learning rates would differ if the batch stepped M times."""
     suspect, num, most = "schedule-stepped-M-times", case.num_models, len(case.data)
-    if case.scheduler is None or num == 1:
-        why = "there is no schedule" if case.scheduler is None else "there is one model"
+    if case.recipe.scheduler is None or num == 1:
+        why = "there is no schedule" if case.recipe.scheduler is None else "there is one model"
         return finding(suspect, False, why)
     if case.base.rates[0] is None:
         return finding(suspect, None, "the batch does not tell its learning rates")

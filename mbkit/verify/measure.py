@@ -1,9 +1,9 @@
-"""What diagnose measures with: distances, addresses, a few examples of a batch, and a model's gradient alone."""
+"""What diagnose measures with: distances, addresses, a few examples of a batch, models that draw nothing."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..common.checks import memory_of
-from ..common.random_streams import OwnDraws
-from ..training.loop import call
-from ..training.sequential import fresh
-
-__all__ = ["Lone", "apart", "as_precision", "few_examples", "quiet", "shared_memory"]
+__all__ = ["apart", "as_precision", "few_examples", "quiet", "shared_memory"]
 
 FEW = 16  # examples in an experiment's batch: a fault does not hide from them, and they are quick
 
@@ -31,8 +26,7 @@ def apart(a: Tensor | None, b: Tensor | None) -> float:
         (0.5, 0.0)
     """
     a, b = (torch.zeros_like(b) if a is None else a), (torch.zeros_like(a) if b is None else b)
-    alike = (a == b) | (a.isnan() & b.isnan())
-    if alike.all():
+    if ((a == b) | (a.isnan() & b.isnan())).all():
         return 0.0
     length = max(torch.linalg.vector_norm(a).item(), torch.linalg.vector_norm(b).item())
     gap = torch.linalg.vector_norm(a - b).item() / length
@@ -65,6 +59,12 @@ def few_examples(pair: Any, dim: int, dtype: torch.dtype | None) -> Any:
     return tree_map_only(Tensor, cut, pair)
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    return tensor.to(dtype.to_complex() if tensor.is_complex() else dtype)
+
+
 def shared_memory(values: Iterable[Mapping[str, Tensor]]) -> list[tuple[str, int, int]]:
     """Return where numbers of two models lie in the same memory: the tensor's name, and the models.
 
@@ -77,18 +77,13 @@ def shared_memory(values: Iterable[Mapping[str, Tensor]]) -> list[tuple[str, int
         [('a', 0, 1)]
     """
     every = [(m, name, t) for m, own in enumerate(values) for name, t in own.items() if t.layout is torch.strided]
-    touching, last, reached = set(), 0, 0
-    for begin, end, i in sorted((*memory_of(t), i) for i, (*_, t) in enumerate(every) if t.numel()):
-        touching |= {i, last} if begin < reached else set()
-        last, reached = (i, end) if end > reached else (last, reached)
-    every = [every[i] for i in sorted(touching)]
     if not every:
         return []
     addresses = torch.cat([_addresses(t) for *_, t in every])
     owners = torch.repeat_interleave(torch.tensor([t.numel() for *_, t in every]))
     addresses, order = addresses.sort(stable=True)
-    owners = owners[order]
-    pairs = torch.stack((owners[:-1], owners[1:]), 1)[addresses[:-1] == addresses[1:]].unique(dim=0).tolist()
+    pairs = torch.stack((owners[order][:-1], owners[order][1:]), 1)[addresses[:-1] == addresses[1:]]
+    pairs = pairs.unique(dim=0).tolist()
     return [(every[a][1], *sorted((every[a][0], every[b][0]))) for a, b in pairs if every[a][0] != every[b][0]]
 
 
@@ -98,35 +93,6 @@ def _addresses(tensor: Tensor) -> Tensor:
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         places += (torch.arange(size) * stride).view(-1, *[1] * (tensor.dim() - dim - 1))
     return places.flatten() * tensor.element_size() + tensor.data_ptr()
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None or not (tensor.is_floating_point() or tensor.is_complex()):
-        return tensor
-    return tensor.to(dtype.to_complex() if tensor.is_complex() else dtype)
-
-
-class Lone:
-    """One model alone, with plain autograd and a random state of its own.
-
-    Args:
-        model: copied. seed: of its random state. training: its mode.
-    """
-
-    def __init__(self, model: nn.Module, seed: int, training: bool) -> None:
-        self.model, self.draws = copy.deepcopy(model).train(training), OwnDraws(seed)
-
-    def gradients(self, parameters: Mapping[str, Tensor], x: Any, y: Any, loss_fn: Callable) -> dict[str, Tensor]:
-        """Return the gradient at `parameters`."""
-        own = dict(self.model.named_parameters())
-        for name, value in parameters.items():
-            own[name].data.copy_(value)
-        self.model.zero_grad()
-        x, y = fresh((x, y))
-        torch.clear_autocast_cache()
-        with self.draws.current():
-            loss_fn(call(self.model, x), y).backward()
-        return {name: p.grad for name, p in own.items() if p.grad is not None}
 
 
 def quiet(model: nn.Module) -> nn.Module:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .experiment import LARGE, SMALL, Case, Run
-from .measure import Lone, apart
+from ..training.sequential import LoneTrainer
+from .experiment import LARGE, SMALL, Case, Gap, Run
+from .measure import apart
 from .report import Finding, finding
 
 __all__ = ["clipping", "gradient", "masks", "memory", "order", "stale", "weights"]
@@ -116,10 +117,10 @@ def masks(case: Case) -> list[Finding]:
         return [asleep]
     loud = case.run(SMALL, SMALL, models=case.models, configs=case.calm)
     judged = {(m, n) for m in range(case.num_models) for n in case.names} - case.wrong
-    unlike_eval = _masked(case, case.drawing(case.models, False), loud, 0, judged)
-    drawing = case.drawing(case.models, True)
+    unlike_eval = _masked(case, case.lones(case.models, False), loud, 0, judged)
+    lones = case.lones(case.models, True)
     for step in range(1 if case.guilty("stale-gradients") else 2):  # also whether every step has masks of its own
-        wrong = _masked(case, drawing, loud, step, judged)
+        wrong = _masked(case, lones, loud, step, judged)
         if wrong and not unlike_eval:
             return [_mode(case, wrong), asleep]
         if wrong:
@@ -131,16 +132,14 @@ def masks(case: Case) -> list[Finding]:
     return [finding("other-masks", False if judged else None, what), awake]
 
 
-def _masked(
-    case: Case, drawing: Sequence[Lone], loud: Run, step: int, judged: set[tuple[int, str]]
-) -> list[tuple[float, int, str]]:
+def _masked(case: Case, lones: Sequence[LoneTrainer], loud: Run, step: int, judged: set[tuple[int, str]]) -> list[Gap]:
     """Return the gradients of a step that are not those of the lone models, who draw their next random numbers."""
     start = loud.parameters[step - 1] if step else loud.start
-    wrong = case.compared(case.gradients(drawing, step, start), loud.gradients[step], case.factor)[1]
+    wrong = case.compared(case.gradients(lones, step, start), loud.gradients[step], case.factor)[1]
     return [gap for gap in wrong if gap[1:] in judged]
 
 
-def _mode(case: Case, wrong: Sequence[tuple[float, int, str]]) -> Finding:
+def _mode(case: Case, wrong: Sequence[Gap]) -> Finding:
     gap, m, name = max(wrong)
     case.training = False
     text = f"the batch's gradient is the lone models' gradient in eval mode, and {gap:.1e} from that in train mode"
