@@ -17,7 +17,7 @@ To add …
 
     a batching rule      in the file of its family in vmap/rules/; a row in tests/vmap/exactness_cases.py
     an optimizer's rule  in optim/rules.py, where its docstring says how; a row in tests/optim/test_optim_rules.py
-    a fault              in verify/faults.py, found by a check in verify/; a row in tests/verify/diagnosis_cases.py
+    a fault              in verify/faults.py, found by a check in verify/; its numbers in tests/verify/test_faults.py
     a baseline           in benchmark/baselines.py; tests/benchmark/test_suite.py takes it from there
     a data set           in data/load.py, as an ImageData; tests/data/test_data.py
 """

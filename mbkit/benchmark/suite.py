@@ -77,7 +77,7 @@ class SuiteResult(Tables):
         for row in self.rows:
             ratios = [self.ratio(row, LOOP, LOOP_AS_IT_IS), *(self.ratio(row, side) for side in sides)]
             times = ["-" if ratio is None else f"{ratio:.2f} x" for ratio in ratios]
-            lines.append([*_sizes(row), str(self.timing(row, self.loop_of(row))), *times, row["how"]])
+            lines.append([*_sizes(row), str(self.timing(row, self.loop_of(row)) or "-"), *times, row["how"]])
         return lines
 
     def costs(self) -> list[list[str]]:
@@ -175,7 +175,9 @@ def run_suite(
             for side in sides:
                 if side not in workers or workers[side].ended:
                     workers[side] = stack.enter_context(Worker(torch.get_num_threads(), malloc=side != LOOP_AS_IT_IS))
-            result.rows.append(_measure(case, {side: workers[side] for side in sides}, patience, end))
+            row = _measure(case, {side: workers[side] for side in sides}, patience, end)
+            if row["seconds"]:
+                result.rows.append(row)
             if save is not None:
                 result.save(save)
             bar.advance(lambda case=case: f"{case.network}, M = {case.num_models}")

@@ -23,6 +23,8 @@ def speedups(result: Any) -> Picture:
         kept = cases[row["network"]]
         cases[row["network"]] = max(row, kept, key=lambda row: (len(row["seconds"]), row["num_models"]))
     ratios = {network: {side: result.ratio(row, side) for side in row["seconds"]} for network, row in cases.items()}
+    if not all(ratio for measured in ratios.values() for ratio in measured.values()):
+        raise ValueError("Expected a loop among the sides, to compare with, got none: measure it, too.")
     sides = [side for side in result.sides() if any(side in measured for measured in ratios.values())]
     picture = Picture(2.2 + 1.75 * len(cases), 0.9 + 0.27 * len(sides))
     panels = picture.subplots(1, len(cases), sharey=True, squeeze=False)[0]

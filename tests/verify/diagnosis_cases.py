@@ -41,6 +41,15 @@ def case(kind="mlp", optimizer_cls=torch.optim.Adam, rate=0.01, seed=1, max_norm
     return arguments, keywords, BatchRecipe(optimizer_cls, max_norm, schedule)
 
 
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 3, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x.to(self.w.dtype) @ self.w).abs()
+
+
 class Bare:
     """A batch in bare torch.func: vmap of grad, and SGD with momentum by hand, on plain dicts of tensors."""
 

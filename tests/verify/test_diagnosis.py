@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from diagnosis_cases import KINDS, OPTIMIZERS, RATES, Bare, M, case, schedule
+from diagnosis_cases import KINDS, OPTIMIZERS, RATES, Bare, Complex, M, case, schedule
 from torch import nn
 
 from mbkit import LeNet5, TinyMLP, diagnose
@@ -320,15 +320,6 @@ def test_where_no_gradient_is_a_number_none_is_judged(way, names):
     assert str(report).count("\n?") >= 8
 
 
-class Complex(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(6, 3, dtype=torch.complex64))
-
-    def forward(self, x):
-        return (x.to(self.w.dtype) @ self.w).abs()
-
-
 @pytest.mark.parametrize("name", [None, *FAULTS])
 def test_complex_parameters(name):
     (_, optimizer_cls, configs, *rest), keywords, recipe = case("mlp", torch.optim.SGD)
@@ -395,14 +386,15 @@ def test_the_report_prints_displays_and_serializes():
     assert len(report.plot().axes) == M + 1
 
 
-@pytest.mark.parametrize(("encoding", "mark"), [("utf-8", "✗"), ("cp1252", "x"), ("ascii", "x")])
-def test_it_prints_wherever_the_terminal_has_no_such_signs(monkeypatch, encoding, mark):
+def test_it_prints_wherever_the_terminal_has_no_such_signs(monkeypatch):
     report = found(["mean-loss"], GRID[0], seed=1)
-    written = io.BytesIO()
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
-    print(report, flush=True)
-    lines = written.getvalue().decode(encoding).splitlines()
-    assert lines[3].split()[:2] == [mark, "mean-loss"]
+    for encoding, mark in {"utf-8": "✗", "cp1252": "x", "ascii": "x"}.items():
+        written = io.BytesIO()
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
+            print(report, flush=True)
+            lines = written.getvalue().decode(encoding).splitlines()
+        assert lines[3].split()[:2] == [mark, "mean-loss"]
     assert "✗" in report._repr_html_()
 
 
@@ -430,18 +422,12 @@ def test_it_changes_neither_the_models_nor_the_random_state():
         assert all(torch.equal(value, states[name]) for name, value in model.state_dict().items())
 
 
-def test_one_model_alone_in_a_batch():
-    arguments, keywords, _ = case()
-    models, optimizer_cls, configs, *rest = arguments
-    keywords["seeds"] = [1]
-    assert diagnose(models[:1], optimizer_cls, configs[:1], *rest, **keywords).guilty == []
-
-
-def test_input_of_each_models_own():
-    arguments, keywords, _ = case()
+def test_one_model_and_input_of_each_models_own():
+    (models, optimizer_cls, configs, *rest), keywords, _ = case()
+    assert diagnose(models[:1], optimizer_cls, configs[:1], *rest, **{**keywords, "seeds": [1]}).guilty == []
     data = [(torch.randn(M, 16, 6), torch.randint(3, (M, 16))) for _ in range(4)]
-    report = diagnose(*arguments[:3], data, F.cross_entropy, **keywords, shared_input=False)
-    assert report.guilty == []
+    own = diagnose(models, optimizer_cls, configs, data, F.cross_entropy, **keywords, shared_input=False)
+    assert own.guilty == []
 
 
 def test_the_demos_models_take_less_than_two_seconds():
