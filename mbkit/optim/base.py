@@ -211,8 +211,10 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         if got != expected:
             raise self._foreign(f"parameters numbered {expected[: len(self._names)]} in the groups", got)
         self._load_state(state_dict["state"], groups)
-        pairs = zip(groups, self.param_groups, strict=True)
-        self._set_groups([{**group, "params": own["params"]} for group, own in pairs])
+        for own, group in zip(self.param_groups, groups, strict=True):
+            params = own["params"]
+            own.clear()
+            own.update({**group, "params": params})
 
     def _whole(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return groups that were saved, with the flags that newer versions of torch have given to some classes."""
@@ -230,8 +232,8 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         """Take over a copy of a state; refuse one that is not whole, or of another optimizer or architecture."""
         raise NotImplementedError
 
-    def _set_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Turn plain dicts into `param_groups` that notice what is written into them."""
+    def _watch_groups(self) -> None:
+        """Turn `param_groups` of plain dicts into ones that notice what is written into them."""
         raise NotImplementedError
 
     def _foreign(self, expected: str, got: Any) -> ValueError:

@@ -29,16 +29,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     def __init__(self, optimizer: BatchOptimizer, m: int) -> None:
         # Without torch's own __init__: it has no parameters, and its groups are somebody else's.
         self.whole, self._m = optimizer, m
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The live groups: loading a state replaces the optimizer's, so they are looked up each time."""
-        return self.whole.groups_of(self._m)
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The optimizer's own."""
-        return self.whole.defaults
+        self.param_groups, self.defaults = optimizer.groups_of(m), optimizer.defaults
 
     @property
     def _opt_called(self) -> bool:  # schedulers warn when they are stepped before the optimizer was

@@ -54,14 +54,14 @@ class StackedOptimizer(BatchOptimizer):
             groups.append({**made[but_lr].param_groups[0], **config})
         lone = next(iter(made.values()))
         super().__init__(batch, optimizer_cls, configs, names, groups, lone.defaults)
-        self._set_groups(self.param_groups)
+        self._watch_groups()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._set_groups(self.param_groups)
+        self._watch_groups()
 
-    def _set_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        self.columns = self._columns_of(groups)
+    def _watch_groups(self) -> None:
+        self.columns = self._columns_of(self.param_groups)
         self.param_groups = [group for own in zip(*(c.groups for c in self.columns), strict=True) for group in own]
 
     def _columns_of(self, groups: Sequence[dict[str, Any]]) -> list[Columns]:

@@ -43,13 +43,11 @@ class ViewsOptimizer(BatchOptimizer):
         groups = [group for one in lone for group in one.param_groups]
         super().__init__(batch, optimizer_cls, configs, names, groups, lone[0].defaults)
         self.lone = lone
-        self._set_groups(self.param_groups)
+        self._watch_groups()
 
-    def _set_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        size, params = len(self._names), [group["params"] for group in groups]
+    def _watch_groups(self) -> None:
+        params, size = [group["params"] for group in self.param_groups], len(self._names)
         self.param_groups = [_LoneGroup(self.lone, *divmod(i, size), own) for i, own in enumerate(params)]
-        for own, group in zip(self.param_groups, groups, strict=True):
-            own.update(numbers_of(group))
 
     def _update(self) -> None:
         params = self._params()
@@ -156,7 +154,7 @@ class ViewsOptimizer(BatchOptimizer):
         states, self.lone = self.lone, _over_views(params, self.optimizer_cls, self._configs)
         for lone, own in zip(self.lone, states, strict=True):
             _load(lone, own, exactly=True)
-        self._set_groups(self.param_groups)
+        self._watch_groups()
 
 
 class _LoneGroup(Group):

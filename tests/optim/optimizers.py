@@ -136,7 +136,7 @@ def config_of(hyperparameters: dict, m: int) -> dict:
 def train_alone(cls: type, hyperparameters: dict, models: list[nn.Module], steps: range) -> list[optim.Optimizer]:
     optimizers = []
     for m, model in enumerate(models):
-        optimizer = cls(model.parameters(), foreach=False, **config_of(hyperparameters, m))
+        optimizer = create_alone(cls, hyperparameters, model, m)
         step_alone(optimizer, model, m, steps)
         optimizers.append(optimizer)
     return optimizers
@@ -209,11 +209,43 @@ VIEWED = [
 ]
 
 
-def start(cls: type, hyperparameters: dict, dtype: torch.dtype = torch.float32):
+FOR_ALL = ("norm_type", "initial_accumulator_value")  # the classes read these from the keywords, not from the groups
+FIRST = ("scalar", "weight")  # a group that is not in the order of the model, and not of neighbors
+REST = [0.02, 0.01, 0.05, 0.0]  # the learning rates of the other parameters
+
+
+def create(cls: type, hyperparameters: dict, batch: ModelBatch, in_groups: bool = False) -> optim.Optimizer:
+    """Return the batch's optimizer, with the hyperparameters for all parameters or for the first of two groups."""
+    if not in_groups:
+        return OptimizerFactory(cls).create_optimizer(batch, **hyperparameters)
+    both = {name: value for name, value in hyperparameters.items() if name in FOR_ALL}
+    own = {name: value for name, value in hyperparameters.items() if name not in FOR_ALL}
+    groups = [{"params": list(reversed(FIRST)), **own}, {"params": "*", "lr": REST}]
+    return OptimizerFactory(cls).create_optimizer(batch, groups=groups, lr=0.01, **both)
+
+
+def create_alone(
+    cls: type, hyperparameters: dict, model: nn.Module, m: int, in_groups: bool = False
+) -> optim.Optimizer:
+    """Return the same for one model, in plain PyTorch, with torch's for-loop."""
+    config = config_of(hyperparameters, m)
+    loop = {"foreach": False} if "foreach" in cls.__init__.__code__.co_varnames else {}
+    if not in_groups:
+        return cls(model.parameters(), **loop, **config)
+    both = {name: config.pop(name) for name in FOR_ALL if name in config}
+    params = dict(model.named_parameters())
+    groups = [
+        {"params": [params.pop(name) for name in FIRST], **config},
+        {"params": list(params.values()), "lr": REST[m]},
+    ]
+    return cls(groups, lr=0.01, **loop, **both)
+
+
+def start(cls: type, hyperparameters: dict, dtype: torch.dtype = torch.float32, in_groups: bool = False):
     """Return M models, a batch of them, and its optimizer."""
     models = shapes(dtype)
     batch = ModelBatch(models)
-    return models, batch, OptimizerFactory(cls).create_optimizer(batch, **hyperparameters)
+    return models, batch, create(cls, hyperparameters, batch, in_groups)
 
 
 def same(first: ModelBatch, second: ModelBatch) -> bool:
@@ -222,4 +254,5 @@ def same(first: ModelBatch, second: ModelBatch) -> bool:
 
 # For other files: each class once, its hyperparameters differing between the models as much as they can.
 ALL = [(cls, variants[-1]) for cls, variants in TABLE.items()] + VIEWED
+grouped = pytest.mark.parametrize("in_groups", [False, True], ids=["one group", "two groups"])
 every_class = pytest.mark.parametrize("case", ALL, ids=lambda case: case[0].__name__)

@@ -2,118 +2,36 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
-from optimizers import (
-    GlobalNorm,
-    M,
-    config_of,
-    every_class,
-    gradients,
-    largest_difference,
-    same,
-    shapes,
-    step_alone,
-    step_batch,
-)
-from torch import nn, optim
+from optimizers import REST, GlobalNorm, M, create_alone, every_class, largest_difference, start, step_alone, step_batch
+from torch import optim
 
 from mbkit import MLP, ModelBatch
 from mbkit.optim import OptimizerFactory
-
-RATES = [0.02, 0.01, 0.05, 0.0]
-FOR_ALL = ("norm_type", "initial_accumulator_value")  # the classes read these from the keywords, not from the groups
-FIRST = ("scalar", "weight")  # not in the order of the model, and not neighbors
-
-
-def named(hyperparameters: dict) -> list[dict]:
-    return [{"params": ["weight", "scalar"], **hyperparameters}, {"params": "*", "lr": RATES}]
-
-
-def start(cls: type, hyperparameters: dict, dtype: torch.dtype = torch.float32):
-    models = shapes(dtype)
-    batch = ModelBatch(models)
-    both = {name: value for name, value in hyperparameters.items() if name in FOR_ALL}
-    own = {name: value for name, value in hyperparameters.items() if name not in FOR_ALL}
-    optimizer = OptimizerFactory(cls).create_optimizer(batch, groups=named(own), lr=0.01, **both)
-    return models, batch, optimizer
-
-
-def alone(cls: type, hyperparameters: dict, model: nn.Module, m: int) -> optim.Optimizer:
-    config = config_of(hyperparameters, m)
-    rest = {name: config.pop(name) for name in FOR_ALL if name in config}
-    params = dict(model.named_parameters())
-    groups = [
-        {"params": [params.pop(name) for name in FIRST], **config},
-        {"params": list(params.values()), "lr": RATES[m]},
-    ]
-    if "foreach" in cls.__init__.__code__.co_varnames:
-        rest["foreach"] = False
-    return cls(groups, lr=0.01, **rest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @every_class
 def test_equals_lone_optimizers_with_the_same_groups(case: tuple[type, dict], dtype: torch.dtype) -> None:
-    models, batch, optimizer = start(*case, dtype)
+    models, batch, optimizer = start(*case, dtype, in_groups=True)
     step_batch(optimizer, batch, range(15))
     assert largest_difference(batch, models) > 1e-3
     for m, model in enumerate(models):
-        step_alone(alone(*case, model, m), model, m, range(15))
+        step_alone(create_alone(*case, model, m, in_groups=True), model, m, range(15))
     assert largest_difference(batch, models) <= (0 if dtype == torch.float32 else 1e-12)
 
 
-@every_class
-def test_unstacked_goes_on_alone_with_its_groups(case: tuple[type, dict]) -> None:
-    models, batch, optimizer = start(*case)
-    step_batch(optimizer, batch, range(5))
-    optimizer.groups_of(2)[1]["lr"] = 0.25
-    lone = optimizer.unstack(2 - M)
-    assert [group["lr"] for group in lone.param_groups] == [group["lr"] for group in optimizer.groups_of(2)]
-    step_alone(lone, lone.model, 2, range(5, 6))  # no gradient is missing in this step
-    for p, g in zip(lone.model.parameters(), gradients(torch.float32, 5), strict=True):
-        assert g is not None
-        assert p.grad is not None
-    step_batch(optimizer, batch, range(5, 6))
-    for own, p in zip(lone.model.parameters(), batch.parameters(), strict=True):
-        assert torch.equal(own, p[2])
-    assert len(models) == M
-
-
-@pytest.mark.parametrize("how", ["state_dict", "copy", "pickle"])
-@every_class
-def test_state_and_copies_keep_the_groups(case: tuple[type, dict], how: str) -> None:
-    _, batch, optimizer = start(*case)
-    step_batch(optimizer, batch, range(5))
-    optimizer.param_groups[3]["lr"] = 0.25
-    if how == "state_dict":
-        other = ModelBatch(batch.models)
-        resumed = start(*case)[2]
-        resumed = type(resumed)(other, case[0], resumed._configs, resumed._names)
-        resumed.load_state_dict(optimizer.state_dict())
-    else:
-        copied = copy.deepcopy if how == "copy" else lambda pair: pickle.loads(pickle.dumps(pair))
-        other, resumed = copied((batch, optimizer))
-    assert [g["lr"] for g in resumed.param_groups] == [g["lr"] for g in optimizer.param_groups]
-    step_batch(resumed, other, range(5, 10))
-    assert not same(batch, other)
-    step_batch(optimizer, batch, range(5, 10))
-    assert same(batch, other)
-
-
 def test_schedulers_move_every_group_of_every_model_or_one_models_own() -> None:
-    _, _, optimizer = start(optim.SGD, {"lr": [1.0, 2.0, 3.0, 4.0]})
-    rates = [lr for pair in zip([1.0, 2.0, 3.0, 4.0], RATES, strict=True) for lr in pair]
+    _, _, optimizer = start(optim.SGD, {"lr": [1.0, 2.0, 3.0, 4.0]}, in_groups=True)
+    rates = [lr for pair in zip([1.0, 2.0, 3.0, 4.0], REST, strict=True) for lr in pair]
     assert [group["lr"] for group in optimizer.param_groups] == rates
     scheduler = optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     optimizer.step()
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [lr / 2 for lr in rates]
 
-    _, _, optimizer = start(optim.SGD, {"lr": [1.0, 2.0, 3.0, 4.0]})
+    _, _, optimizer = start(optim.SGD, {"lr": [1.0, 2.0, 3.0, 4.0]}, in_groups=True)
     configs = [{"lr_lambda": [lambda _, m=m: m, lambda _: 1.0]} for m in range(M)]
     schedulers = OptimizerFactory.create_lr_scheduler(optimizer, optim.lr_scheduler.LambdaLR, configs)
     moved = [lr * factor for m in range(M) for lr, factor in zip(rates[2 * m : 2 * m + 2], (m, 1), strict=True)]
@@ -176,6 +94,6 @@ def test_what_a_class_keeps_for_all_groups_cannot_differ_between_them() -> None:
 
 
 def test_a_state_with_other_groups_is_refused() -> None:
-    _, batch, optimizer = start(optim.SGD, {"lr": 0.1})
+    _, batch, optimizer = start(optim.SGD, {"lr": 0.1}, in_groups=True)
     with pytest.raises(ValueError, match="4 models with 2 groups of parameters each, got one of 4 groups"):
         optimizer.load_state_dict(OptimizerFactory(optim.SGD).create_optimizer(batch).state_dict())

@@ -16,8 +16,10 @@ from optimizers import (
     GlobalNorm,
     M,
     Shapes,
-    config_of,
+    create,
+    create_alone,
     every_class,
+    grouped,
     largest_difference,
     same,
     start,
@@ -33,12 +35,13 @@ LR = [0.1, 0.03, 0.01, 0.003]
 
 
 @pytest.mark.parametrize(("dtype", "through_file"), [(torch.float32, False), (torch.float64, True)], ids=str)
+@grouped
 @every_class
 def test_resumes_to_the_same_bits(
-    case: tuple[type, dict], dtype: torch.dtype, through_file: bool, tmp_path: Path
+    case: tuple[type, dict], in_groups: bool, dtype: torch.dtype, through_file: bool, tmp_path: Path
 ) -> None:
     cls, hyperparameters = case
-    _, batch, optimizer = start(cls, hyperparameters, dtype)
+    _, batch, optimizer = start(cls, hyperparameters, dtype, in_groups)
     step_batch(optimizer, batch, range(7))
     optimizer.param_groups[0]["lr"] *= 0.5
     state, middle = optimizer.state_dict(), ModelBatch(batch.models)
@@ -46,7 +49,7 @@ def test_resumes_to_the_same_bits(
         torch.save(state, tmp_path / "state.pt")
         state = torch.load(tmp_path / "state.pt", weights_only=True)
     beside = {"norm_type": hyperparameters["norm_type"]} if cls is GlobalNorm else {}  # not in the state
-    resumed = OptimizerFactory(cls).create_optimizer(middle, lr=0.5, **beside)
+    resumed = create(cls, {"lr": 0.5, **beside}, middle, in_groups)
     resumed.load_state_dict(state)
     # First one, then the other: were anything shared, the second would go on from the first one's end.
     step_batch(resumed, middle, range(7, 15))
@@ -62,9 +65,10 @@ def test_resumes_to_the_same_bits(
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
 )
+@grouped
 @every_class
-def test_copies_go_on_by_themselves(case: tuple[type, dict], copied) -> None:
-    _, batch, optimizer = start(*case)
+def test_copies_go_on_by_themselves(case: tuple[type, dict], in_groups: bool, copied) -> None:
+    _, batch, optimizer = start(*case, in_groups=in_groups)
     step_batch(optimizer, batch, range(5))
     batch2, optimizer2 = copied((batch, optimizer))
     optimizer.param_groups[1]["lr"] = optimizer2.param_groups[1]["lr"] = 0.02
@@ -75,15 +79,16 @@ def test_copies_go_on_by_themselves(case: tuple[type, dict], copied) -> None:
 
 
 @pytest.mark.parametrize("m", [0, 1])  # their flags differ
+@grouped
 @every_class
-def test_unstacked_model_goes_on_alone(case: tuple[type, dict], m: int) -> None:
+def test_unstacked_model_goes_on_alone(case: tuple[type, dict], in_groups: bool, m: int) -> None:
     cls, hyperparameters = case
-    models, batch, optimizer = start(cls, hyperparameters)
-    lone = cls(models[m].parameters(), **config_of(hyperparameters, m))
+    models, batch, optimizer = start(cls, hyperparameters, in_groups=in_groups)
+    lone = create_alone(cls, hyperparameters, models[m], m, in_groups)
     step_batch(optimizer, batch, range(5))
     step_alone(lone, models[m], m, range(5))
-    optimizer.param_groups[m]["lr"] = lone.param_groups[0]["lr"] = 0.02
-    single = optimizer.unstack(m)
+    optimizer.groups_of(m)[-1]["lr"] = lone.param_groups[-1]["lr"] = 0.02
+    single = optimizer.unstack(m - M)
     assert type(single) is cls
     assert single.param_groups[0].keys() == lone.param_groups[0].keys()
     # The state has the very form that torch gives it: names, shapes, dtypes, devices.

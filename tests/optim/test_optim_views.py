@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from optimizers import VIEWED, GlobalNorm, M, config_of, largest_difference, start, step_alone, step_batch
+from optimizers import train_alone as step_lone_models
 from oracle import SEEDS, assert_same_parameters, batches, train_alone
 from torch import nn, optim
 
@@ -17,25 +18,20 @@ from mbkit.optim import OptimizerFactory
 every_viewed = pytest.mark.parametrize("case", VIEWED, ids=lambda case: case[0].__name__)
 
 
-def lone_of(cls: type, hyperparameters: dict, models: list[nn.Module]) -> list[optim.Optimizer]:
-    return [cls(model.parameters(), **config_of(hyperparameters, m)) for m, model in enumerate(models)]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @every_viewed
 def test_equals_lone_runs_to_the_bit(case: tuple[type, dict], dtype: torch.dtype) -> None:
     models, batch, optimizer = start(*case, dtype)
     step_batch(optimizer, batch, range(25))
     assert largest_difference(batch, models) > 1e-3
-    for m, lone in enumerate(lone_of(*case, models)):
-        step_alone(lone, models[m], m, range(25))
+    step_lone_models(*case, models, range(25))
     assert largest_difference(batch, models) == 0
 
 
 @every_viewed
 def test_numbers_written_mid_run_are_used_and_read(case: tuple[type, dict]) -> None:
     models, batch, optimizer = start(*case, torch.float64)
-    lone = lone_of(*case, models)
+    lone = [case[0](model.parameters(), **config_of(case[1], m)) for m, model in enumerate(models)]
     for steps, lr in ((range(3), 0.05), (range(3, 6), 0.002)):
         optimizer.param_groups[1]["lr"] = lone[1].param_groups[0]["lr"] = lr
         step_batch(optimizer, batch, steps)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from optimizers import M, config_of, every_class, gradients, largest_difference, shapes, start, step_alone, step_batch
+from optimizers import (
+    M,
+    create,
+    create_alone,
+    every_class,
+    gradients,
+    grouped,
+    largest_difference,
+    shapes,
+    start,
+    step_alone,
+    step_batch,
+)
 from safetensors.torch import load_file, save_file
-from test_optim_groups import alone as alone_in_groups
-from test_optim_groups import start as start_in_groups
 from test_optim_schedulers import CONFIGS, EPOCHS, SCHEDULERS, step
 from torch import nn, optim
 from torch.optim import lr_scheduler as sched
@@ -34,17 +43,12 @@ def step_part(optimizer: BatchOptimizer, batch: ModelBatch, models: list[int], s
         optimizer.step()
 
 
-@pytest.mark.parametrize("in_groups", [False, True], ids=["one group", "groups"])
+@grouped
 @every_class
 def test_the_selected_go_on_as_in_the_wide_batch_and_alone(case: tuple[type, dict], in_groups: bool) -> None:
     cls, hyperparameters = case
-    models, batch, optimizer = (start_in_groups if in_groups else start)(*case)
-    lones = [
-        alone_in_groups(*case, models[m], m)
-        if in_groups
-        else cls(models[m].parameters(), **config_of(hyperparameters, m))
-        for m in CHOSEN
-    ]
+    models, batch, optimizer = start(cls, hyperparameters, in_groups=in_groups)
+    lones = [create_alone(cls, hyperparameters, models[m], m, in_groups) for m in CHOSEN]
     step_batch(optimizer, batch, range(5))
     optimizer.groups_of(1)[-1]["lr"] = 0.02
     small = part_of(batch)
@@ -102,7 +106,7 @@ def test_models_of_several_batches_go_on_in_one(case: tuple[type, dict], way: st
     for own, steps in (([2, 0], 6), ([3, 1], 0)):
         batches.append(ModelBatch([models[m] for m in own]))
         numbers = {k: [v[m] for m in own] if isinstance(v, list) else v for k, v in hyperparameters.items()}
-        optimizers.append(OptimizerFactory(cls).create_optimizer(batches[-1], **numbers))
+        optimizers.append(create(cls, numbers, batches[-1]))
         step_part(optimizers[-1], batches[-1], own, range(steps))
     merged = ModelBatch([model for batch in batches for model in batch.models])
     if way == "merge":
@@ -116,13 +120,13 @@ def test_models_of_several_batches_go_on_in_one(case: tuple[type, dict], way: st
         for m, own in enumerate(states):
             own |= {k.removeprefix(f"{m}/"): v for k, v in tensors.items() if k.startswith(f"{m}/")}
         numbers = {k: [v[m] for m in (2, 0, 3, 1)] if isinstance(v, list) else v for k, v in hyperparameters.items()}
-        optimizer = OptimizerFactory(cls).create_optimizer(merged, **numbers)
+        optimizer = create(cls, numbers, merged)
         for group in optimizer.param_groups:
             group["lr"] = 9.0
         optimizer.load_model_states(states)
     step_part(optimizer, merged, [2, 0, 3, 1], range(6, 12))
     for m, steps in ((2, range(12)), (0, range(12)), (3, range(6, 12)), (1, range(6, 12))):
-        step_alone(cls(models[m].parameters(), **config_of(hyperparameters, m)), models[m], m, steps)
+        step_alone(create_alone(cls, hyperparameters, models[m], m), models[m], m, steps)
     assert largest_difference(merged, [models[m] for m in (2, 0, 3, 1)]) <= 1e-12
 
 
@@ -174,7 +178,6 @@ def together(make_wide, make_alone, select) -> None:
             batch = part_of(batch)
             optimizer = optimizer.select(CHOSEN, batch)
             scheduler = select(scheduler, CHOSEN, optimizer)
-            gc.collect()
         optimizer.step()
         step(scheduler, epoch)
         for one, its in zip(lone, alone, strict=True):
