@@ -149,11 +149,23 @@ def step_alone(optimizer: optim.Optimizer, model: nn.Module, m: int, steps: rang
         optimizer.step()
 
 
-def step_batch(optimizer: optim.Optimizer, batch: ModelBatch, steps: range) -> None:
+def step_batch(
+    optimizer: optim.Optimizer, batch: ModelBatch, steps: range, models: list[int] | slice = slice(None)
+) -> None:
+    """Make steps of a batch that holds some of the M models."""
     for step in steps:
         for p, g in zip(batch.parameters(), gradients(next(batch.parameters()).dtype, step), strict=True):
-            p.grad = None if g is None else g.clone()
+            p.grad = None if g is None else g[models].clone()
         optimizer.step()
+
+
+CHOSEN = [3, 1]
+
+
+def select(batch: ModelBatch, optimizer: optim.Optimizer) -> tuple[ModelBatch, optim.Optimizer]:
+    """Return a batch of the chosen models, and their optimizer."""
+    small = ModelBatch([batch[m] for m in CHOSEN])
+    return small, optimizer.select(CHOSEN, small)
 
 
 def largest_difference(batch: ModelBatch, models: list[nn.Module]) -> float:

@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
-from optimizers import M, largest_difference, shapes, step_alone, step_batch
+from optimizers import CHOSEN, M, largest_difference, select, shapes, step_alone, step_batch
 from torch import nn, optim
 from torch.optim import lr_scheduler as sched
 
 from mbkit import ModelBatch
-from mbkit.optim import OptimizerFactory
+from mbkit.optim import OptimizerFactory, select_scheduler
 
 LR = [0.1, 0.03, 0.01, 0.003]
 EPOCHS = 12
@@ -81,22 +81,27 @@ ON = [
 ]
 
 
+@pytest.mark.parametrize("selected", [False, True], ids=["all", "then two"])
 @pytest.mark.parametrize(("name", "cls"), ON)
-def test_one_scheduler_over_all_models(name: str, cls: type) -> None:
-    make, rates = SCHEDULERS[name], set()
+def test_one_scheduler_over_all_models(name: str, cls: type, selected: bool) -> None:
+    make, rates, numbers = SCHEDULERS[name], set(), list(range(M))
     models, batch, optimizer, lone = start(cls, **({"momentum": 0.9} if cls is optim.SGD else {}))
     scheduler, alone = make(optimizer), [make(one) for one in lone]
     for epoch in range(EPOCHS):
+        if selected and epoch == EPOCHS // 2:
+            numbers, (batch, optimizer) = CHOSEN, select(batch, optimizer)
+            scheduler = select_scheduler(scheduler, CHOSEN, optimizer)
         steps = range(epoch, epoch + 1)
-        step_batch(optimizer, batch, steps)
+        step_batch(optimizer, batch, steps, numbers)
         step(scheduler, epoch)
-        for m in range(M):
+        for m in numbers:
             step_alone(lone[m], models[m], m, steps)
             step(alone[m], epoch)
-        assert same_numbers(optimizer, lone)
+        assert same_numbers(optimizer, [lone[m] for m in numbers])
+        assert scheduler.get_last_lr() == [alone[m].get_last_lr()[0] for m in numbers]
         rates.add(optimizer.param_groups[0]["lr"])
     assert len(rates) > 1
-    assert largest_difference(batch, models) == 0
+    assert largest_difference(batch, [models[m] for m in numbers]) == 0
 
 
 def test_a_list_of_lambdas_is_one_a_model() -> None:
@@ -125,25 +130,29 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("cls", CONFIGS, ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("looped", [False, True])
-def test_one_scheduler_a_model(cls: type, looped: bool) -> None:
+@pytest.mark.parametrize("how", ["at once", "in a loop", "then two"])
+def test_one_scheduler_a_model(cls: type, how: str) -> None:
+    numbers = list(range(M))
     models, batch, optimizer, lone = start(optim.SGD, momentum=0.9)
     schedulers = OptimizerFactory.create_lr_scheduler(optimizer, cls, CONFIGS[cls])
     alone = [cls(one, **config) for one, config in zip(lone, CONFIGS[cls], strict=True)]
     for epoch in range(EPOCHS):
-        step_batch(optimizer, batch, range(epoch, epoch + 1))
-        metrics = torch.tensor([METRICS[(epoch + m) % EPOCHS] for m in range(M)], dtype=torch.float64)
-        if looped:
+        if how == "then two" and epoch == EPOCHS // 2:
+            numbers, (batch, optimizer) = CHOSEN, select(batch, optimizer)
+            schedulers = schedulers.select(CHOSEN, optimizer)
+        step_batch(optimizer, batch, range(epoch, epoch + 1), numbers)
+        metrics = torch.tensor([METRICS[(epoch + m) % EPOCHS] for m in numbers], dtype=torch.float64)
+        if how == "in a loop":
             for m, one in enumerate(schedulers):
                 step(one, epoch, m)
         else:
             schedulers.step(metrics) if cls is sched.ReduceLROnPlateau else schedulers.step()
-        for m in range(M):
+        for m in numbers:
             step_alone(lone[m], models[m], m, range(epoch, epoch + 1))
             step(alone[m], epoch, m)
-        assert same_numbers(optimizer, lone)
-        assert schedulers.get_last_lr() == [one.get_last_lr()[0] for one in alone]
-    assert largest_difference(batch, models) == 0
+        assert same_numbers(optimizer, [lone[m] for m in numbers])
+        assert schedulers.get_last_lr() == [alone[m].get_last_lr()[0] for m in numbers]
+    assert largest_difference(batch, [models[m] for m in numbers]) == 0
 
 
 @pytest.mark.parametrize("make", [sequential, chained])

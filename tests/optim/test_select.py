@@ -8,39 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 from optimizers import (
+    CHOSEN,
     M,
     create,
     create_alone,
     every_class,
-    gradients,
     grouped,
     largest_difference,
+    select,
     shapes,
     start,
     step_alone,
     step_batch,
 )
 from safetensors.torch import load_file, save_file
-from test_optim_schedulers import CONFIGS, EPOCHS, SCHEDULERS, step
 from torch import nn, optim
 from torch.optim import lr_scheduler as sched
 
 from mbkit import GradScaler, ModelBatch
 from mbkit.optim import OptimizerFactory, select_scheduler
 from mbkit.optim.base import BatchOptimizer
-
-CHOSEN = [3, 1]
-
-
-def part_of(batch: ModelBatch, models: list[int] = CHOSEN) -> ModelBatch:
-    return ModelBatch([batch[m] for m in models])
-
-
-def step_part(optimizer: BatchOptimizer, batch: ModelBatch, models: list[int], steps: range) -> None:
-    for t in steps:
-        for p, g in zip(batch.parameters(), gradients(next(batch.parameters()).dtype, t), strict=True):
-            p.grad = None if g is None else g[models].clone()
-        optimizer.step()
 
 
 @grouped
@@ -51,9 +38,8 @@ def test_the_selected_go_on_as_in_the_wide_batch_and_alone(case: tuple[type, dic
     lones = [create_alone(cls, hyperparameters, models[m], m, in_groups) for m in CHOSEN]
     step_batch(optimizer, batch, range(5))
     optimizer.groups_of(1)[-1]["lr"] = 0.02
-    small = part_of(batch)
-    chosen = optimizer.select(CHOSEN, small)
-    step_part(chosen, small, CHOSEN, range(5, 10))
+    small, chosen = select(batch, optimizer)
+    step_batch(chosen, small, range(5, 10), CHOSEN)
     step_batch(optimizer, batch, range(5, 10))
     for i, (m, lone) in enumerate(zip(CHOSEN, lones, strict=True)):
         step_alone(lone, models[m], m, range(5))
@@ -85,9 +71,9 @@ def test_the_kernel_that_updates_a_model_stays(width: int, flags: object) -> Non
 
     for _ in range(3):
         both((optimizer, batch, slice(None)))
-    small = part_of(batch, [4, 2])
+    small = ModelBatch([batch[4], batch[2]])
     chosen = optimizer.select([4, 2], small)
-    one = part_of(small, [1])
+    one = ModelBatch([small[1]])
     last = chosen.select([1], one)
     for _ in range(20):
         both((optimizer, batch, slice(None)), (chosen, small, [4, 2]), (last, one, [2]))
@@ -107,7 +93,7 @@ def test_models_of_several_batches_go_on_in_one(case: tuple[type, dict], way: st
         batches.append(ModelBatch([models[m] for m in own]))
         numbers = {k: [v[m] for m in own] if isinstance(v, list) else v for k, v in hyperparameters.items()}
         optimizers.append(create(cls, numbers, batches[-1]))
-        step_part(optimizers[-1], batches[-1], own, range(steps))
+        step_batch(optimizers[-1], batches[-1], range(steps), own)
     merged = ModelBatch([model for batch in batches for model in batch.models])
     if way == "merge":
         optimizer = BatchOptimizer.merge(optimizers, merged)
@@ -124,7 +110,7 @@ def test_models_of_several_batches_go_on_in_one(case: tuple[type, dict], way: st
         for group in optimizer.param_groups:
             group["lr"] = 9.0
         optimizer.load_model_states(states)
-    step_part(optimizer, merged, [2, 0, 3, 1], range(6, 12))
+    step_batch(optimizer, merged, range(6, 12), [2, 0, 3, 1])
     for m, steps in ((2, range(12)), (0, range(12)), (3, range(6, 12)), (1, range(6, 12))):
         step_alone(create_alone(cls, hyperparameters, models[m], m), models[m], m, steps)
     assert largest_difference(merged, [models[m] for m in (2, 0, 3, 1)]) <= 1e-12
@@ -133,8 +119,7 @@ def test_models_of_several_batches_go_on_in_one(case: tuple[type, dict], way: st
 def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     _, batch, optimizer = start(optim.Adam, {"lr": [0.1, 0.2, 0.3, 0.4]})
     step_batch(optimizer, batch, range(2))
-    small = part_of(batch)
-    chosen = optimizer.select(CHOSEN, small)
+    small, chosen = select(batch, optimizer)
     before = chosen.get_model_states()
     with pytest.raises(IndexError, match="from 0 to 3, got 4"):
         optimizer.select([1, 4], small)
@@ -167,43 +152,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
 # ---------------------------------------------------------------------- schedulers and scalers
 
 
-def together(make_wide, make_alone, select) -> None:
-    """Half of the epochs in a batch of M, half in one of two; the lone schedulers are those of the chosen models."""
-    batch = ModelBatch(shapes(torch.float32))
-    optimizer = OptimizerFactory(optim.SGD, {"momentum": 0.9}).create_optimizer(batch, lr=[0.1, 0.03, 0.01, 0.003])
-    lone = [optim.SGD([nn.Parameter(torch.ones(1))], lr=lr, momentum=0.9) for lr in (0.003, 0.03)]
-    scheduler, alone = make_wide(optimizer), [make_alone(one, m) for one, m in zip(lone, CHOSEN, strict=True)]
-    for epoch in range(EPOCHS):
-        if epoch == EPOCHS // 2:
-            batch = part_of(batch)
-            optimizer = optimizer.select(CHOSEN, batch)
-            scheduler = select(scheduler, CHOSEN, optimizer)
-        optimizer.step()
-        step(scheduler, epoch)
-        for one, its in zip(lone, alone, strict=True):
-            one.step()
-            step(its, epoch)
-        if epoch >= EPOCHS // 2:
-            got = [(group["lr"], group["momentum"]) for group in optimizer.param_groups]
-            assert got == [(one.param_groups[0]["lr"], one.param_groups[0]["momentum"]) for one in lone]
-            assert scheduler.get_last_lr() == [its.get_last_lr()[0] for its in alone]
-    assert len(scheduler.optimizer.param_groups) == 2
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_one_scheduler_over_all_goes_on(name: str) -> None:
-    together(SCHEDULERS[name], lambda optimizer, m: SCHEDULERS[name](optimizer), select_scheduler)
-
-
-@pytest.mark.parametrize("cls", [cls for cls in CONFIGS if cls is not sched.ReduceLROnPlateau])
-def test_schedulers_of_single_models_go_on(cls: type) -> None:
-    together(
-        lambda optimizer: OptimizerFactory.create_lr_scheduler(optimizer, cls, CONFIGS[cls]),
-        lambda optimizer, m: cls(optimizer, **CONFIGS[cls][m]),
-        lambda schedulers, models, optimizer: schedulers.select(models, optimizer),
-    )
-
-
 def test_a_scheduler_that_was_not_stepped_yet_goes_on_without_a_word() -> None:
     _, batch, optimizer = start(optim.SGD, {"lr": 0.1})
     schedulers = [
@@ -211,7 +159,7 @@ def test_a_scheduler_that_was_not_stepped_yet_goes_on_without_a_word() -> None:
         OptimizerFactory.create_lr_scheduler(optimizer, sched.StepLR, {"step_size": 1}),
     ]
     step_batch(optimizer, batch, range(1))
-    chosen = optimizer.select(CHOSEN, part_of(batch))
+    _, chosen = select(batch, optimizer)
     for scheduler in schedulers:
         select_scheduler(scheduler, CHOSEN, chosen).step()
     assert [group["lr"] for group in chosen.param_groups] == pytest.approx([0.001] * 2)
@@ -230,8 +178,7 @@ def test_a_scaler_goes_on(begun: bool) -> None:
     optimizers = [optim.SGD(model.parameters(), lr=0.1) for model in alone]
     for t in range(8):
         if t == (3 if begun else 0):
-            batch = part_of(batch)
-            optimizer, scaler = optimizer.select(CHOSEN, batch), scaler.select(CHOSEN)
+            (batch, optimizer), scaler = select(batch, optimizer), scaler.select(CHOSEN)
         numbers = list(range(M)) if batch.num_models == M else CHOSEN
         bad = {(2, 1), (4, 3)}
         losses = batch(torch.ones(1, 2)).flatten(1).sum(1) * torch.tensor(
