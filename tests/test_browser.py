@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -110,13 +111,16 @@ def page(request):
 
 
 def open_and_run(lab, page, cells, frontend="jupyterlab"):
-    """Open a notebook of these code cells, and run them."""
+    """Open a notebook, or one of these code cells, and run it."""
     if importlib.util.find_spec(frontend) is None:
         pytest.skip(f"{frontend} is not installed")
     root, address = lab
-    cells = [nbformat.v4.new_code_cell(source) for source in cells]
     name = f"{frontend}-{time.time_ns()}.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=PYTHON), root / name)
+    if isinstance(cells, Path):
+        shutil.copy(cells, root / name)
+    else:
+        cells = [nbformat.v4.new_code_cell(source) for source in cells]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=PYTHON), root / name)
     page.goto(f"{address}/{PAGES[frontend].format(name)}")
     if frontend != "voila":
         run_all(page)
@@ -234,6 +238,18 @@ def test_every_control_answers_to_keyboard_and_mouse_while_it_trains(lab, page, 
         page.get_by_role("button", name="Step").click()
         page.wait_for_function(STATE, arg="paused")
         page.wait_for_function("() => document.querySelector('.mbkit-status').dataset.step === '1'")
+
+
+def test_the_lesson_of_the_published_table_runs_and_its_causes_can_be_taken_away(lab, page):
+    open_and_run(lab, page, ROOT / "notebooks" / "02_stale_gradients.ipynb")
+    explorer = Explorer(page)
+    explorer.settled()
+    assert (explorer["verdict"], explorer["largest-difference"]) == ("DIVERGENT", "9.3%")
+    for name, value in {"gradients": "cleared", "weights": "same", "order": "same"}.items():
+        before = int(explorer["generation"])
+        page.locator(f'.widget-dropdown:has(label:text-is("{name}")) select').select_option(value)
+        explorer.settled(before)
+    assert (explorer["verdict"], explorer["faults"]) == ("CONSISTENT", "none")
 
 
 def test_a_click_on_the_map_moves_the_mark_and_the_zoom_follows_the_edge(lab, page):

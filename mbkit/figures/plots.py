@@ -84,6 +84,7 @@ def differences(
     axes.set(yscale="log", xlabel="step", ylabel=f"largest {quantity} difference")
     axes.set_ylim(10.0 ** (low - 0.5), 10.0 ** (high + 0.5))
     axes.minorticks_off()
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_yticks([10.0**tick for tick in ticks], ["0", *("10" + str(tick).translate(RAISED) for tick in ticks[1:])])
     axes.legend(fontsize=8, frameon=False, loc="best", ncols=1 if len(named) <= 4 else 2)
     tidy(axes, title=title)

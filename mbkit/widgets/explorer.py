@@ -156,7 +156,8 @@ class Explorer(ipw.VBox):
         facts = self._facts() if worker.drawn else {}
         data = {"state": state, "generation": worker.generation, "drawn": worker.drawn, **facts}
         attributes = " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in data.items())
-        said = html.escape(", ".join(f"{name.replace('-', ' ')}: {value}" for name, value in facts.items()))
+        said = [f"{name.replace('-', ' ')}: {str(value).removesuffix('.')}" for name, value in facts.items()]
+        said = html.escape(", ".join(said))
         if worker.error is not None:
             said = f"<b>{type(worker.error).__name__}</b>: {html.escape(str(worker.error))}"
         dead = '<b class="mbkit-dead">the kernel has ended, run the cell again</b>'
