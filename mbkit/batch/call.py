@@ -45,7 +45,7 @@ from .kept import kept_by, turns_in_parts
 from .memory import Memory
 from .stack import may_keep
 
-__all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models", "kept_attributes"]
+__all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models"]
 
 # Errors that can be raised again under the same name with a longer text.
 PLAIN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
@@ -222,13 +222,8 @@ def attempt(
         in_dims = [0] * len(kept) + [None if shared else 0] * len(places)
         results = at_once(context, one_model, tensors, in_dims)
         output, after, new = materialize(seen[0], [t.contiguous() if is_folded(t) else t for t in results])
-    return output, after, kept_attributes(after, [*attributes, *new])
-
-
-def kept_attributes(after: State, stacked: list[Tensor]) -> list[Tensor]:
-    """Return those of the stacked tensors that still stand in plain attributes."""
-    held = set(map(id, tensors_in({key: value for key, value in after.items() if key[1] == "__dict__"})))
-    return [t for t in stacked if id(t) in held]
+    standing = set(map(id, tensors_in({key: value for key, value in after.items() if key[1] == "__dict__"})))
+    return output, after, [t for t in (*attributes, *new) if id(t) in standing]
 
 
 def at_once(

@@ -16,7 +16,6 @@ from .in_turn import edits_in_place, model_by_model
 from .layout import check_edit
 from .per_model import PerModel
 from .registry import PER_MODEL, RULES, RULES_WHEN_TRACED, Pass
-from .rules.settings import with_numbers
 
 __all__ = ["RuleMode"]
 
@@ -66,8 +65,7 @@ class RuleMode(TorchFunctionMode):
     def _apply_rule(self, function: Any, args: tuple, kwargs: dict) -> Any:
         rules = [RULES_WHEN_TRACED.get(function), RULES.get(function)] if self.models.traced else [RULES.get(function)]
         if self.models.per_model_settings and PER_MODEL.isdisjoint(rules) and _has_per_model(args, kwargs):
-            result = with_numbers(self.models, function, args, kwargs)
-            return model_by_model(self.models, function, args, kwargs) if result is NotImplemented else result
+            return model_by_model(self.models, function, args, kwargs)
         for rule in rules:
             result = NotImplemented if rule is None else rule(self.models, function, args, kwargs)
             if result is not NotImplemented:

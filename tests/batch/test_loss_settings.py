@@ -131,6 +131,18 @@ def test_losses_and_gradients_are_those_of_each_model_by_itself(batch: ModelBatc
             close(gradient[m], torch.autograd.grad(expected, lone)[0][m], 1e-13, f"gradient of model {m}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_numbers_are_as_exact_as_alone_in_every_dtype(batch: ModelBatch, dtype: torch.dtype) -> None:
+    def loss_fn(out: Tensor, y: Tensor, beta: float) -> Tensor:
+        scaled, shifted = (beta * out).double(), (out / (1 + beta) - beta).double()
+        return scaled.square().mean() + shifted.abs().mean() + (y * beta).double().mean()
+
+    out, y = outputs().detach().to(dtype), torch.randint(K, (B,))
+    losses = batch.compute_loss(out, y, loss_fn, "none", loss_settings={"beta": RATES})
+    for m, rate in enumerate(RATES):
+        close(losses[m], loss_fn(out[m], y, rate), 1e-6)
+
+
 def test_a_model_at_nan_is_no_reason_to_run_model_by_model(batch: ModelBatch) -> None:
     out, y = outputs().detach(), torch.randint(K, (B,))
     out[1] = torch.nan

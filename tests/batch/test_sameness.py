@@ -1,8 +1,7 @@
-"""Models that only look different are taken, and what each keeps for itself in plain attributes stays its own."""
+"""Models that only look different are taken, and a table that they share stays one."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Callable
@@ -86,46 +85,20 @@ def test_a_rate_may_be_written_as_a_whole_number(first: float) -> None:
     assert [batch[m][1].p for m in range(2)] == [first, 0.25]
 
 
-# ------------------------------------------------------------------ plain attributes that are tensors
-class Plain(nn.Module):
-    """Keeps a tensor in a plain attribute, and may change it."""
-
-    def __init__(self, habit: str, value: Tensor) -> None:
+class Reads(nn.Module):
+    def __init__(self, table: Tensor) -> None:
         super().__init__()
-        self.fc, self.habit, self.t, self.none = nn.Linear(3, 2), habit, value, None
+        self.fc, self.table = nn.Linear(3, 2), table
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.fc(x)
-        if self.habit == "assigns":
-            self.t = self.t * 0.5 + y.detach().mean()
-        if self.habit == "edits":
-            self.t += y.detach().mean()
-        if self.habit == "fills":
-            self.none = y.detach().sum() + (0 if self.none is None else self.none)
-            return y * self.none
-        return y * self.t
-
-
-@pytest.mark.parametrize("habit", ["reads", "assigns", "edits", "fills"])
-@pytest.mark.parametrize("alike", [True, False])
-def test_a_tensor_in_a_plain_attribute_is_each_models_own(habit: str, alike: bool) -> None:
-    models = [Plain(habit, torch.tensor(2.0 if alike else 2.0 + m)) for m in range(3)]
-    batch = ModelBatch(copy.deepcopy(models))
-    for _ in range(3):
-        x = torch.randn(4, 3)
-        got = batch(x)
-        for m, model in enumerate(models):
-            torch.testing.assert_close(got[m], model(x))
-    for m, model in enumerate(models):
-        torch.testing.assert_close(batch[m].t, model.t)
-        assert (batch[m].none is None) == (model.none is None)
+        return self.fc(x) * self.table
 
 
 def test_a_table_that_all_models_share_stays_one() -> None:
     table = torch.randn(2)
-    models = [Plain("reads", table) for _ in range(3)]
+    models = [Reads(table) for _ in range(3)]
     batch = ModelBatch(models)
-    assert context_of(batch).template.t.shape == (2,)
+    assert context_of(batch).template.table.shape == (2,)
     got = batch(X)
     for m, model in enumerate(models):
         torch.testing.assert_close(got[m], model(X))
