@@ -28,6 +28,17 @@ def _plateau(optimizer):
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
 
 
+class Short(list):
+    """Batches that understate their number."""
+
+    def __len__(self):
+        return 2
+
+
+def _halving(optimizer):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
 # What is wrong -> (error, what it says, what to pass instead of the right thing).
 REFUSED_BY_BOTH = {
     "no epochs": (ValueError, "at least 1 as epochs", lambda: {"epochs": 0}),
@@ -42,6 +53,11 @@ REFUSED_BY_BOTH = {
     "another rhythm": (ValueError, "scheduler_every", lambda: {"scheduler_every": "batch"}),
     "no scheduler": (TypeError, "callable that makes", lambda: {"scheduler": 0.1}),
     "a callable of something else": (TypeError, "callable that makes", lambda: {"scheduler": lambda optimizer: 0.1}),
+    "a length that is too short": (
+        ValueError,
+        r"Expected 2 batches in epoch 0, as len\(batches\) says, got 4",
+        lambda: {"batches": Short(points()), "scheduler": _halving},
+    ),
     "a plateau": (TypeError, "ReduceLROnPlateau", lambda: {"scheduler": _plateau}),
 }
 REFUSED_BY_FIT = {
