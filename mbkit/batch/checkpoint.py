@@ -19,7 +19,7 @@ __all__ = ["CanSave", "load_streams"]
 
 State = Mapping[str, Tensor]
 
-# In a batch's state_dict: the seeds, and the random streams' states, one entry a device; and which models are frozen.
+# In a batch's state_dict: the seeds, the random streams' states with one entry per device, and the frozen models.
 _STREAMS = "mbkit_streams."
 _FROZEN = "frozen"
 _FILE = "models.safetensors"

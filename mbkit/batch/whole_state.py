@@ -63,7 +63,7 @@ def _is_plain(leaf: Any) -> bool:
 
 
 def load_whole(batch: Any, saved: Mapping[str, Any]) -> None:
-    """Load what `save_whole` returned; whoever calls takes a `snapshot` before.
+    """Load what `save_whole` returned; the caller takes a `snapshot` before.
 
     Raises:
         ValueError: it belongs to other models, or to another number of them.

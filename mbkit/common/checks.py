@@ -202,7 +202,7 @@ def flag(value: Any, name: str) -> bool:
 def open_mappings(tree: Any) -> Any:
     """Return `tree`, once torch's tree functions know how to walk through the mappings in it that are not dicts.
 
-    To them a `UserDict`, which a tokenizer's output is, would be one opaque object, and the tensors in it nobody's.
+    To them a `UserDict`, which a tokenizer's output is, would be one opaque object, whose tensors would be missed.
     """
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Mapping):

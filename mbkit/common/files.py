@@ -22,7 +22,7 @@ from torch import Tensor
 
 try:
     import fcntl
-except ImportError:  # Windows, where what a killed process left behind stays until somebody removes it
+except ImportError:  # Windows, where what a killed process left behind stays until it is removed by hand
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["describe", "read_tree", "temporary", "write_bytes", "write_tree"]

@@ -57,7 +57,7 @@ class Progress(AbstractContextManager):
 def _make_bar(total: int | None, label: str) -> tuple[Any, Any]:
     """Return a bar of tqdm's, and the notebook's output that it is shown in; None for what there is not."""
     how = {"total": total, "desc": label or None, "unit": "step", "leave": False, "mininterval": 0}
-    ipython = sys.modules.get("IPython")  # a kernel has imported it long ago; nobody else should pay for it
+    ipython = sys.modules.get("IPython")  # a kernel has imported it already; elsewhere its import is not worth the time
     if hasattr(ipython and ipython.get_ipython(), "kernel"):
         try:
             import ipywidgets  # noqa: F401  # of which tqdm's bar is made

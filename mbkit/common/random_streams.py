@@ -55,7 +55,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-_QUIET = 3  # uses after which nobody swaps Python's and numpy's states any longer, which takes half a millisecond
+_QUIET = 3  # uses without a draw after which Python's and numpy's states are no longer swapped: it takes 0.5 ms
 
 
 class OwnDraws:

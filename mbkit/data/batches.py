@@ -22,7 +22,7 @@ class Batches:
     DataLoader's, the order comes from a generator of its own: it neither reads nor moves torch's or numpy's global
     ones, so a model's random draws never change the data it sees. Batches are gathered on the data's device.
 
-    With a seed a model, or subsets, each model has batches of its own, `[M, B, ...]`, for a ModelBatch with
+    With one seed per model, or subsets, each model has batches of its own, `[M, B, ...]`, for a ModelBatch with
     `shared_input=False`: model m sees what `Batches(inputs[subsets[m]], targets[subsets[m]], ..., seed=seed[m])` shows
     it alone. Nothing but the M batches is copied: each is one gather from the one data set.
 
@@ -100,7 +100,7 @@ class Batches:
         self._epoch = whole_number(epoch, "epoch", least=0)
 
     def order(self, epoch: int) -> Tensor:
-        """Return the examples in the order of `epoch`: `[N]`, or one row a model, `[M, n]`; int64, on the CPU."""
+        """Return the examples in the order of `epoch`: `[N]`, or one row per model, `[M, n]`; int64, on the CPU."""
         places = np.empty((len(self._seeds), self._size), dtype=np.int64)
         for row, seed in zip(places, self._seeds, strict=True):
             row[:] = np.arange(self._size)

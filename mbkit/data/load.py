@@ -105,7 +105,7 @@ class ImageData:
     ) -> Batches:
         """Return the training set in shuffled batches, normalized to mean 0 and standard deviation 1 a channel.
 
-        With a seed a model, or subsets `[M, n]`, each model has its own; see `Batches`.
+        With one seed per model, or subsets `[M, n]`, each model has its own; see `Batches`.
         """
         transform = self._normalizer(dtype)
         return Batches(self.images, self.labels, batch_size, seed=seed, transform=transform, subsets=subsets)
@@ -125,7 +125,7 @@ def load_digits() -> ImageData:
 
     Each pixel (0 to 16) becomes a 4 x 4 square of one gray, the same in all channels. In the file's order one writer
     follows another: the first 1,415 images are the training set, and the last 382, by the last three of the fourteen
-    groups that scikit-learn's course tells apart, are the test set, so that nobody wrote for both.
+    groups that scikit-learn's course tells apart, are the test set, so that no writer is in both.
     """
     with np.load(shipped("digits.npz"), allow_pickle=False) as stored:
         small, labels = torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]).long()

@@ -62,7 +62,7 @@ def fit(
     Args:
         batch: a ModelBatch of M models. It is put into train mode unless it is, so parts in eval mode stay so.
         optimizer: from OptimizerFactory, or anything with zero_grad() and step() over the batch's parameters.
-        batches: an iterable of (inputs, targets), walked through once an epoch; its set_epoch(e), or its sampler's, is
+        batches: an iterable of (inputs, targets), walked through once per epoch; its set_epoch(e), or its sampler's, is
             called first. Inputs and targets are [B, ...], or [M, B, ...] as the batch expects; a tuple of inputs is
             spread over the model's arguments, a dict over their names. Tensors are moved to the models' device.
         loss_fn: one model's outputs and targets to one number.
@@ -72,7 +72,7 @@ def fit(
         first_epoch: the first epoch's number, to go on where an earlier run ended: with the next epoch's order.
         scheduler: an lr scheduler of this optimizer, or a callable that makes one from it.
         scheduler_every: "epoch" or "step".
-        max_norm: clip each model's gradient to this norm; one number or one a model.
+        max_norm: clip each model's gradient to this norm; one number or one per model.
         shared_targets: as in ModelBatch.compute_loss, where the targets' shape could mean both.
         on_nonfinite: what to do with a model whose loss or gradient is not finite, before that update is made:
             "freeze" stops it (see ModelBatch.freeze; the History says when), "raise" ends the run, None does nothing.
@@ -161,7 +161,7 @@ def train_steps(
     scheduler_every: str = "epoch",
     **options: Any,
 ) -> Iterator[Step]:
-    """Train as `fit` does, but yield a Step after each update: whoever draws the Steps can pause between them.
+    """Train as `fit` does, but yield a Step after each update: the caller can pause between them.
 
     Args: as for `fit`; `options` are max_norm, shared_targets, on_nonfinite, chunk_size, compile, loss_settings. All
         are checked at once, training starts with the first `next`.

@@ -1,4 +1,4 @@
-"""A whole run in one file: saved at any step, restored to the same bits, or refused without a trace."""
+"""A whole run in one file: saved at any step, and restored to the same bits; a refused one changes nothing."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def save_run(
     leaves the old run or the new one. It is written without pickle, with a checksum.
 
     Args:
-        folder: made if need be.
+        folder: created if it does not exist.
         batch, optimizer: the ModelBatch and its optimizer.
-        scheduler, scaler: what else has a state_dict(), or None.
+        scheduler, scaler: saved by their state_dict(); None for none.
         batches: a `PositionedBatches` to go on with in the middle of an epoch; without it, save between epochs.
         notes: numbers, texts and tensors of your own, in lists and dicts, that `load_run` returns: the epoch, say.
 
     Raises:
-        TypeError: a state with something else than tensors, numbers and texts, which is named.
-        OSError: a folder that cannot be written, or a full disk; an older file is as it was.
+        TypeError: a state holds something else than tensors, numbers and texts; the error names it.
+        OSError: the folder cannot be written, or the disk is full; an older file stays as it was.
 
     Example:
         >>> import tempfile
@@ -85,9 +85,9 @@ def load_run(
     scaler: Any = None,
     batches: Any = None,
 ) -> Any:
-    """Restore what `save_run` saved, to the same bits, into a batch, an optimizer and so on that were made alike.
+    """Restore what `save_run` saved, to the same bits, into a batch, optimizer and so on that were made the same way.
 
-    All is checked first; what is refused changes nothing.
+    Everything is checked first; a run that is refused changes nothing.
 
     Args: as for `save_run`.
 
@@ -140,7 +140,7 @@ def _kind(part: Any) -> str:
     """Return what a part is, in words: its class, and the classes of what it is made for or of."""
     of = getattr(part, "optimizer_cls", None)
     inner = sorted({type(one).__name__ for one in part}) if isinstance(part, list) else [of.__name__] if of else []
-    name = "no one" if part is None else type(part).__name__
+    name = "None" if part is None else type(part).__name__
     return f"{name} of {', '.join(inner)}" if inner else name
 
 
@@ -241,7 +241,7 @@ def _of_loss(options: StepOptions, num_models: int) -> dict[str, list[Any]]:
 
 def _columns(steps: Sequence[Step]) -> dict[str, Any]:
     """Return Steps as columns; what some of them lack is left out, as a History leaves it out."""
-    nobody = torch.zeros(len(steps[0].losses), dtype=torch.bool, device=steps[0].losses.device)
+    none_frozen = torch.zeros(len(steps[0].losses), dtype=torch.bool, device=steps[0].losses.device)
     accuracy = [step.accuracy for step in steps if step.accuracy is not None]
     return {
         "epoch": [step.epoch for step in steps],
@@ -249,7 +249,7 @@ def _columns(steps: Sequence[Step]) -> dict[str, Any]:
         "how": [step.how for step in steps],
         "losses": torch.stack([step.losses for step in steps]),
         "accuracy": torch.stack(accuracy) if len(accuracy) == len(steps) else None,
-        "frozen": torch.stack([nobody if step.frozen is None else step.frozen for step in steps]),
+        "frozen": torch.stack([none_frozen if step.frozen is None else step.frozen for step in steps]),
     }
 
 

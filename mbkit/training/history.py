@@ -1,4 +1,4 @@
-"""What a training run leaves behind: one Step a step, and the History that they add up to."""
+"""What a training run leaves behind: a Step for each update, and the History of all of them."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class History(Tables):
         return f"History: {counted[0]}, {counted[1]} in {counted[2]}, {self.seconds:.3g} s{end}"
 
     def _rows(self) -> list[list[str]]:
-        """A header and a row a model: its first and last loss, and its last epoch's mean accuracy."""
+        """A header and one row per model: its first and last loss, and its last epoch's mean accuracy."""
         header, last = ["model", "steps", "first loss", "last loss"], self.final()["loss"]
         accuracy = self.by_epoch()["accuracy"] if self.steps else None
         if accuracy is not None:

@@ -83,7 +83,7 @@ def check_batches(batches: Any, walks: int) -> None:
     # An iterator that knows its length is most likely a hand-written loader that starts again in __iter__.
     if walks > 1 and isinstance(batches, Iterator) and not hasattr(batches, "__len__"):
         raise TypeError(
-            f"Expected batches that can be walked through {walks} times (once an epoch, and once a model where they "
+            f"Expected batches that can be walked through {walks} times (once per epoch, and once per model where they "
             f"train alone), got a {type(batches).__name__}, which is used up after once: pass a DataLoader, or "
             "list(batches)."
         )
@@ -171,7 +171,7 @@ def goes_on(answer: Any) -> bool:
     """Say whether training goes on after a callback's answer: unless it is False, also as torch's or NumPy's False.
 
     Raises:
-        TypeError: several truth values, of which nobody knows whether all or any of them are meant.
+        TypeError: several truth values: it is not clear whether all or any of them are meant.
 
     Example:
         >>> goes_on(None), goes_on(torch.tensor(1.0) > 2)

@@ -94,7 +94,7 @@ class Recording:
         return go_on and not self.interrupted
 
     def __enter__(self) -> Recording:
-        # Only the main thread gets signals, and whoever handles them in a way of their own goes on doing so.
+        # Only the main thread gets signals, and a handler that the user has set stays.
         if threading.current_thread() is threading.main_thread():
             for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
                 if signal.getsignal(number) is usual:

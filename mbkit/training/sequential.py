@@ -135,7 +135,7 @@ class LoneTrainer:
         scheduler: a callable that makes an lr scheduler from the optimizer, or None.
 
     Attributes:
-        optimizer, schedule: of this model; whoever trains steps the schedule.
+        optimizer, schedule: of this model; the caller steps the schedule.
         draws: the random state.
 
     Example:

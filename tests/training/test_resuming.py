@@ -260,7 +260,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another optimizer": ({"cls": torch.optim.Adam}, "Expected the optimizer .*SGD.* got .*Adam|hyperparameters"),
     "more models": ({"count": 5}, "hyperparameters|Expected a run of 5 models, got one of 4"),
-    "a scheduler": ({"scheduler": lambda o: LR.ExponentialLR(o, 0.5)}, "Expected the scheduler no one, .* got Exp"),
+    "a scheduler": ({"scheduler": lambda o: LR.ExponentialLR(o, 0.5)}, "Expected the scheduler None, .* got Exp"),
     "clipping": ({"max_norm": 1.0}, "Expected max_norm=None, as in the run saved in .*, got 1.0: call fit as before"),
     "the loss": (
         {"loss_settings": {"label_smoothing": [0.1, 0.0, 0.0, 0.0], "weight": torch.ones(3)}},
