@@ -123,14 +123,16 @@ class LearningRates(Live):
         self._animate(curves, chosen, median, dots, lost, _ring(self.right), _caption(self.left))
         above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2, "borderpad": 0.2, "columnspacing": 1}
         self.right.legend(handles=[median, lost], fontsize=8, frameon=False, **above)
-        self._ends: tuple[float, float] | None = None  # of the loss axes
 
     def update(self, loss: Tensor, highlight: int | None = None) -> None:
         """Show `loss` [t, M], the first t steps, and mark the model `highlight`."""
         curves, chosen, median, dots, lost, ring, count = self.artists
         loss = loss.detach().cpu().double()
         gone, shown = diverged(loss, self.window), smooth(loss, self.window)  # [t, M]; what diverges leaves at the top
-        self._scale(shown.nan_to_num(nan=math.inf).min().item(), ceiling(loss))
+        if self._background is None:  # the first time: what the losses' axes end with depends on the first losses only
+            self.left.set_ylim(0, ceiling(loss))
+            most = ceiling(loss) if self.accuracy is None else min(100.0, 120 * self.accuracy.max().item())
+            self.right.set_ylim(0, most)
         steps = torch.arange(1, len(shown) + 1, dtype=torch.float64)
         lines = torch.stack([steps[:, None].expand_as(shown), shown], -1).transpose(0, 1)  # [M, t, 2]
         curves.set_segments(list(lines.numpy()))
@@ -149,15 +151,6 @@ class LearningRates(Live):
         count.set_text(
             f"{self.title}step {len(loss)} of {self.steps}, {int(gone.sum())} of {len(gone)} models diverged"
         )
-
-    def _scale(self, low: float, top: float) -> None:
-        """Set the axes' ends, and set them again, with room to spare, where the losses have sunk below."""
-        if self._ends is None or low < self._ends[0]:
-            bottom = 0.0 if low < 0.4 * top else low - 0.3 * (top - low)
-            self._ends, self._background = (min(bottom, top / 2), top), None
-            self.left.set_ylim(self._ends)
-            most = 1.0 if self.accuracy is None else self.accuracy.max().item()
-            self.right.set_ylim(self._ends if self.accuracy is None else (0, min(100.0, 120 * most)))
 
 
 class RateMap(Live):
