@@ -43,6 +43,14 @@ def makes_tensors(out: Tensor, y: Tensor, beta: float) -> Tensor:
     return (out * filled).sum() + (out.clamp(min=beta) * listed).sum() - 2**beta * (1 - beta) // 0.3
 
 
+def arithmetic(out: Tensor, y: Tensor, beta: float) -> Tensor:
+    """A number on either side, as an operator and a function, of other types too."""
+    half, whole = out.bfloat16(), y - 1
+    sums = beta * out + out / (1 + beta) - (out - beta) * (beta - out) + torch.mul(out, beta).add(beta).sub(2 * beta)
+    rest = torch.sub(out, beta, alpha=2) * (beta + out.float()).mean() + (whole * beta + whole / (beta + 3)).mean()
+    return (sums + rest).mean() + (half * beta + beta - half / (beta + 3)).double().mean()
+
+
 def dropped(out: Tensor, y: Tensor, p: float) -> Tensor:
     return F.cross_entropy(F.dropout(out, p), y)
 
@@ -97,6 +105,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {  # as giv
         [{"gamma": w[0].item(), "weight": w} for w in WEIGHTS],
     ),
     "numbers made tensors": (makes_tensors, {"beta": RATES}, [{"beta": r} for r in RATES]),
+    "arithmetic": (arithmetic, {"beta": RATES}, [{"beta": r} for r in RATES]),
     "random numbers": (dropped, {"p": RATES}, [{"p": r} for r in RATES]),
     "outside torch": (outside, {"beta": RATES}, [{"beta": r} for r in RATES]),
     "branches": (branches, {"beta": RATES}, [{"beta": r} for r in RATES]),

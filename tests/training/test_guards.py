@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 
 from mbkit import ModelBatch, OptimizerFactory, fit
+from mbkit.training.compiled import CompiledStep
 from mbkit.training.options import StepOptions
+from tests.oracle import train_alone
 
 M, B = 4, 6
 RATES = [0.01 * (m + 1) for m in range(M)]
@@ -398,13 +400,8 @@ def test_tracing_leaves_no_trace(compiled, change):
         history = fit(batch, optimizer, data, make(), compile=True, chunk_size=None, progress=False)
     for m, model in enumerate(models):
         reset()
-        loss_fn, lone = make(), torch.optim.SGD(model.parameters(), lr=RATES[m])
-        for i, (x, y) in enumerate(data):
-            lone.zero_grad()
-            loss = loss_fn(model(x), y)
-            loss.backward()
-            lone.step()
-            torch.testing.assert_close(history.loss[i, m], loss.detach(), rtol=1e-9, atol=1e-12)
+        losses = train_alone([model], data, loss_fn=make(), seeds=None, configs={"lr": RATES[m]})
+        torch.testing.assert_close(history.loss[:, m : m + 1], losses, rtol=1e-9, atol=1e-12)
     assert not compiled
 
 
@@ -421,13 +418,8 @@ def test_each_model_draws_as_alone_after_a_traced_call(compiled, generator):
     assert "uncompiled" in "".join(str(w.message) for w in caught)
     for m, model in enumerate(models):
         generator.seed(m)
-        loss_fn, lone = draw_of(generator), torch.optim.SGD(model.parameters(), lr=RATES[m])
-        for i, (x, y) in enumerate(data):
-            lone.zero_grad()
-            loss = loss_fn(model(x), y)
-            loss.backward()
-            lone.step()
-            torch.testing.assert_close(history.loss[i, m], loss.detach(), rtol=1e-9, atol=1e-12)
+        losses = train_alone([model], data, loss_fn=draw_of(generator), seeds=None, configs={"lr": RATES[m]})
+        torch.testing.assert_close(history.loss[:, m : m + 1], losses, rtol=1e-9, atol=1e-12)
 
 
 @functools.cache
@@ -450,8 +442,6 @@ def test_an_error_while_tracing_undoes_what_the_call_had_changed(compiled):
         return mse_loss(outputs, targets) * outputs.sum().item()
 
     batch = ModelBatch([nn.Linear(3, 2).double() for _ in range(M)])
-    from mbkit.training.compiled import CompiledStep
-
     step = CompiledStep(batch, OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1), StepOptions(loss_fn))
     assert step.attempt(*batches(1)[0]) is None
     assert step.reason
