@@ -67,14 +67,7 @@ class Chunks:
         self.bytes_each, self.how = 0, ""
         self._memory_is_short = self._has_stepped = False
         self._rows: dict[int, tuple[Tensor, int, dict]] = {}  # by the id of a tensor of the whole batch
-        self._steady: dict[tuple[int, int], dict] = {}  # by chunk; see batch.call.Memory
-
-    def __iter__(self) -> Iterator[tuple[int, int, CallContext]]:
-        """Yield (first model, the one after the last, chunk)."""
-        stop = 0
-        while stop < self.num_models:
-            start, stop = stop, min(stop + self._first_size, self.num_models)
-            yield start, stop, self._chunk(start, stop)
+        self._steady: dict[int, dict] = {}  # by a chunk's first model; see `Memory`
 
     @property
     def _first_size(self) -> int:
@@ -110,10 +103,10 @@ class Chunks:
                 losses, outputs = self._one_by_one(x, y, options, gradients)
             else:
                 parts = []
-                for start, stop, chunk, out in self._calls(x, batch.shared_input, options.loss_fn):
-                    parts.append((self._losses(chunk, out, y, options, slice(start, stop)), detach(out)))
+                for models, chunk, out in self._calls(x, batch.shared_input, options.loss_fn):
+                    parts.append((self._losses(chunk, out, y, options, models), detach(out)))
                     if chunk is not context:
-                        gradients.take(chunk.template.parameters(), slice(start, stop))
+                        gradients.take(chunk.template.parameters(), models)
                 losses, outputs = join_outputs(parts)
         except BaseException as error:
             gradients.drop()
@@ -170,28 +163,31 @@ class Chunks:
 
     def _calls(
         self, x: Any, shared_input: bool, loss_fn: Callable | None = None
-    ) -> Iterator[tuple[int, int, CallContext, Any]]:
-        """Call chunk after chunk; yield (first model, the one after the last, chunk, outputs), and keep its state."""
-        whole, after, sizes, inputs = context_of(self.batch), [], [], open_mappings(arguments(x))
+    ) -> Iterator[tuple[slice, CallContext, Any]]:
+        """Call chunk after chunk; yield (models, chunk, outputs), and keep what the calls have assigned anew."""
+        whole, inputs = context_of(self.batch), open_mappings(arguments(x))
         if self._first_size >= self.num_models:
             self.how = "all models at once"
-            yield 0, self.num_models, whole, self._measured(whole, *inputs, shared_input)
+            yield slice(self.num_models), whole, self._measured(whole, *inputs, shared_input)
             return
-        before = read_state(whole.template)
         if not shared_input:
-            check_inputs(tree_leaves(inputs), whole.num_models)
-        self.how = ""
-        with kept_by(whole, loss_fn).in_parts(whole.num_models) as part:
-            for start, stop, chunk in self:
-                self.how = self.how or self._words()
-                with part(slice(start, stop)):
+            check_inputs(tree_leaves(inputs), self.num_models)
+        before, after, sizes, stop = read_state(whole.template), [], [], 0
+        self.how = "in chunks"  # the first call chooses the size
+        if self.size is not None:
+            short = ", because memory is short" if self._memory_is_short else ""
+            self.how = "one by one" if self.size == 1 else f"in chunks of {self.size}{short}"
+        with kept_by(whole, loss_fn).in_parts(self.num_models) as part:
+            while stop < self.num_models:
+                models = slice(stop, min(stop + self._first_size, self.num_models))
+                chunk, stop = self._chunk(models), models.stop
+                with part(models):
                     given = read_state(chunk.template)
-                    own = partial(_rows_of, start=start, stop=stop)
-                    args, kwargs = inputs if shared_input else tree_map_only(Tensor, own, inputs)
-                    yield start, stop, chunk, self._measured(chunk, args, kwargs, shared_input)
+                    args, kwargs = inputs if shared_input else tree_map_only(Tensor, partial(_rows, models), inputs)
+                    yield models, chunk, self._measured(chunk, args, kwargs, shared_input)
                     now = read_state(chunk.template)
                     after.append({key: value for key, value in now.items() if value is not given.get(key)})
-                    sizes.append(stop - start)
+                    sizes.append(chunk.num_models)
         keep_state(whole, before, after, sizes)
 
     def _measured(self, chunk: CallContext, args: tuple, kwargs: dict, shared_input: bool) -> Any:
@@ -217,40 +213,36 @@ class Chunks:
         size = max(1, min(size, room))
         return -(-self.num_models // -(-self.num_models // size))  # chunks of one size, or nearly
 
-    def _words(self) -> str:
-        if self.size is None:  # the first call, which chooses it
-            return "in chunks"
-        short = ", because memory is short" if self._memory_is_short else ""
-        return "one by one" if self.size == 1 else f"in chunks of {self.size}{short}"
-
-    def _chunk(self, start: int, stop: int) -> CallContext:
+    def _chunk(self, models: slice) -> CallContext:
         whole = context_of(self.batch)
         tensors = [*whole.template.parameters(), *whole.template.buffers(), *whole.attributes]
-        own = {id(t): self._row(t, start, stop) for t in tensors}
-        frozen = None if whole.frozen is None else whole.frozen[start:stop]
+        own = {id(t): self._row(t, models) for t in tensors}
+        frozen = None if whole.frozen is None else whole.frozen[models]
         return replace(
             whole,
-            template=copy_module(whole.template, own, slice(start, stop), alone=True),
+            template=copy_module(whole.template, own, models, alone=True),
             attributes=[own[id(t)] for t in whole.attributes],
-            num_models=stop - start,
-            streams=whole.streams.part(start, stop),
+            num_models=models.stop - models.start,
+            streams=whole.streams.part(models.start, models.stop),
             frozen=frozen if frozen is not None and frozen.any() else None,
-            steady=self._steady.setdefault((start, stop), {}),
+            steady=self._steady.setdefault(models.start, {}),
         )
 
-    def _row(self, tensor: Tensor, start: int, stop: int) -> Tensor:
-        """Return the chunk's rows of a tensor: always the same object, for as long as the tensor is the same."""
+    def _row(self, tensor: Tensor, models: slice) -> Tensor:
+        """Return a chunk's rows of a tensor: always the same object, for as long as the tensor is the same."""
         if tensor.layout is not torch.strided:  # a constant such as a graph's edges; its rows have no address to share
-            return tensor.detach().index_select(0, torch.arange(start, stop, device=tensor.device))
+            numbers = torch.arange(models.start, models.stop, device=tensor.device)
+            return tensor.detach().index_select(0, numbers)
         known, pointer, rows = self._rows.get(id(tensor), (None, 0, {}))
         if known is not tensor or pointer != tensor.data_ptr():
             rows = {}
             self._rows[id(tensor)] = (tensor, tensor.data_ptr(), rows)
-        if (start, stop) not in rows:
-            row = tensor.detach()[start:stop]
+        key = models.start, models.stop
+        if key not in rows:
+            row = tensor.detach()[models]
             is_parameter = isinstance(tensor, nn.Parameter)
-            rows[start, stop] = nn.Parameter(row, requires_grad=tensor.requires_grad) if is_parameter else row
-        return rows[start, stop].requires_grad_(tensor.requires_grad and tensor.is_leaf)
+            rows[key] = nn.Parameter(row, requires_grad=tensor.requires_grad) if is_parameter else row
+        return rows[key].requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
 
 def _calls_are_own(batch: nn.Module) -> bool:
@@ -263,13 +255,12 @@ def _calls_are_own(batch: nn.Module) -> bool:
 def _backward_of_the_whole(batch: nn.Module, x: Any, y: Any, options: StepOptions) -> tuple[Tensor, Any]:
     """Do what `Chunks.backward` does through the batch's own calls, which somebody watches or has made anew."""
     outputs = call(batch, x)
-    settings = options.settings_of(batch.num_models)
-    forms = options.forms
-    losses = batch.compute_loss(outputs, y, options.loss_fn, "none", shared_targets=forms, loss_settings=settings)
+    rest = {"shared_targets": options.forms, "loss_settings": options.settings_of(batch.num_models)}
+    losses = batch.compute_loss(outputs, y, options.loss_fn, "none", **rest)
     backward_pass(losses)
     return losses.detach(), detach(outputs)
 
 
-def _rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
+def _rows(models: slice, tensor: Tensor) -> Tensor:
     # Detached, because a forward may edit its input, and one chunk's edit is no part of the next one's graph.
-    return (tensor if tensor.requires_grad else tensor.detach())[start:stop]
+    return (tensor if tensor.requires_grad else tensor.detach())[models]
