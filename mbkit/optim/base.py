@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..batch.context import context_of
 from ..common.checks import model_numbers
 from .hyperparameters import SWITCHES, numbers_of
-from .model_states import CanSelect
+from .model_states import CanSelect, shapes_in
 
 __all__ = ["BatchOptimizer", "construct", "parameters_of"]
 
@@ -153,12 +153,10 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         """
         (m,) = model_numbers([m], self.num_models)
         model = self.batch[m] if model is None else model
-        own = {name: p.shape for name, p in model.named_parameters()}
-        expected = {name: p.shape[1:] for name, p in self.batch.stacked_params.items()}
-        if list(own.items()) != list(expected.items()):
+        expected, own = shapes_in(self.batch), ", ".join(f"{n} {tuple(p.shape)}" for n, p in model.named_parameters())
+        if own != expected:
             raise ValueError(
-                f"Expected a module with the parameters {_shapes(expected)}, got {_shapes(own)}: "
-                f"pass batch[{m}], or nothing."
+                f"Expected a module with the parameters {expected}, got {own}: pass batch[{m}], or nothing."
             )
         params = dict(model.named_parameters())
         lone = construct(
@@ -252,10 +250,6 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
                 "The batch's parameters are other objects than when this optimizer was made, so no gradient reaches "
                 "it: create a new optimizer for the batch."
             )
-
-
-def _shapes(shapes: dict[str, torch.Size]) -> str:
-    return ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
 
 
 def parameters_of(groups: Sequence[dict[str, Any]]) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common.checks import model_numbers
 from .hyperparameters import numbers_of, plain
 
-__all__ = ["CanSelect"]
+__all__ = ["CanSelect", "shapes_in"]
 
 
 class CanSelect:
@@ -43,7 +43,7 @@ class CanSelect:
         """
         packed, names, size = self.state_dict(), self.parameter_names, len(self._names)
         states = []
-        for m in self._numbers(models):
+        for m in range(self.num_models) if models is None else model_numbers(models, self.num_models):
             own = self._model_state(packed["state"], m)
             flat = {name: value for name, value in own.items() if name != "state"}  # what a class of one's own adds
             for g, group in enumerate(packed["param_groups"][m * size : (m + 1) * size]):
@@ -110,7 +110,7 @@ class CanSelect:
             >>> [group["lr"] for group in optimizer.select([3, 1], small).param_groups]
             [0.4, 0.2]
         """
-        return _made_from([(self, self._numbers(models))], batch)
+        return _made_from([(self, model_numbers(models, self.num_models))], batch)
 
     @staticmethod
     def merge(optimizers: Sequence[Any], batch: Any) -> Any:
@@ -130,21 +130,18 @@ class CanSelect:
         """The parameters' names, in the order in which the groups hold them."""
         return [name for group in self._names for name in group]
 
-    def _numbers(self, models: Iterable[int] | None) -> list[int]:
-        return list(range(self.num_models)) if models is None else model_numbers(models, self.num_models)
-
 
 def _made_from(parts: Sequence[tuple[Any, Sequence[int]]], batch: Any) -> Any:
     """Return an optimizer for `batch`, with the chosen models of each optimizer one after the other."""
-    described = [(one.optimizer_cls.__name__, one.parameter_names, _shapes(one.batch)) for one, _ in parts]
-    count = sum(len(models) for _, models in parts)
-    expected = f"a batch of {count} models" + (f" with {described[0][2]}" if parts else "")
-    if not parts or (batch.num_models, _shapes(batch)) != (count, described[0][2]):
-        raise ValueError(f"Expected {expected}, got one of {batch.num_models} models with {_shapes(batch)}.")
+    described = [(one.optimizer_cls.__name__, one.parameter_names, shapes_in(one.batch)) for one, _ in parts]
+    count, shapes = sum(len(models) for _, models in parts), shapes_in(batch)
+    if not parts or (batch.num_models, shapes) != (count, described[0][2]):
+        expected = f"a batch of {count} models" + (f" with {described[0][2]}" if parts else "")
+        raise ValueError(f"Expected {expected}, got one of {batch.num_models} models with {shapes}.")
     if any(one != described[0] for one in described):
         raise ValueError(f"Expected optimizers of one class and architecture, got {described}.")
     first = parts[0][0]
-    configs = [one.configs[m] for one, models in parts for m in models]
+    configs = [one._configs[m] for one, models in parts for m in models]
     made = type(first)(batch, first.optimizer_cls, configs, first._names)
     made.load_model_states([state for one, models in parts for state in one.get_model_states(models)])
     if any(getattr(one, "_opt_called", False) for one, _ in parts):
@@ -152,5 +149,6 @@ def _made_from(parts: Sequence[tuple[Any, Sequence[int]]], batch: Any) -> Any:
     return made
 
 
-def _shapes(batch: Any) -> str:
-    return ", ".join(f"{name} {list(p.shape[1:])}" for name, p in batch.stacked_params.items())
+def shapes_in(batch: Any) -> str:
+    """Return the names and shapes of a lone model's parameters, in words."""
+    return ", ".join(f"{name} {tuple(p.shape[1:])}" for name, p in batch.stacked_params.items())

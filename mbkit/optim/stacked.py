@@ -26,9 +26,9 @@ class StackedOptimizer(BatchOptimizer):
 
     The lone optimizers meant are torch.optim's for-loop implementations, the default on a CPU (`foreach` and `fused`
     round differently), and the bits are those of float32 parameters. In float64 a power of a hyperparameter may differ
-    in its last bit (torch's vectorised `pow` against C's), in half precision a sum may. On a CPU, Adam and AdamW of
-    models with 16,384 parameters and more, or of at most three models, take torch's fused kernel, to rounding, unless
-    `fused=False` is given.
+    in its last bit (torch's vectorised `pow` against C's), in half precision a sum may. Muon, whose products are in
+    bfloat16, is equal to that format's rounding. On a CPU, Adam and AdamW of models with 16,384 parameters and more, or
+    of at most three models, take torch's fused kernel, to rounding, unless `fused=False` is given.
 
     It reads the stacked gradient itself, so there is no second copy of a gradient that could be out of date. `state`
     is keyed by the stacked parameters, like any torch optimizer's, and holds `[M, ...]` tensors under torch's own

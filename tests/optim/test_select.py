@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         optimizer.select([1, 4], small)
     with pytest.raises(ValueError, match=r"a batch of 3 models with scalar .*, got one of 2 models"):
         optimizer.select([0, 1, 2], small)
-    with pytest.raises(ValueError, match=r"got one of 2 models with weight \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"got one of 2 models with weight \(1, 2\)"):
         optimizer.select([0, 1], ModelBatch([nn.Linear(2, 1) for _ in range(2)]))
     with pytest.raises(ValueError, match="Expected optimizers of one class"):
         BatchOptimizer.merge([chosen, start(optim.SGD, {})[2]], ModelBatch([*small.models, *batch.models]))
