@@ -106,8 +106,7 @@ class CanSelect:
             >>> from mbkit import ModelBatch, OptimizerFactory
             >>> batch = ModelBatch([torch.nn.Linear(3, 1) for _ in range(4)])
             >>> optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, lr=[0.1, 0.2, 0.3, 0.4])
-            >>> small = ModelBatch([batch[3], batch[1]])
-            >>> [group["lr"] for group in optimizer.select([3, 1], small).param_groups]
+            >>> [group["lr"] for group in optimizer.select([3, 1], batch.select([3, 1])).param_groups]
             [0.4, 0.2]
         """
         return _made_from([(self, model_numbers(models, self.num_models))], batch)
@@ -116,9 +115,12 @@ class CanSelect:
     def merge(optimizers: Sequence[Any], batch: Any) -> Any:
         """Return one optimizer for the models of several batches of one architecture, each going on as before.
 
+        Where Adam updated small models of one batch by torch's fused kernel, which is for at most three of them, and
+        those of another by its rule, all go on by the rule, to rounding.
+
         Args:
             optimizers: of one class, with the same groups of parameters.
-            batch: a `ModelBatch` of all their models, in the order of the optimizers.
+            batch: `ModelBatch.merge(batches)`, the batches in the order of the optimizers.
 
         Raises:
             ValueError: no optimizers, unlike ones, or a batch of other models.

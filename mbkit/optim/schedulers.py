@@ -124,7 +124,7 @@ def select_scheduler(scheduler: Any, models: Iterable[int], optimizer: BatchOpti
         >>> scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
         >>> optimizer.step()
         >>> scheduler.step()
-        >>> chosen = optimizer.select([3, 1], ModelBatch([batch[3], batch[1]]))
+        >>> chosen = optimizer.select([3, 1], batch.select([3, 1]))
         >>> scheduler = select_scheduler(scheduler, [3, 1], chosen)
         >>> scheduler.step()
         >>> scheduler.get_last_lr()

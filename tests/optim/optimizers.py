@@ -164,7 +164,7 @@ CHOSEN = [3, 1]
 
 def select(batch: ModelBatch, optimizer: optim.Optimizer) -> tuple[ModelBatch, optim.Optimizer]:
     """Return a batch of the chosen models, and their optimizer."""
-    small = ModelBatch([batch[m] for m in CHOSEN])
+    small = batch.select(CHOSEN)
     return small, optimizer.select(CHOSEN, small)
 
 

@@ -71,9 +71,9 @@ def test_the_kernel_that_updates_a_model_stays(width: int, flags: object) -> Non
 
     for _ in range(3):
         both((optimizer, batch, slice(None)))
-    small = ModelBatch([batch[4], batch[2]])
+    small = batch.select([4, 2])
     chosen = optimizer.select([4, 2], small)
-    one = ModelBatch([small[1]])
+    one = small.select(1)
     last = chosen.select([1], one)
     for _ in range(20):
         both((optimizer, batch, slice(None)), (chosen, small, [4, 2]), (last, one, [2]))
@@ -94,7 +94,7 @@ def test_models_of_several_batches_go_on_in_one(case: tuple[type, dict], way: st
         numbers = {k: [v[m] for m in own] if isinstance(v, list) else v for k, v in hyperparameters.items()}
         optimizers.append(create(cls, numbers, batches[-1]))
         step_batch(optimizers[-1], batches[-1], range(steps), own)
-    merged = ModelBatch([model for batch in batches for model in batch.models])
+    merged = ModelBatch.merge(batches)
     if way == "merge":
         optimizer = BatchOptimizer.merge(optimizers, merged)
     else:
