@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,22 @@ def poisoned(fold: list[int]) -> Any:
     if 3 in fold:
         os.kill(os.getpid(), signal.SIGKILL)
     return [(x.expand(len(fold), *x.shape), y.expand(len(fold), *y.shape)) for x, y in data()]
+
+
+def whose_worker_dies_once(flag: str) -> Any:
+    """Return the data, but kill the process that waits for this helper if nobody has before: a worker of Dask."""
+    try:
+        os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return data()
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)  # until the helper notices
+
+
+def slow_after(flag: str) -> Any:
+    """Return the data, and let the first one who asks wait until it is killed."""
+    try:
+        os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return data()
+    time.sleep(60)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep_cases import CONFIGS, DyingInSecondEpoch, digest, poisoned, standard
+from sweep_cases import CONFIGS, DyingInSecondEpoch, digest, poisoned, slow_after, standard, whose_worker_dies_once
 
 from mbkit.sweep import WorkersLost
 from mbkit.sweep.helper import HelperLost
@@ -116,6 +120,58 @@ def test_dask_with_a_worker_that_dies(tmp_path: Path, expected: str, cluster: An
     with cluster.get_client() as client:
         standard(tmp_path / "sweep", executor=client.get_executor(pure=False), data=dying)
     assert (tmp_path / "flag").exists()
+    assert digest(tmp_path / "sweep") == expected
+
+
+@pytest.mark.slow
+def test_dask_whose_worker_is_killed(tmp_path: Path, expected: str, cluster: Any) -> None:
+    dying = functools.partial(whose_worker_dies_once, str(tmp_path / "flag"))
+    with cluster.get_client() as client:
+        standard(tmp_path / "sweep", executor=client.get_executor(pure=False), data=dying)
+    assert digest(tmp_path / "sweep") == expected
+
+
+@pytest.mark.slow
+def test_dask_whose_whole_group_of_workers_is_killed_with_its_nanny(
+    tmp_path: Path, expected: str, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    settings = {"processes": False, "dashboard_address": ":0", "protocol": "tcp://"}
+    started = []
+
+    def start(address: str) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "dask",
+            "worker",
+            address,
+            "--nworkers",
+            "1",
+            "--nthreads",
+            "1",
+            "--no-dashboard",
+        ]
+        command += ["--local-directory", str(tmp_path)]
+        started.append(subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL))
+
+    def kill_and_start_another(address: str) -> None:
+        while not (tmp_path / "flag").exists():
+            time.sleep(0.1)
+        os.killpg(started[0].pid, signal.SIGKILL)
+        start(address)
+
+    with distributed.LocalCluster(n_workers=0, **settings) as empty, empty.get_client() as client:
+        start(empty.scheduler_address)
+        threading.Thread(target=kill_and_start_another, args=(empty.scheduler_address,), daemon=True).start()
+        data = functools.partial(slow_after, str(tmp_path / "flag"))
+        try:
+            standard(tmp_path / "sweep", executor=client.get_executor(pure=False), data=data)
+        finally:
+            for group in started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group.pid, signal.SIGKILL)
+                group.wait()
     assert digest(tmp_path / "sweep") == expected
 
 
