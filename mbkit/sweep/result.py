@@ -64,7 +64,8 @@ class Trial:
 
     def key(self) -> tuple[bool, float, int]:
         """Return what trials are compared by: higher is better, NaN lowest, and of equals the first is best."""
-        return not math.isnan(self.score), self.score, -self.number
+        broken = math.isnan(self.score)
+        return not broken, 0.0 if broken else self.score, -self.number
 
 
 class SweepResult(Tables):

@@ -208,6 +208,7 @@ def test_all_nan_and_ties_go_by_number() -> None:
     same = {"build": linear, "optimizer_cls": torch.optim.SGD}
     result = standard(None, **same, configs=grid(lr=[0.1] * 4, spoiled=[True]), seeds=range(4))
     assert [trial.epochs for trial in result.trials] == [4, 2, 1, 1]
+    assert [trial.number for trial in result.ranked] == [0, 1, 2, 3]
     tied = standard(None, **same, configs=grid(lr=[0.1] * 4), seeds=[3] * 4)
     assert [trial.epochs for trial in tied.trials] == [4, 2, 1, 1]
     assert tied.best.number == 0

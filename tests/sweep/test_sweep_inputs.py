@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from sweep_cases import CONFIGS, standard
+from sweep_cases import CONFIGS, data, killed, standard
 from torch import nn
 
 import mbkit
@@ -136,6 +136,18 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path)
         standard(tmp_path / "file")
 
 
+def test_a_folder_that_is_not_ones_own_is_an_error_of_one_line(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+
+    def attempt() -> None:
+        if os.getuid() == 0:
+            os.setuid(65534)  # nobody: root may write anywhere
+        with pytest.raises(PermissionError, match="Expected a folder to write a sweep into"):
+            standard(tmp_path / "sweep")
+
+    assert killed(attempt, -1)[0] == 0
+
+
 def test_a_full_disk_at_every_write_leaves_no_half_file_and_goes_on_once_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,9 +179,7 @@ def test_a_users_exception_comes_when_the_other_batches_are_done(tmp_path: Path)
     def broken(fold: list[int]) -> Any:
         if 0 in fold:
             raise RuntimeError("no such fold")
-        return [
-            (x.expand(len(fold), *x.shape), y.expand(len(fold), *y.shape)) for x, y in __import__("sweep_cases").data()
-        ]
+        return [(x.expand(len(fold), *x.shape), y.expand(len(fold), *y.shape)) for x, y in data()]
 
     configs = [{**config, "data_fold": t} for t, config in enumerate(CONFIGS)]
     with pytest.raises(RuntimeError, match="no such fold"):
