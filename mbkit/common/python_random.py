@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import pickle
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,7 +88,8 @@ def generator_marks() -> Sequence[Any]:
     To read a state would take Python 10 microseconds and numpy 30, at every call. So where the next number stands is
     read from memory, and one of the 624 words, which all change once they are used up.
     """
-    return (_MARKS[0](), _PYTHON.gauss_next), _MARKS[1]()
+    numpy = np.random.get_bit_generator()  # np.random.set_bit_generator may have put another in its place
+    return (_MARKS[0](), _PYTHON.gauss_next), _MARKS[1]() if numpy is _NUMPY else pickle.dumps(numpy.state)
 
 
 def moved_generators(before: Sequence[Any]) -> list[str]:
