@@ -143,6 +143,9 @@ class Streams:
         finally:
             self._all_at_once = False
         moved = moved_generators(before)
+        if states:  # they tell, too, of a normal number that numpy had in store from an earlier draw
+            bits = {name: (was, PYTHON_GENERATORS[name].get_state()) for name, was in states.items()}
+            moved = [name for name, (was, now) in bits.items() if was.numpy().tobytes() != now.numpy().tobytes()]
         for name in moved if states else ():
             PYTHON_GENERATORS[name].set_state(states[name])
         if moved:

@@ -178,3 +178,18 @@ def test_fit_alone_is_the_same():
         train_alone(model, SEEDS[m], nn.functional.mse_loss)
         for name, p in model.named_parameters():
             close(trained[m].get_parameter(name), p, 1e-12, name)
+
+
+@DRAWS
+def test_a_normal_number_that_numpy_has_in_store_is_nobodys_in_the_first_call() -> None:
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 0 + np.random.randn()
+
+    batch = ModelBatch([Noisy(2, 1) for _ in SEEDS], seeds=SEEDS)
+    np.random.seed(0)
+    np.random.randn()  # draws two, and keeps one
+    drawn = torch.stack([batch(torch.ones(1, 2)).flatten() for _ in range(3)])
+    for m, seed in enumerate(SEEDS):
+        np.random.seed(seed % 2**32)
+        close(drawn[:, m], torch.tensor([np.random.randn() for _ in range(3)], dtype=drawn.dtype), 1e-6)
