@@ -234,8 +234,7 @@ def _decay(params: Tensors, grads: Tensors, h: Hyperparameters, decoupled: bool 
     if coupled is False:
         return grads
     if decoupled is not False:
-        kept = h["lr"] * h["weight_decay"]
-        (factors,) = h.once("decoupled", lambda: [1 - choose(decoupled, kept, torch.zeros_like(kept))])
+        (factors,) = h.once("decoupled", lambda: [1 - h["lr"] * h["weight_decay"] * decoupled])
         for param, column in zip(params, factors, strict=True):
             param.mul_(column)
         if decoupled is True:

@@ -18,6 +18,7 @@ from optimizers import (
     step_alone,
     step_batch,
 )
+from oracle import batches, build
 from torch import nn, optim
 
 from mbkit import ModelBatch
@@ -30,37 +31,22 @@ LR = [0.1, 0.03, 0.01, 0.003]
 # ---------------------------------------------------------------------- gradients
 
 
-def losses_of(batch: ModelBatch, step: int) -> torch.Tensor:
-    x, y = data(step)
-    return batch.compute_loss(batch(x), y, nn.functional.mse_loss, reduction="none")
-
-
-def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(2, 6, 3, dtype=torch.float64, generator=generator).split([1, 1])
-
-
-def linear_batch() -> tuple[list[nn.Module], ModelBatch]:
-    models = [nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double() for _ in range(M)]
-    return models, ModelBatch(models)
-
-
 @pytest.mark.parametrize("cls", [optim.Adam, optim.Rprop])
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_two_backwards_add_up_and_nothing_goes_stale(cls: type, set_to_none: bool) -> None:
-    models, batch = linear_batch()
+    models, data, loss_fn = build("mlp"), batches(own=False, steps=20), nn.functional.mse_loss
+    batch = ModelBatch(models)
     optimizer = OptimizerFactory(cls).create_optimizer(batch, lr=LR)
     lone = [cls(model.parameters(), lr=lr) for model, lr in zip(models, LR, strict=True)]
-    for step in range(0, 20, 2):
+    for halves in zip(data[::2], data[1::2], strict=True):
         optimizer.zero_grad(set_to_none)
-        for half in (step, step + 1):
-            losses_of(batch, half).sum().backward()
+        for x, y in halves:
+            batch.compute_loss(batch(x), y, loss_fn, reduction="none").sum().backward()
         optimizer.step()
         for model, one in zip(models, lone, strict=True):
             one.zero_grad(set_to_none)
-            for half in (step, step + 1):
-                x, y = data(half)
-                nn.functional.mse_loss(model(x), y).backward()
+            for x, y in halves:
+                loss_fn(model(x), y).backward()
             one.step()
     assert largest_difference(batch, models) <= 1e-12
 
