@@ -76,14 +76,8 @@ class Worker(contextlib.AbstractContextManager):
         return self._process.poll() is not None
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
+        self._process.kill()
+        self._process.communicate()  # closes the pipes, which ends the processes that this one has started
 
 
 def serve(threads: int, malloc: bool) -> None:

@@ -26,8 +26,8 @@ from ..batch.model_batch import ModelBatch
 from ..optim import OptimizerFactory
 from ..training.sequential import lone_step
 from ..training.step import batch_step
-from ..verify.equivalence import gap
 from ..verify.faults import StaleGradientOptimizer
+from ..verify.measure import gap
 from .demo import PRESETS, Demo, Draws, draw, preset
 from .demo_result import PUBLISHED, SWITCHES, Dissection, Outcome, switches
 

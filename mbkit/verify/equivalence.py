@@ -19,10 +19,11 @@ from ..batch.targets import TargetForms
 from ..common.checks import check_seeds, list_of_models
 from ..training.loop import check_run, part, walk
 from ..training.sequential import LoneTrainer, check_configs, fresh, in_turn, loss_of_model, refuse_meta
+from .measure import gap
 from .report import EquivalenceReport
 from .subject import BatchRecipe, Recipe
 
-__all__ = ["EquivalenceReport", "Precision", "check_arguments", "compare", "endless", "gap"]
+__all__ = ["EquivalenceReport", "Precision", "check_arguments", "compare", "endless"]
 
 # What a lone model is compared with to see how far rounding goes: itself, in another way.
 NOISE = ("channels_last", "last bit")
@@ -268,9 +269,3 @@ def _relative(ways: Sequence[Tensor], reference: Sequence[Tensor]) -> list[float
             off = torch.linalg.vector_norm(apart).item()
             found.append(0.0 if off == 0 else off / length if length else math.inf)
     return found
-
-
-def gap(a: Tensor, b: Tensor) -> Tensor:
-    """Absolute differences: none between numbers that overflowed alike, endless where only one of them did."""
-    alike = (a == b) | (a.isnan() & b.isnan())
-    return (a - b).abs().nan_to_num(nan=torch.inf).masked_fill(alike, 0.0)

@@ -11,9 +11,19 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["apart", "as_precision", "few_examples", "quiet", "shared_memory"]
+__all__ = ["alike", "apart", "as_precision", "few_examples", "gap", "quiet", "shared_memory"]
 
 FEW = 16  # examples in an experiment's batch: a fault does not hide from them, and they are quick
+
+
+def alike(a: Tensor, b: Tensor) -> Tensor:
+    """Return where two tensors of one shape hold the same number, or none of them holds one (NaN)."""
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def gap(a: Tensor, b: Tensor) -> Tensor:
+    """Return absolute differences: none between numbers that overflowed alike, endless where only one of them did."""
+    return (a - b).abs().nan_to_num(nan=torch.inf).masked_fill(alike(a, b), 0.0)
 
 
 def apart(a: Tensor | None, b: Tensor | None) -> float:
@@ -26,11 +36,11 @@ def apart(a: Tensor | None, b: Tensor | None) -> float:
         (0.5, 0.0)
     """
     a, b = (torch.zeros_like(b) if a is None else a), (torch.zeros_like(a) if b is None else b)
-    if ((a == b) | (a.isnan() & b.isnan())).all():
+    if alike(a, b).all():
         return 0.0
     length = max(torch.linalg.vector_norm(a).item(), torch.linalg.vector_norm(b).item())
-    gap = torch.linalg.vector_norm(a - b).item() / length
-    return gap if gap == gap else torch.inf
+    ratio = torch.linalg.vector_norm(gap(a, b)).item() / length
+    return ratio if ratio == ratio else torch.inf
 
 
 def as_precision(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..training.sequential import LoneTrainer
 from .experiment import LARGE, SMALL, Case, Gap, Run
-from .measure import apart
+from .measure import alike
 from .report import Finding, finding
 
 __all__ = ["clipping", "gradient", "masks", "memory", "order", "stale", "weights"]
@@ -44,7 +44,8 @@ def order(case: Case) -> Finding:
         return finding("other-order", False, "the batch trains on the batches that it is given")
     for step, pairs in enumerate(zip(case.given, theirs, strict=False), 1):
         ours, other = ([leaf for leaf in tree_leaves(pair) if isinstance(leaf, Tensor)] for pair in pairs)
-        if len(ours) != len(other) or any(apart(a, b.to(a)) for a, b in zip(ours, other, strict=True)):
+        same = [leaf.shape for leaf in ours] == [leaf.shape for leaf in other]
+        if not same or not all(alike(a, b.to(a)).all() for a, b in zip(ours, other, strict=True)):
             text = f"in step {step} the batch reads other examples than the models alone"
             return finding("other-order", True, text, step=step, size=1.0)
     return finding("other-order", False, f"in all {len(theirs)} steps it reads the lone models' examples")

@@ -100,6 +100,29 @@ def test_all_pairs(pair, number):
 # ---------------------------------------------------------------- evidence
 
 
+class Embeds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(9, 4), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.layer(self.embedding(x.long()).flatten(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+def test_another_order_of_whole_numbers_and_of_batches_of_other_sizes(dtype):
+    """The last batch is smaller; the same examples with other targets are another order, too."""
+    torch.manual_seed(0)
+    x, y = torch.randint(2, (16, 3)).to(dtype), torch.randint(3, (16,))
+    data = [(x, y), (x, (y + 1) % 3), (x, (y + 2) % 3), (x[:12], y[:12])]
+    (_, optimizer_cls, configs, *_), keywords, recipe = case("mlp", torch.optim.SGD)
+    models = [Embeds() for _ in range(M)]
+    for seed in (0, 1):
+        build = plant(recipe, "other-order", seed=seed)
+        report = diagnose(models, optimizer_cls, configs, data, F.cross_entropy, **keywords, build=build)
+        assert report.guilty == ["other-order"]
+
+
 def test_the_evidence_names_the_place():
     arguments, keywords, recipe = case("mlp", torch.optim.SGD)
 
