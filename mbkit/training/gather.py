@@ -23,7 +23,7 @@ def join_outputs(outputs: list[Any]) -> Any:
 
 
 class Gradients:
-    """Moves the gradients of parts of the models into the whole batch's.
+    """Moves the gradients of parts of the models into the whole batch's; what was there before is added in the end.
 
     Args:
         parameters: the batch's. num_models: M.
@@ -32,6 +32,7 @@ class Gradients:
     def __init__(self, parameters: list[nn.Parameter], num_models: int) -> None:
         self._parameters, self._num_models = parameters, num_models
         self._found: dict[nn.Parameter, list[list[bool]]] = {}  # which models have a gradient, part by part
+        self._before = {p: p.grad for p in parameters if p.grad is not None}
 
     def expect(self, parameters: Iterable[Tensor]) -> None:
         """Have the parameters of a part, which are rows of the batch's, require gradients where the batch's do."""
@@ -63,11 +64,13 @@ class Gradients:
     def drop(self) -> None:
         """Clear what has been moved so far, of a pass that was cut short."""
         for parameter in self._found:
-            parameter.grad = None
+            parameter.grad = self._before.get(parameter)
 
     def note(self) -> None:
         """Note which models have a gradient, after the last part."""
         for parameter, flags in self._found.items():
+            if parameter in self._before:
+                parameter.grad += self._before[parameter]
             note_models_with_gradient(parameter.grad, [flag for part in flags for flag in part])
 
 

@@ -18,8 +18,8 @@ from mbkit.training import train_steps
 from mbkit.training.chunks import _ENOUGH, Chunks
 from mbkit.training.compiled import CompiledStep
 from mbkit.training.options import StepOptions
-from mbkit.training.step import Stepper
-from tests.oracle import train_alone
+from mbkit.training.step import Stepper, make_update
+from tests.oracle import assert_same_models, classifiers, points, train_alone
 
 M, B, K, STEPS = 5, 8, 3, 4
 RATES = [0.001 * (m + 1) for m in range(M)]
@@ -475,3 +475,23 @@ def test_chunks_are_as_even_as_can_be(fit_at_once, size, monkeypatch):
     monkeypatch.setattr("mbkit.training.chunks.free_memory", lambda device: 1 << 40)
     chunks.bytes_each = (96 << 20) // fit_at_once
     assert chunks.largest(torch.device("cpu")) == size
+
+
+class NeverClears(torch.optim.SGD):
+    def zero_grad(self, set_to_none=True):
+        pass
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (4, 1), (4, 2), (4, 4)])
+def test_gradients_add_up_where_nobody_clears_them(count, size):
+    models, data = [model.double() for model in classifiers(0.0)[:count]], [(x.double(), y) for x, y in points(3)]
+    batch = ModelBatch(models)
+    optimizer, chunks = NeverClears(batch.parameters(), lr=0.1), Chunks(batch, size)
+    for x, y in data:
+        make_update(optimizer, chunks, x, y, StepOptions(cross_entropy))
+    for model in models:
+        alone = NeverClears(model.parameters(), lr=0.1)
+        for x, y in data:
+            cross_entropy(model(x), y).backward()
+            alone.step()
+    assert_same_models(batch, models)
