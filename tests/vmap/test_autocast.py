@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,16 +24,15 @@ FAST = """Linear|Linear(bias=False)|Conv2d|BatchNorm2d train|GroupNorm|LayerNorm
 FAST = {name.strip() for name in FAST.split("|")} & CASES.keys()
 
 
-class Run:
-    """Outputs, loss and gradients of each model."""
+class Run(NamedTuple):
+    """Outputs with the loss, and gradients, of each model."""
 
-    def __init__(self) -> None:
-        self.outputs: list[list[Tensor]] = []
-        self.grads: list[dict[str, Tensor]] = []
+    outputs: list[list[Tensor]]
+    grads: list[dict[str, Tensor]]
 
 
 def alone(case, shared: bool, autocast: bool = True) -> Run:
-    run = Run()
+    run = Run([], [])
     for m, model in enumerate(build(case)):
         torch.manual_seed(SEEDS[m])
         x = inputs(case, 0, 0 if shared else m, torch.float32)
@@ -47,7 +47,7 @@ def alone(case, shared: bool, autocast: bool = True) -> Run:
 
 
 def batched(case, shared: bool) -> Run:
-    batch, run = ModelBatch(build(case), shared_input=shared, seeds=SEEDS), Run()
+    batch, run = ModelBatch(build(case), shared_input=shared, seeds=SEEDS), Run([], [])
     x = batch_inputs(case, shared, 0, torch.float32)
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(case.grad):
         outputs = batch(*x)

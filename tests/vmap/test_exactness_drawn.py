@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import close, train_alone
 from torch import Tensor, nn
 
 from mbkit import ModelBatch
@@ -127,7 +128,7 @@ def test_a_drawn_model_trains_as_alone(make, optimizer, lr, seeds, shared, max_n
     g = torch.Generator().manual_seed(0)
     x = torch.randn(STEPS, 3, 5, WIDTH, generator=g, dtype=torch.float64)
     y = torch.randn(STEPS, 5, 2, generator=g, dtype=torch.float64)
-    batch = ModelBatch(build(make), shared_input=shared, seeds=seeds)
+    batch, models = ModelBatch(build(make), shared_input=shared, seeds=seeds), build(make)
     step_all = OptimizerFactory(kind).create_optimizer(batch, lr=lr, **options)
     losses = []
     with warnings.catch_warnings():
@@ -140,16 +141,10 @@ def test_a_drawn_model_trains_as_alone(make, optimizer, lr, seeds, shared, max_n
             if max_norm is not None:
                 batch.clip_grad_norm_(max_norm)
             step_all.step()
-    for m, model in enumerate(build(make)):
-        torch.manual_seed(seeds[m])
-        alone = kind(model.parameters(), lr=lr[m], **options)
-        for step in range(STEPS):
-            alone.zero_grad()
-            loss = F.mse_loss(model(x[step, 0 if shared else m]), y[step])
-            loss.backward()
-            if max_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            alone.step()
-            assert torch.allclose(losses[step][m], loss, rtol=1e-9, atol=1e-10)
-        for name, expected in model.state_dict().items():
-            assert torch.allclose(batch.get_model_states()[m][name], expected, rtol=1e-8, atol=1e-8), name
+    data = [(x[i, 0], y[i]) if shared else (x[i], y[i].expand(3, 5, 2)) for i in range(STEPS)]
+    configs = [{"lr": rate, **options} for rate in lr]
+    expected = train_alone(models, data, not shared, F.mse_loss, max_norm, seeds, kind, configs)
+    close(torch.stack(losses), expected, 1e-9, "losses")
+    for model, state in zip(models, batch.get_model_states(), strict=True):
+        for name, tensor in model.state_dict().items():
+            close(state[name], tensor, 1e-8, name)
