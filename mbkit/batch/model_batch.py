@@ -42,7 +42,8 @@ class ModelBatch(CanFreeze, CanApply, CanSelect, CanSave, nn.Module):
     The models given are copied and never changed.
 
     Args:
-        models: M modules of one architecture; floats of torch's own layers (dropout rates, slopes, …) may differ.
+        models: M modules of one architecture; floats (dropout rates, slopes, scales of the user's own), and objects and
+            dicts of plain values (configurations) may differ.
         shared_input: True when all models see one batch `[B, ...]`, False when each has its own, `[M, B, ...]`.
         seeds: one whole number a model. Model m draws its dropout masks and other random numbers as it would
             alone after `torch.manual_seed(seeds[m])`. Without seeds they are drawn from torch's default generator.
@@ -52,7 +53,7 @@ class ModelBatch(CanFreeze, CanApply, CanSelect, CanSave, nn.Module):
 
     Raises:
         TypeError: models that are not modules, or seeds that are not whole numbers.
-        ValueError: no models, or models that differ in anything but weights and float settings; another number
+        ValueError: no models, or models that differ in anything but weights and such settings; another number
             of seeds than of models.
 
     Example:

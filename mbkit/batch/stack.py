@@ -17,7 +17,7 @@ __all__ = ["each_through_its_hooks", "may_keep", "set_memory_format", "stack_mod
 
 
 def stack_models(
-    models: Sequence[nn.Module], settings: dict[str, dict[str, list[float]]]
+    models: Sequence[nn.Module], settings: dict[str, dict[str, list[Any]]]
 ) -> tuple[nn.Module, list[Tensor]]:
     """Return a copy of model 0 that holds stacked tensors `[M, ...]`, and those among them that are plain attributes.
 
@@ -25,7 +25,7 @@ def stack_models(
     same tensor in all models stays shared.
 
     Args:
-        models, settings: what `check_models` returned: M modules that are alike but for these floats.
+        models, settings: what `check_models` returned: M modules that are alike but for these settings.
     """
     sources = [dict(model.named_modules()) for model in models]
     buffers = {id(b) for b in models[0].buffers()}
@@ -59,9 +59,12 @@ def stack_models(
                 if plain:
                     attributes.append(stack.requires_grad_(tensor.requires_grad and tensor.is_leaf))
     template = copy.deepcopy(models[0], replaced)
+    memos: list[dict[int, Any]] = [{} for _ in models]  # what one model has in several places stays one object
     for path, own in settings.items():
         for name, values in own.items():
-            setattr(template.get_submodule(path), name, PerModel(values))
+            numbers = all(isinstance(value, (int, float)) for value in values)
+            copies = [copy.deepcopy(value, memo) for value, memo in zip(values, memos, strict=True)]
+            vars(template.get_submodule(path))[name] = PerModel(copies) if numbers else PerModelValue(copies)
     return template, attributes
 
 

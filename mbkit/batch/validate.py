@@ -1,10 +1,11 @@
-"""What M models must have in common to be one batch; whatever differs is routed one a model or refused by name."""
+"""What M models must have in common to be one batch; whatever differs is one per model or refused by name."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .structure import Comparison, Names, refuse_circles, refuse_references
 
 __all__ = ["Settings", "check_models", "check_paths"]
 
-Settings = dict[str, dict[str, list[float]]]  # module path -> attribute -> one value per model
+Settings = dict[str, dict[str, list[Any]]]  # module path -> attribute -> one value per model
 
 _COMPARED = {"_parameters", "_buffers", "_modules", "training"}  # by `_facts`
 _HOOKS = {name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))}
@@ -30,8 +31,8 @@ def check_models(models: Iterable[nn.Module]) -> tuple[list[nn.Module], Settings
         models: M modules.
 
     Returns:
-        The models, and the floats of torch's own layers (a dropout rate, a slope, a momentum, an epsilon) that differ
-        between them: module path to attribute to M values.
+        The models, and the settings that differ between them: module path to attribute to M values. These are floats (a
+        dropout rate, a slope, a scale of the user's own), and objects and dicts of plain values (configurations).
 
     Raises:
         TypeError: something that is not a module, or not a list of them; a ModelBatch.
@@ -56,7 +57,7 @@ def check_models(models: Iterable[nn.Module]) -> tuple[list[nn.Module], Settings
             _compare_attributes(m, path, others[path], module, compared, settings)
     values = [_modules(model) for model in models] if settings else []
     return models, {
-        path: {name: [float(getattr(modules_m[path], name)) for modules_m in values] for name in names}
+        path: {name: [_setting(getattr(modules_m[path], name)) for modules_m in values] for name in names}
         for path, names in settings.items()
     }
 
@@ -190,7 +191,7 @@ def _compare(m: int, what: str, got: Any, expected: Any) -> None:
 def _compare_attributes(
     m: int, path: str, module: nn.Module, reference: nn.Module, compared: Comparison, settings: Settings
 ) -> None:
-    """Compare plain attributes and hooks; note the floats that differ in torch's own layers."""
+    """Compare plain attributes and hooks; note the settings that may differ."""
     mine, others = dict(_plain(module)), dict(_plain(reference))
     for name in mine.keys() | others.keys():
         a, b = mine.get(name), others.get(name)
@@ -205,7 +206,7 @@ def _compare_attributes(
             alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
         else:
             alike = compared.same(a, b)
-            if not alike and _is_setting(a, b) and type(module).__module__.startswith("torch.nn."):
+            if not alike and _may_differ(a, b):
                 alike = settings.setdefault(path, {})[name] = True
         if not alike:
             _refuse(m, what, *_contrast(a, b))
@@ -217,8 +218,27 @@ def _watcher(hook: Any) -> Any:
     return (type(holder), getattr(hook, "__func__", None)) if may_keep(holder) else hook
 
 
-def _is_setting(a: Any, b: Any) -> bool:
-    return {type(a), type(b)} in ({float}, {float, int})
+def _may_differ(a: Any, b: Any) -> bool:
+    """Say whether each model may have its own: a float, or an object or dict of plain values."""
+    if {type(a), type(b)} in ({float}, {float, int}):
+        return True
+    is_open = isinstance(a, dict) or hasattr(a, "__dict__")
+    return type(a) is type(b) and is_open and not callable(a) and _is_plain(a, set()) and _is_plain(b, set())
+
+
+def _is_plain(value: Any, seen: set[int]) -> bool:
+    """Say whether a value, and all that it holds, is a number, a text, a type, or an object or list of such."""
+    if isinstance(value, (bool, int, float, complex, str, bytes, type, type(None), torch.dtype)) or id(value) in seen:
+        return True
+    seen.add(id(value))
+    if isinstance(value, (dict, list, tuple, set)):
+        return all(_is_plain(one, seen) for one in (value.values() if isinstance(value, dict) else value))
+    of_torch = isinstance(value, (Tensor, nn.Module)) or callable(value) or isinstance(value, ModuleType)
+    return hasattr(value, "__dict__") and not of_torch and _is_plain(vars(value), seen)
+
+
+def _setting(value: Any) -> Any:
+    return float(value) if isinstance(value, int) else value
 
 
 def _refuse(m: int, what: str, got: Any, expected: Any) -> None:

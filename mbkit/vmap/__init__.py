@@ -10,22 +10,11 @@ from .gradients import mark_rows, models_with_gradient, note_models_with_gradien
 from .in_turn import Failure, call_in_turn, loop_inside
 from .layout import LayoutMatters, is_folded
 from .mode import RuleMode
-from .module_copy import (
-    HOOKS,
-    OUTPUT,
-    ModuleCopy,
-    PerModelValue,
-    State,
-    copy_module,
-    materialize,
-    merge,
-    read_state,
-    tensors_in,
-    write_state,
-)
+from .module_copy import ModuleCopy, copy_module, materialize, merge
 from .per_model import PerModel
 from .registry import Pass
 from .snapshot import has_grad_hooks, place, version
+from .state import HOOKS, OUTPUT, PerModelValue, State, read_state, tensors_in, write_state
 from .streams import SharedDraw, Streams
 from .unwrap import as_one_model_sees, as_stacked, stack_alike
 

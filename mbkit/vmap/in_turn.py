@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .errors import BatchingError
 from .layout import check_order
-from .module_copy import OUTPUT, ModuleCopy, State, materialize, merge, read_state, tensors_in, write_state
+from .module_copy import ModuleCopy, materialize, merge
 from .per_model import PerModel
 from .registry import Pass
 from .snapshot import version
+from .state import OUTPUT, State, read_state, tensors_in, write_state
 from .unwrap import call_unwrapped, stack_alike
 
 __all__ = ["Failure", "call_in_turn", "edits_in_place", "loop_inside", "model_by_model"]

@@ -15,7 +15,7 @@ from .autocast import call_cast
 from .in_turn import edits_in_place, model_by_model
 from .layout import check_edit
 from .per_model import PerModel
-from .registry import PER_MODEL, RULES, RULES_WHEN_TRACED, Pass
+from .registry import RULES, RULES_WHEN_TRACED, RULES_WITH_SETTINGS, Pass
 
 __all__ = ["RuleMode"]
 
@@ -63,9 +63,10 @@ class RuleMode(TorchFunctionMode):
         return self._apply_rule(function, args, kwargs)
 
     def _apply_rule(self, function: Any, args: tuple, kwargs: dict) -> Any:
-        rules = [RULES_WHEN_TRACED.get(function), RULES.get(function)] if self.models.traced else [RULES.get(function)]
-        if self.models.per_model_settings and PER_MODEL.isdisjoint(rules) and _has_per_model(args, kwargs):
-            return model_by_model(self.models, function, args, kwargs)
+        if self.models.per_model_settings and _has_per_model(args, kwargs):
+            rules = [RULES_WITH_SETTINGS.get(function), model_by_model]
+        else:
+            rules = [RULES_WHEN_TRACED.get(function) if self.models.traced else None, RULES.get(function)]
         for rule in rules:
             result = NotImplemented if rule is None else rule(self.models, function, args, kwargs)
             if result is not NotImplemented:

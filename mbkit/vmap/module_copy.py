@@ -8,108 +8,38 @@ an entry of a list) is read off afterwards and kept for each model.
 from __future__ import annotations
 
 import types
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from .differing import Differing
 from .errors import PATH, BatchingError
 from .per_model import PerModel
+from .state import (
+    HOOKS,
+    OUTPUT,
+    PLAIN,
+    Key,
+    PerModelValue,
+    State,
+    dotted,
+    is_leaf,
+    own_attributes,
+    read_state,
+    tensors_in,
+)  # fmt: skip
 
-__all__ = [
-    "HOOKS", "OUTPUT", "ModuleCopy", "PerModelValue", "State", "copy_module", "materialize", "merge", "read_state",
-    "tensors_in", "write_state",
-]  # fmt: skip
+__all__ = ["ModuleCopy", "copy_module", "materialize", "merge"]
 
-Key = tuple[str, str, str]  # module path, "_parameters", "_buffers" or "__dict__", name
-
-OUTPUT: Key = ("", "output", "output")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_TORCH = set(vars(nn.Module())) | {"_call_impl", PATH}
 _FOLLOWED = (Tensor, nn.Module, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
-_PLAIN = (int, float, bool, str, type(None))
+_PER_MODEL = (PerModel, PerModelValue)
 _ALL, _NEW = slice(None), object()
-
-
-class PerModelValue:
-    """M values of a plain attribute that cannot be stacked, such as numbers that the models computed themselves."""
-
-    def __init__(self, values: Sequence[Any]) -> None:
-        self.values = list(values)
-
-    @classmethod
-    def where(cls, flags: Sequence[bool], yes: Any, no: Any) -> PerModelValue:
-        """Return M values: from `yes` where the flag is set, else from `no`; either may be one value for all."""
-        columns = [v.values if isinstance(v, PerModelValue) else [v] * len(flags) for v in (yes, no)]
-        return cls([a if flag else b for flag, a, b in zip(flags, *columns, strict=True)])
 
 
 class Placeholder(int):
     """Stands for the i-th new tensor of a call until the M of it are stacked."""
-
-
-class State(dict[Key, Any]):
-    """Everything that a call of a module can change.
-
-    Attributes:
-        modules: the module and all below it, by their paths.
-    """
-
-    def __init__(self, modules: Iterable[tuple[str, nn.Module]] = ()) -> None:
-        super().__init__()
-        self.modules = dict(modules)
-        for path, module in self.modules.items():
-            mine = vars(module)
-            for store in ("_parameters", "_buffers"):
-                for name, value in mine[store].items():
-                    self[path, store, name] = value
-            for name in _own_attributes(module):
-                self[path, "__dict__", name] = mine[name]
-
-
-def read_state(model: nn.Module) -> State:
-    """Return everything that a call of the model can change."""
-    return State(model.named_modules())
-
-
-def write_state(before: State, after: Mapping[Key, Any]) -> None:
-    """Assign in the modules of `before` what differs between two states.
-
-    Raises:
-        BatchingError: a parameter has come, gone or been replaced.
-    """
-    for key in before.keys() | after.keys():
-        path, store, name = key
-        if key in after and key in before and after[key] is before[key]:
-            continue
-        if store == "_parameters" or path not in before.modules:
-            raise BatchingError(f"forward makes, replaces or deletes '{path}.{name}': build all layers in __init__")
-        target = getattr(before.modules[path], store)
-        if key in after:
-            target[name] = after[key]
-        else:
-            del target[name]
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """Return the tensors of a nested value, each once."""
-    found: dict[int, Tensor] = {}
-    for value in tree.values() if isinstance(tree, dict) else [tree]:
-        for leaf in [value] if isinstance(value, Tensor) else () if type(value) in _PLAIN else tree_leaves(value):
-            if isinstance(leaf, Tensor):
-                found[id(leaf)] = leaf
-    return list(found.values())
-
-
-def _own_attributes(module: nn.Module) -> list[str]:
-    """Return the plain attributes that a call might change; torch's own layers have none unless they are hooked."""
-    mine = vars(module)
-    if type(module).__module__.startswith("torch.nn.") and not (
-        mine["_forward_hooks"] or mine["_forward_pre_hooks"] or mine["_backward_hooks"] or mine["_backward_pre_hooks"]
-    ):
-        return []
-    return [name for name in mine if name not in _OF_TORCH]
 
 
 def copy_module(root: nn.Module, own: dict[int, Tensor], m: int | slice = _ALL, *, alone: bool = False) -> nn.Module:
@@ -132,6 +62,7 @@ class ModuleCopy:
 
     def __init__(self, before: State, own: dict[int, Tensor], m: int | slice = _ALL, alone: bool = False) -> None:
         self._before, self._own, self._m = before, own, m
+        self._picked: list[Any] = []  # values that are the model's own
         self._given: dict[Key, Any] = {}  # before the call: leaves as they are, else leaves, structure, held inside
         self._origins: dict[int, Tensor] = {}  # from the id of a tensor in the copy to the one in the module
         self._copies = {id(module): object.__new__(type(module)) for module in before.modules.values()}
@@ -142,33 +73,47 @@ class ModuleCopy:
             if not alone:
                 mine.setdefault(PATH, path)
             mine["_modules"] = {name: self._copies.get(id(child), child) for name, child in module._modules.items()}
-            if m != _ALL:
-                mine.update({name: self._follow(v) for name, v in mine.items() if isinstance(v, PerModel)})
+            settings = {name: self._pick(v, name) for name, v in mine.items() if isinstance(v, _PER_MODEL)}
+            mine.update(settings)
             for store in ("_parameters", "_buffers"):
                 mine[store] = {name: t if t is None else self._tensor(t) for name, t in mine[store].items()}
                 self._given.update({(path, store, name): t for name, t in mine[store].items()})
-            for name in _own_attributes(module):
-                self._given[path, "__dict__", name] = mine[name] = self._copied(mine[name])
-                if not _is_leaf(mine[name]):
+            for name in own_attributes(module):
+                if name not in settings and not isinstance(mine[name], PLAIN):
+                    mine[name] = tree_map(self._follow, mine[name])
+                self._given[path, "__dict__", name] = mine[name]
+                if not is_leaf(mine[name]):
                     leaves, spec = tree_flatten(mine[name])
-                    self._given[path, "__dict__", name] = leaves, spec, _held_inside(leaves)
+                    self._given[path, "__dict__", name] = leaves, spec, self._shared_inside(leaves)
             for hooks in HOOKS:
                 if any(isinstance(hook, (types.MethodType, PerModelValue)) for hook in mine[hooks].values()):
                     mine[hooks] = tree_map(self._follow, mine[hooks])
         root = before.modules.get("")
         self.module = None if root is None else self._copies[id(root)]
 
-    def _copied(self, value: Any) -> Any:
-        return value if isinstance(value, _PLAIN) else tree_map(self._follow, value)
-
     def _follow(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return self._tensor(leaf)
-        if isinstance(leaf, (PerModel, PerModelValue)):
-            return leaf.values[self._m] if isinstance(self._m, int) else type(leaf)(leaf.values[self._m])
+        if isinstance(leaf, _PER_MODEL):
+            return self._pick(leaf)
         if isinstance(leaf, types.MethodType) and id(leaf.__self__) in self._copies:
             return types.MethodType(leaf.__func__, self._copies[id(leaf.__self__)])
         return self._copies.get(id(leaf), leaf)
+
+    def _pick(self, value: PerModel | PerModelValue, name: str = "an attribute") -> Any:
+        """Return a model's own value; under vmap, what stands for those of all of them."""
+        if isinstance(self._m, int):
+            self._picked.append(value.values[self._m])
+            return self._picked[-1]
+        if self._m == _ALL and isinstance(value, PerModelValue):
+            return Differing(value.values, name)
+        return type(value)(value.values[self._m])
+
+    def _shared_inside(self, leaves: list) -> list:
+        """Return what objects that are not the model's own hold."""
+        objects = (leaf for leaf in leaves if hasattr(leaf, "__dict__") and not isinstance(leaf, _FOLLOWED))
+        shared = [found for found in objects if not any(found is one for one in self._picked)]
+        return [leaf for found in shared for leaf in tree_leaves(vars(found))]
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         mine = self._own.get(id(tensor), tensor)
@@ -190,18 +135,18 @@ class ModuleCopy:
         after = read_state(self.module) if self.module is not None else State()
         for key, value in after.items():
             given = self._given.get(key, _NEW)
-            if value is given and _is_leaf(value):
+            if value is given and is_leaf(value):
                 if id(value) not in edited:
                     after[key] = self._before[key]
                 continue
             leaves, spec = tree_flatten(value)
             leaves_given, spec_given, inside = given if type(given) is tuple else ((given,), None, [])
-            now = _held_inside(leaves)
+            now = self._shared_inside(leaves)
             changed = [v for v in now if not any(v is w for w in inside)]
             alike = isinstance(self._m, slice) and not any(isinstance(v, Tensor) for v in changed)
             if len(now) != len(inside) or (changed and not alike):
                 raise BatchingError(
-                    f"'{_dotted(key)}' holds an object that all models share, and a call keeps a value in it: "
+                    f"'{dotted(key)}' holds an object that all models share, and a call keeps a value in it: "
                     "keep it in a buffer, an attribute, a list or a dict of the module instead"
                 )
             pairs = zip(leaves, leaves_given, strict=True) if spec == spec_given else ()
@@ -211,19 +156,6 @@ class ModuleCopy:
                 after[key] = tree_unflatten([origins.get(id(leaf), leaf) for leaf in leaves], spec)
         after[OUTPUT] = output
         return after
-
-
-def _is_leaf(value: Any) -> bool:
-    return isinstance(value, Tensor) or type(value) in _PLAIN
-
-
-def _held_inside(leaves: list) -> list:
-    objects = (leaf for leaf in leaves if hasattr(leaf, "__dict__") and not isinstance(leaf, _FOLLOWED))
-    return [leaf for found in objects for leaf in tree_leaves(vars(found))]
-
-
-def _dotted(key: Key) -> str:
-    return ".".join(part for part in (key[0], key[2]) if part)
 
 
 def merge(states: Sequence[State], before: State, whole: bool = False) -> tuple[dict[Key, Any], list[tuple]]:
@@ -252,14 +184,14 @@ def merge(states: Sequence[State], before: State, whole: bool = False) -> tuple[
             if len({(t.shape, t.dtype) for t in column}) == 1:
                 fresh.append(column)
                 return Placeholder(len(fresh) - 1)
-        elif all(leaf is first or (isinstance(leaf, _PLAIN) and leaf == first) for leaf in column):
+        elif all(leaf is first or (isinstance(leaf, PLAIN) and leaf == first) for leaf in column):
             return first
         if whole and key[1] == "__dict__":
             return PerModelValue([v.values[m] if isinstance(v, PerModelValue) else v for m, v in enumerate(column)])
         told = [f"a tensor {list(v.shape)}" if isinstance(v, Tensor) else repr(v) for v in column]
         other = next((m for m, text in enumerate(told) if text != told[0]), len(told) - 1)
         raise BatchingError(
-            f"{_dotted(key)} is {told[0]} for model 0 and {told[other]} for model {other}, but has to be alike"
+            f"{dotted(key)} is {told[0]} for model 0 and {told[other]} for model {other}, but has to be alike"
         )
 
     merged: dict[Key, Any] = {}
@@ -286,7 +218,7 @@ def materialize(merged: Mapping[Key, Any], tensors: Sequence[Tensor]) -> tuple[A
     filled, plain = {}, []
     for key, value in merged.items():
         filled[key] = value
-        places = [] if _is_leaf(value) else [leaf for leaf in tree_leaves(value) if isinstance(leaf, Placeholder)]
+        places = [] if is_leaf(value) else [leaf for leaf in tree_leaves(value) if isinstance(leaf, Placeholder)]
         if places:
             filled[key] = tree_map(lambda leaf: tensors[leaf] if isinstance(leaf, Placeholder) else leaf, value)
         if key[1] == "__dict__":

@@ -28,11 +28,11 @@ def agreed(values: Sequence[Any], what: str) -> Any:
     return first
 
 
-class PerModel(float):
-    """M Python floats that travel through a model as if they were one.
+class PerModel:
+    """M Python numbers that travel through a model as if they were one.
 
-    Arithmetic works on all of them and comparisons need all models to agree. As a C double it is NaN, so a
-    leak into a kernel that no rule covers poisons the result instead of silently using model 0's value.
+    Arithmetic works on all of them and comparisons need all models to agree. It passes for a float, but is none: torch
+    hands it to the rules, and whatever else would read it as one number raises.
 
     Args:
         values: M numbers; an operator that runs for one model after the other gets them as they are.
@@ -45,12 +45,11 @@ class PerModel(float):
         True
     """
 
-    values: tuple[float, ...]
+    __slots__ = ("values",)
+    __class__ = property(lambda self: float)  # for isinstance
 
-    def __new__(cls, values: Sequence[float]) -> PerModel:
-        self = super().__new__(cls, "nan")
+    def __init__(self, values: Sequence[float]) -> None:
         self.values = tuple(values)
-        return self
 
     def __reduce__(self):
         return PerModel, (self.values,)
@@ -67,7 +66,12 @@ class PerModel(float):
     def __bool__(self) -> bool:
         return agreed([bool(v) for v in self.values], "a test of a setting")
 
-    __hash__ = None  # equal to a float for no model in particular, so no key for a dict
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = getattr(function, "__name__", function)
+        raise BatchingError(f"{name} gets a number that differs between the models, where none can be told apart")
+
+    __hash__ = None  # equal to a number for no model in particular, so no key for a dict
 
 
 def _lifted(function: Callable) -> Callable:

@@ -11,7 +11,7 @@ import torch
 
 from .errors import BatchingError
 
-__all__ = ["PER_MODEL", "RULES", "RULES_WHEN_TRACED", "Pass", "rule"]
+__all__ = ["RULES", "RULES_WHEN_TRACED", "RULES_WITH_SETTINGS", "Pass", "rule"]
 
 _saved_tensors_hooks = partial(torch._C._autograd._top_saved_tensors_default_hooks, True)
 
@@ -64,16 +64,14 @@ Rule = Callable[[Pass, Callable, tuple, dict], Any]
 
 RULES: dict[Callable, Rule] = {}
 RULES_WHEN_TRACED: dict[Callable, Rule] = {}  # asked first in a traced pass
-PER_MODEL: set[Rule] = set()  # the rules that take settings which differ between the models
+RULES_WITH_SETTINGS: dict[Callable, Rule] = {}  # asked instead where an argument is a `PerModel`
 
 
-def rule(*operators: Callable, when_traced: bool = False, per_model: bool = False) -> Callable[[Rule], Rule]:
+def rule(*operators: Callable, table: dict[Callable, Rule] = RULES) -> Callable[[Rule], Rule]:
     """Register the decorated function as the rule of some operators."""
 
     def register(function: Rule) -> Rule:
-        (RULES_WHEN_TRACED if when_traced else RULES).update(dict.fromkeys(operators, function))
-        if per_model:
-            PER_MODEL.add(function)
+        table.update(dict.fromkeys(operators, function))
         return function
 
     return register

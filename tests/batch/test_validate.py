@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Config, Holds, assert_unchanged, hooked, local, local_lambda, snapshot
+from oracle import Holds, assert_unchanged, hooked, local, local_lambda, snapshot
 from torch import nn
 from torch.nn import functional as F
 
@@ -115,16 +115,22 @@ IN_LAYERS: dict[str, tuple[Make, Make, str]] = {
     "an attribute more": (Holds, lambda: Holds(extra=1), "another 'extra' at its top: got 1, expected None"),
     "a number of hooks": (lambda: hooked(1), lambda: hooked(2), "has other forward hooks at its top"),
 }
+
+
+class Plain:
+    def __init__(self, **held: Any) -> None:
+        vars(self).update(held)
+
+
 leaky = functools.partial(functools.partial, F.leaky_relu)
 ATTRIBUTES: dict[str, tuple[Any, Any, str]] = {
     "a type": (1, True, "got True, expected 1"),
     "a lambda": (lambda x: x + 1, lambda x: x - 1, "got <function"),
     "a lambda's default": (lambda x, scale=1.0: x * scale, lambda x, scale=2.0: x * scale, "got <function"),
-    "a number": (1.5, 2.5, "got 2.5"),
     "a list": ([1, 2], [1, 3], r"got \[1, 3\], expected \[1, 2\]"),
     "a function": (F.relu, F.gelu, "got .*gelu"),
     "a partial": (leaky(negative_slope=0.1), leaky(negative_slope=0.7), "got .*leaky_relu>, negative_slope=0.7.*0.1"),
-    "an object": (Config(1), Config(2), "got <oracle.Config object>"),
+    "an object with tensors": (Plain(t=torch.ones(2)), Plain(t=torch.zeros(2)), "got <test_validate.Plain object"),
     "an array": (torch.ones(2).numpy(), torch.zeros(2).numpy(), "got array"),
     "an array's length": (torch.ones(2).numpy(), torch.ones(3).numpy(), "got array"),
     "a tensor's shape": (torch.ones(2), torch.ones(3), "got tensor"),
@@ -157,11 +163,6 @@ class Outer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x)
-
-
-class Plain:
-    def __init__(self, **held: Any) -> None:
-        vars(self).update(held)
 
 
 def in_itself(kind: type) -> Any:

@@ -16,7 +16,6 @@ REFUSED = {
     "Embedding(sparse)": "sparse gradients",
     "frozen parameters that differ across models": "'0.weight' frozen",
     "per-model training flag": "another mode at '0'",
-    "per-model float of the user's class": "another 'k'",
     "per-model number of heads": "at 'inner'",
     "per-model activation function": "another 'inner'",
     "unregistered layer in a list": "another 'hidden'",

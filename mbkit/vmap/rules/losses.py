@@ -7,27 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..in_turn import model_by_model
 from ..per_model import PerModel
-from ..registry import Pass, rule
+from ..registry import RULES_WITH_SETTINGS, Pass, rule
 from ..unwrap import call_unwrapped
 
 _NONE, _MEAN = 0, 1  # of torch's own numbers for reductions
 
 
-@rule(torch._C._nn.cross_entropy_loss, per_model=True)
+@rule(torch._C._nn.cross_entropy_loss)
+@rule(torch._C._nn.cross_entropy_loss, table=RULES_WITH_SETTINGS)
 def _cross_entropy(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """Row by row the kernels are those of a lone model; only the mean over a model's rows is taken here."""
-    result = _by_rows(mode, operator, kwargs, *(*args, None, _MEAN, -100, 0.0)[:6])
-    if result is NotImplemented and any(isinstance(arg, PerModel) for arg in (*args, *kwargs.values())):
-        return model_by_model(mode, operator, args, kwargs)
-    return result
-
-
-def _by_rows(
-    mode: Pass, operator: Any, kwargs: dict, outputs: Tensor, labels: Tensor, weight: Any, reduction: int, ignored: int,
-    smoothing: float,
-) -> Any:  # fmt: skip
+    outputs, labels, weight, reduction, ignored, smoothing = (*args, None, _MEAN, -100, 0.0)[:6]
     if kwargs or weight is not None or outputs.dim() != 2 or labels.dim() != 1:
         return NotImplemented
 

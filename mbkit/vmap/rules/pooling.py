@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..registry import Pass, rule
+from ..registry import RULES_WHEN_TRACED, Pass, rule
 from ..unwrap import call_unwrapped
 
 __all__ = ["largest_of_windows"]
@@ -25,7 +25,7 @@ _LARGEST = 9  # numbers in a window: each is compared with the largest
 _NOWHERE = -1
 
 
-@rule(torch.relu, Tensor.relu, when_traced=True)
+@rule(torch.relu, Tensor.relu, table=RULES_WHEN_TRACED)
 def _relu(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """Note what a ReLU was given, for a pooling that may follow."""
     out = operator(*args, **kwargs)
@@ -39,7 +39,7 @@ def _versions(mode: Pass, tensors: list[Tensor]) -> list[int]:
     return call_unwrapped(mode, lambda stacks, _: [stack._version for stack in stacks], tensors)
 
 
-@rule(torch.max_pool2d, when_traced=True)
+@rule(torch.max_pool2d, table=RULES_WHEN_TRACED)
 def _max_pool2d(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """Where windows overlap or are large, pooling is traced as in any step."""
     x, window, stride, padding, dilation, ceil_mode = (*args, *(None, 0, 1, False)[len(args) - 2 :])

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..in_turn import model_by_model
 from ..layout import check_order
 from ..per_model import PerModel
-from ..registry import Pass, rule
+from ..registry import RULES_WITH_SETTINGS, Pass, rule
 from ..unwrap import call_unwrapped
 
 _METHODS = "bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial normal_ random_ uniform_"
@@ -23,7 +23,8 @@ rule(*(getattr(torch, name) for name in _FUNCTIONS.split() if hasattr(torch, nam
 rule(torch._C._nn.rrelu_with_noise)(model_by_model)
 
 
-@rule(torch.dropout, per_model=True)
+@rule(torch.dropout)
+@rule(torch.dropout, table=RULES_WITH_SETTINGS)
 def _dropout(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
     """`torch.dropout` with one mask a model.
 

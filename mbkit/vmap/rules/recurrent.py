@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..in_turn import model_by_model
 from ..per_model import PerModel
-from ..registry import Pass, rule
+from ..registry import RULES_WITH_SETTINGS, Pass, rule
 from ..unwrap import call_unwrapped, expanded
 
 LARGEST_HIDDEN_SIZE = 128
@@ -127,4 +127,5 @@ def _worthwhile(mode: Pass, x: Tensor, weights: Sequence[Tensor], cell: Callable
 _CELLS = {"lstm": _lstm_cell, "gru": _gru_cell, "rnn_tanh": _tanh_cell, "rnn_relu": _relu_cell}
 for _name, _cell in _CELLS.items():
     rule(getattr(torch, f"{_name}_cell"))(model_by_model)
-    rule(getattr(torch, _name), per_model=True)(partial(_batched, _cell))
+    _rule = partial(_batched, _cell)
+    rule(getattr(torch, _name))(rule(getattr(torch, _name), table=RULES_WITH_SETTINGS)(_rule))

@@ -1,0 +1,144 @@
+"""Settings that differ between the models: floats of the user's own classes, configuration objects, dicts.
+
+What a call reads and cannot be routed runs model by model, and each model is still the one trained alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import SEEDS, M, assert_same_parameters, train_alone
+from torch import Tensor, nn
+
+from mbkit import ModelBatch, OptimizerFactory, fit
+from mbkit.vmap import BatchingError, PerModel
+
+STEPS, RATE = 4, 0.05
+ROADS: dict[str, dict[str, Any]] = {
+    "at once": {"chunk_size": None},
+    "chunks": {"chunk_size": 2},
+    "one by one": {"chunk_size": 1},
+    "compiled": {"compile": True},
+}
+
+
+class Config:
+    """As large libraries have them: one object, at hand in every layer."""
+
+    def __init__(self, m: int) -> None:
+        self.rate, self.size, self.names, self.kind = 0.1 * (m + 1), 3, ["a", "b"], None
+        self.heads = 1 + m
+        self.adapter = {"alpha": 8.0 * (m + 1), "rank": 2}
+
+    @property
+    def scale(self) -> float:
+        return self.adapter["alpha"] / self.adapter["rank"]
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.rate
+
+
+class Net(nn.Module):
+    """A layer around whose result model m does something with its own settings."""
+
+    def __init__(self, m: int, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.omega, self.scaling, self.use = nn.Linear(4, 4), 0.5 + 0.25 * m, {"default": 1.0 + m}, use
+        self.config, self.unread = Config(m), 7.5 * m
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.use(self, self.fc(x)))
+
+
+def note_kind(net: Net, x: Tensor) -> Tensor:
+    if net.config.kind is None:
+        net.config.kind = "regression"
+    return x * net.config.rate
+
+
+def first_of(net: Net, x: Tensor) -> Tensor:
+    return x * next(value for key, value in net.scaling.items() if key in net.scaling)
+
+
+# How a setting is used, and whether all models can do so at once.
+USES: dict[str, tuple[Callable[[Net, Tensor], Tensor], bool]] = {
+    "not at all": (lambda net, x: x.tanh(), True),
+    "a float": (lambda net, x: torch.sin(net.omega * x) + x ** net.omega.__class__(2), True),
+    "a float in an operator": (lambda net, x: nn.functional.leaky_relu(x, net.omega), True),
+    "dropout": (lambda net, x: nn.functional.dropout(x, net.config.rate, net.training), True),
+    "a dict": (lambda net, x: x * net.scaling["default"] + net.scaling.get("other", 1), True),
+    "a dict walked through": (first_of, True),
+    "inside an object": (lambda net, x: x * net.config.adapter["alpha"] + len(net.config.names), True),
+    "what is alike": (lambda net, x: x.repeat(1, net.config.size)[:, :4] * net.config.adapter["rank"], True),
+    "a property": (lambda net, x: x * net.config.scale, True),
+    "a method": (lambda net, x: net.config.scaled(x), True),
+    "written to": (note_kind, True),
+    "compared, alike": (lambda net, x: x * 2 if net.omega > 0.1 else x, True),
+    "compared, not alike": (lambda net, x: x * 2 if net.omega > 0.8 else x, False),
+    "by Python's math": (lambda net, x: x * math.sqrt(net.omega), False),
+    "by Python's math, compared": (lambda net, x: x * 2 if math.sqrt(net.omega) > 0.9 else x, False),
+    "a whole number": (lambda net, x: x.repeat(1, net.config.heads)[:, :4] * net.config.heads, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*model by model", "ignore:compile=True")
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("use", USES)
+def test_each_model_by_its_own(use: str, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+    run, at_once = USES[use]
+    models = [Net(m, run).double() for m in range(M)]
+    batch = ModelBatch(copy.deepcopy(models), seeds=SEEDS)
+    kind = {"dtype": torch.float64}
+    data = [(torch.randn(5, 4, **kind), torch.randn(5, 2, **kind)) for _ in range(STEPS)]
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATE)
+    fit(batch, optimizer, data, nn.functional.mse_loss, progress=False, **ROADS[road])
+    train_alone(models, data, seeds=SEEDS, configs={"lr": RATE})
+    assert_same_parameters(list(batch), models, 1e-11)
+    if road == "at once":
+        assert (batch.model_by_model == set()) == at_once
+    for lone, model in zip(batch, models, strict=True):  # what is taken out has its own again
+        assert (lone.omega, lone.unread, lone.scaling) == (model.omega, model.unread, model.scaling)
+        assert vars(lone.config) == vars(model.config)
+
+
+def test_the_given_models_keep_theirs():
+    models = [Net(m, note_kind) for m in range(2)]
+    ModelBatch(models)(torch.randn(3, 4))
+    assert [model.config.kind for model in models] == [None, None]
+
+
+def test_some_of_the_models():
+    models = [Net(m, USES["inside an object"][0]) for m in range(4)]
+    batch, x = ModelBatch(models), torch.randn(3, 4)
+    torch.testing.assert_close(batch.select([3, 1])(x), torch.stack([models[3](x), models[1](x)]))
+
+
+def test_a_tensor_kept_in_an_object_of_each_models_own():
+    """Model by model, it is the model's own object, and keeps what it is given."""
+
+    def keep(net: Net, x: Tensor) -> Tensor:
+        net.config.last = x.detach() + getattr(net.config, "last", 0)
+        return x + net.config.last
+
+    models = [Net(m, keep).double() for m in range(3)]
+    batch, x = ModelBatch(copy.deepcopy(models)), torch.randn(3, 4).double()
+    with pytest.warns(UserWarning, match=r"model by model.*'config\.last'"):
+        outputs = [batch(x) for _ in range(2)]
+    for m, model in enumerate(models):
+        for step in range(2):
+            torch.testing.assert_close(outputs[step][m], model(x))
+
+
+def test_no_number_for_all_is_read_from_one_that_differs():
+    number = PerModel([0.25, 0.5])
+    for read in (float, math.sqrt, lambda n: torch.ones(2) * n, lambda n: nn.functional.dropout(torch.ones(2), n)):
+        with pytest.raises(BatchingError):
+            read(number)
+    assert isinstance(number, float)
