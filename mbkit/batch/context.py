@@ -32,7 +32,6 @@ class CallContext:
         frozen: `[M]`, True for the models that are frozen; None for none.
         latest_losses: `[M]`, detached; None before the first.
         slow_losses: the loss functions that vmap cannot run; see `loss_code`.
-        sure_losses: the loss functions that use their per-model settings in torch only, as far as calls have shown.
         kept: what forward and the latest loss function may keep outside; see `kept_by`.
         steady: by the modules' train/eval flags, the tensors that calls do not edit; see `Memory`.
     """
@@ -49,13 +48,12 @@ class CallContext:
     frozen: Tensor | None = None
     latest_losses: Tensor | None = None
     slow_losses: set[Any] = field(default_factory=set)
-    sure_losses: set[Any] = field(default_factory=set)
     kept: Any = None
     steady: dict[tuple[bool, ...], dict[int, weakref.ref]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         # What has been learnt about these very tensors and functions stays here.
-        learnt = {"steady": {}, "slow_losses": set(), "sure_losses": set(), "kept": None}
+        learnt = {"steady": {}, "slow_losses": set(), "kept": None}
         return self.__dict__ | learnt
 
 

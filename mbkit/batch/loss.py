@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..vmap import BatchingError, PerModel, as_stacked, mark_rows, watch_backward
+from ..vmap import PerModel, mark_rows, watch_backward
 from .call import NO_FAULT_OF_VMAP, PLAIN_ERRORS, at_once
 from .context import CallContext
 from .freeze import held
@@ -46,8 +46,6 @@ def call_losses(
     leaves, spec = tree_flatten((outputs, targets, settings.values))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     kept, code = kept_by(context, loss_fn), loss_code(loss_fn)
-    nans: list[Tensor] = []
-    unsure = settings.differ and not context.traced and code not in context.sure_losses
 
     def one_model(mode: Any, *own: Tensor, m: int | None = None) -> tuple[Tensor]:
         remaining = iter(own)
@@ -56,12 +54,7 @@ def call_losses(
             mine = [leaf.values[m] if isinstance(leaf, PerModel) else leaf for leaf in mine]
         my_outputs, my_targets, keywords = tree_unflatten(mine, spec)
         with kept.under_vmap() if mode is not None else nullcontext():
-            loss = one_number(loss_fn(my_outputs, my_targets, **keywords))
-            if mode is not None and unsure:
-                nans.append(as_stacked(loss).isnan())
-                if nans[0].any():
-                    raise BatchingError("a number of loss_settings seems to be used outside torch, by math.log, say")
-        return (loss,)
+            return (one_number(loss_fn(my_outputs, my_targets, **keywords)),)
 
     with held(context):
         context.streams.meet(code)
@@ -88,9 +81,7 @@ def call_losses(
             undo()
             known = type(error) in PLAIN_ERRORS
             raise (type(error)(f"the loss function, for one model: {error}") if known else error) from error
-    if nans and torch.equal(nans[0], losses.isnan()):  # the models' own, or none
-        context.sure_losses.add(code)
-    elif reason:
+    if reason:
         context.slow_losses.add(code)
         warnings.warn(f"The loss function runs model by model: torch.vmap cannot run it ({reason}).", stacklevel=3)
     if context.model_by_model or context.slow_losses:  # a gradient may come to some models only

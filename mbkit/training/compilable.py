@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph
 from torch.utils._pytree import tree_leaves
 
 from ..batch.context import context_of
@@ -15,7 +14,7 @@ from ..common.machine import free_memory
 from ..optim.stacked import StackedOptimizer
 from ..vmap import HOOKS, has_grad_hooks
 
-__all__ = ["CannotCompile", "check_memory", "check_module", "check_numbers", "check_step"]
+__all__ = ["CannotCompile", "check_memory", "check_module", "check_step"]
 
 _SHARE = 0.5  # of the free memory that a step may take, as for chunks
 
@@ -71,11 +70,3 @@ def check_memory(graph: Graph) -> None:
     most, room = max(accumulate(changes)), int(_SHARE * free_memory(device))
     if most > room:
         raise CannotCompile(f"it might take {most / 1e6:,.2f} MB at once, with {room / 1e6:,.2f} left")
-
-
-def check_numbers(graph: GraphModule) -> None:
-    """Raise CannotCompile where a number that differs between the models has become NaN; see `PerModel`."""
-    numbers = [n for n in tree_leaves([(n.args, n.kwargs) for n in graph.graph.nodes]) if isinstance(n, float)]
-    held = [t for node in graph.graph.find_nodes(op="get_attr") for t in [getattr(graph, node.target)]]
-    if any(map(math.isnan, numbers)) or any(t.isnan().any() for t in held if isinstance(t, Tensor)):
-        raise CannotCompile("a number of loss_settings seems to be used outside torch, by math.log, say")

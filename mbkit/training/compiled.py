@@ -30,7 +30,7 @@ from ..batch.context import context_of
 from ..batch.loss import call_losses
 from ..optim.hyperparameters import Hyperparameters
 from ..vmap import LayoutMatters, copy_module, read_state, tensors_in
-from .compilable import CannotCompile, check_memory, check_module, check_numbers, check_step
+from .compilable import CannotCompile, check_memory, check_module, check_step
 from .graph_passes import improve
 from .guards import Guards
 from .loop import arguments
@@ -237,8 +237,6 @@ class _Program:
             context_of(self._step.batch).folding = False
             return self._trace(operands)
         check_memory(graph.graph)
-        if self._step.settings and self._step.settings.differ:
-            check_numbers(graph)
         improve(graph.graph)
         graph.graph.set_codegen(torch.fx.graph.CodeGen())  # flat arguments and results, which torch.compile can enter
         graph.recompile()

@@ -25,7 +25,7 @@ from mbkit.vmap import models_with_gradient
 M, SEEDS, RATE, NORM, FROZEN = 3, [11, 5, 2**40], 0.05, 0.3, 1
 PLAIN = ["plain"] * 3
 HABITS = [*PLAIN, "two passes", "edited", "clipped", "scaled", "kept as zeros", "penalty", "evaluated", "frozen"]
-HABITS += ["chunks", "one by one", "compiled"]
+HABITS += ["chunks", "one by one", "selected and merged", "compiled"]
 IN_TRAIN_MODE = {"evaluated", "chunks", "one by one", "compiled"}  # these put the models into it
 
 
@@ -167,12 +167,32 @@ class Together(Side):
             self.module.freeze(FROZEN)
             super().run(habit, step)
             self.module.unfreeze(FROZEN)
+        elif habit == "selected and merged":
+            self.in_parts(step)
         elif habit in ways:
             data, options = [(tuple(self.inputs(step)), torch.zeros(()))], {"shared_targets": True, "progress": False}
             with mock.patch("torch._inductor.compile", lambda graph, *_, **__: graph):
                 fit(self.module, self.optimizer, data, loss_of, **ways[habit], **options)
         else:
             super().run(habit, step)
+
+    def in_parts(self, step: int) -> None:
+        """Make the update with batches of some of the models, and put them together again."""
+        whole, optimizer, x, parts = self.module, self.optimizer, self.inputs(step), []
+        for models in ([0, 1], [2]):
+            self.module = whole.select(models)
+            self.optimizer = optimizer.select(models, self.module)
+            self.optimizer.zero_grad()
+            mine = [t if self.shared or not isinstance(t, Tensor) else t[models] for t in x]
+            mine = [t.clone() if isinstance(t, Tensor) else t for t in mine]
+            with torch.set_grad_enabled(self.case.grad):
+                losses = self.loss(self.module(*mine))
+            if losses.requires_grad:
+                losses.sum().backward()
+            self.optimizer.step()
+            parts.append((self.module, self.optimizer))
+        self.module = ModelBatch.merge([module for module, _ in parts])
+        self.optimizer = type(optimizer).merge([one for _, one in parts], self.module)
 
     def gradients(self, m: int) -> dict[str, Tensor]:
         """Return copies of the gradients that model m has; a parameter without one alone must have none here."""
