@@ -64,7 +64,7 @@ class Explorer(ipw.VBox):
         self.image.add_class(f"mbkit-{height}")
         self.status, click = ipw.HTML(), ipw.Text(continuous_update=False)
         click.add_class("mbkit-click")
-        click.observe(lambda change: self._clicked(*map(float, change["new"].split()[:2])), "value")
+        click.observe(lambda click: self.worker.drawn and self._clicked(*map(float, click["new"].split()[:2])), "value")
         self.buttons = {}
         for name, act in (
             ("pause", lambda: self.worker.pause(self.worker.state == "running")),

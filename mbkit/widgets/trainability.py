@@ -130,6 +130,7 @@ class TrainabilityExplorer(Explorer):
 
     def _changed(self, name: str) -> None:
         if name != "zoom":
+            self._to_edge = self._to_edge and name not in ("first", "second")  # a mark that a hand has moved stays
             return super()._changed(name)
         # A window around the mark, half as wide for each step of the zoom; no zoom is the whole map again.
         factor, self._zoomed = 2.0 ** (self._zoomed - self.zoom.value), self.zoom.value

@@ -454,8 +454,9 @@ def test_the_zoom_finds_more_of_the_edge_each_time_without_a_move_and_goes_back(
         assert left * right == pytest.approx(rate**2)  # around the mark
         assert right / left == pytest.approx((high / low) ** 0.5)  # half as wide on a log scale
         assert 0 < shown.outcome.diverged.sum() < 1024
-    shown.first.value = shown.second.value = 0.0  # a mark that a hand has moved stays
     shown.seed.value = 1
+    shown.zoom.value = 5
+    shown.first.value = shown.second.value = 0.0  # a mark that a hand has moved stays, also while it trains
     assert shown.wait().chosen == (0, 0)
     shown.zoom.value = 0
     assert shown.window == WINDOW
