@@ -92,7 +92,8 @@ class Chunks:
         """Add up the gradients of all models; return the losses [M] and the outputs, detached."""
         batch, context = self.batch, context_of(self.batch)
         parameters = list(batch.parameters())
-        if not _calls_are_own(batch) or any(map(has_grad_hooks, parameters)):
+        is_cleared = all(p.grad is None for p in parameters)  # or new gradients are added to those, as torch does
+        if not _calls_are_own(batch) or any(map(has_grad_hooks, parameters)) or not is_cleared:
             self.how = "all models at once"
             return _backward_of_the_whole(batch, x, y, options)
         gradients = Gradients(parameters, self.num_models)
