@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
+from operator import is_
 from types import FunctionType, MemberDescriptorType, ModuleType
 from typing import Any, NamedTuple
 
@@ -78,10 +79,11 @@ def unchanged(place: Place, contents: list | dict | set) -> bool:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Say whether two contents hold the very same objects."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(value is b[name] for name, value in a.items())
-    return a == b if isinstance(a, set) else len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+    """Say whether two contents hold the very same objects, under the same names in the same order."""
+    if isinstance(a, set):
+        return a == b
+    alike = len(a) == len(b) and (not isinstance(a, dict) or list(a) == list(b))
+    return alike and all(map(is_, *((a.values(), b.values()) if isinstance(a, dict) else (a, b))))
 
 
 class PythonValues:

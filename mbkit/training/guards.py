@@ -40,6 +40,15 @@ class Guards:
         self._ids = set(map(id, inputs))
         self._values = values = PythonValues(roots.items(), inputs)
         self._contents = [(p, read(p)) for p in values.places]
+        # Looked at in every step: what holds nothing, as hooks mostly do, and what has a name in a dict, in no time.
+        self._empty, self._named, self._held = [], [], []
+        for p, contents in self._contents:
+            if p.key is None and not contents:
+                self._empty.append(p.owner)
+            elif p.key is not None and contents and isinstance(p.owner, dict):
+                self._named.append((p.owner.get, p.key, contents[0]))
+            else:
+                self._held.append((p, contents))
         self._versions = [(value, version(value)) for _, value in values.tensors]
         if sum(len(contents) for _, contents in self._contents) > _MOST:
             values.unseen = values.unseen or f"forward and loss_fn may read more than {_MOST:,} Python values"
@@ -59,7 +68,9 @@ class Guards:
     def same(self) -> bool:
         """Whether every value is still the very same object and holds the same."""
         return (
-            all(unchanged(p, contents) for p, contents in self._contents)
+            not any(self._empty)
+            and all(get(key) is value for get, key, value in self._named)
+            and all(unchanged(p, contents) for p, contents in self._held)
             and all(version(value) == was for value, was in self._versions)
             and all(place(tensor) == where for tensor, where in self._inputs)
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import M
+from oracle import M, assert_same_parameters, train_alone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -197,11 +197,7 @@ def alone() -> dict[str, list[nn.Module]]:
     for name, make in LOSSES.items():
         trained[name] = made()
         for model in trained[name]:
-            loss_fn, optimizer = make(), torch.optim.SGD(model.parameters(), lr=0.2)
-            for x, y in data():
-                optimizer.zero_grad()
-                loss_fn(model(x), y).backward()
-                optimizer.step()
+            train_alone([model], data(), loss_fn=make(), seeds=None, configs={"lr": 0.2})
     return trained
 
 
@@ -212,9 +208,7 @@ def test_what_a_loss_keeps_is_each_models_own(name: str, road: dict, alone: dict
     batch, loss_fn = ModelBatch(made()), LOSSES[name]()
     optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.2)
     fit(batch, optimizer, data(), loss_fn, progress=False, **road)
-    for m, model in enumerate(alone[name]):
-        for path, p in model.named_parameters():
-            torch.testing.assert_close(batch.stacked_params[path][m], p.detach(), rtol=1e-9, atol=1e-12)
+    assert_same_parameters(batch.models, alone[name])
     if name == "number":
         assert loss_fn.t == STEPS
     if name == "buffer":
@@ -236,9 +230,7 @@ def test_a_compiled_step_does_not_lose_what_a_loss_keeps(name: str, alone: dict)
     batch = ModelBatch(made())
     optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.2)
     fit(batch, optimizer, data(), LOSSES[name](), progress=False, compile=True)
-    for m, model in enumerate(alone[name]):
-        for path, p in model.named_parameters():
-            torch.testing.assert_close(batch.stacked_params[path][m], p.detach(), rtol=1e-9, atol=1e-12)
+    assert_same_parameters(batch.models, alone[name])
 
 
 class Weighted(nn.Module):

@@ -19,6 +19,7 @@ from mbkit.batch.context import context_of
 from mbkit.common.random_streams import GENERATOR
 from mbkit.training import train_steps
 from mbkit.training.chunks import Chunks
+from mbkit.training.compiled import CompiledStep
 from mbkit.training.options import StepOptions
 from mbkit.training.step import make_update
 
@@ -178,8 +179,6 @@ def own(model: Any) -> nn.Module:
 )
 def test_what_is_changed_between_two_steps_counts(monkeypatch, change, compiled):
     """With SGD, since a bias before BatchNorm has no gradient but rounding, which Adam would blow up."""
-    from mbkit.training.compiled import CompiledStep
-
     made = []
     monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: made.append(1) or graph)
     way = CompiledStep if compiled else None
@@ -249,17 +248,10 @@ def test_a_frozen_model_keeps_everything():
     torch.testing.assert_close(batch[2].state_dict(), models[2].state_dict(), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("loss_fn", "error", "text"),
-    [
-        (lambda out, y: 1.0, TypeError, "to be a tensor, got float"),
-        (lambda out, y: out.sum(0), ValueError, "Expected one loss a model, got a tensor"),
-    ],
-)
-def test_a_loss_that_is_none_is_refused(loss_fn, error, text):
-    batch = ModelBatch(models_of())
-    with pytest.raises(error, match=text):
-        Chunks(batch, 1).backward(*data()[0], StepOptions(loss_fn))
+@pytest.mark.parametrize("loss_fn", [lambda out, y: 1.0, lambda out, y: out.sum(0)])
+def test_a_loss_that_is_none_is_refused(loss_fn):
+    with pytest.raises((TypeError, ValueError), match=r"one loss a model|to be a tensor, got float"):
+        Chunks(ModelBatch(models_of()), 1).backward(*data()[0], StepOptions(loss_fn))
 
 
 def test_casts_of_weights_are_not_kept_over_an_update():

@@ -10,6 +10,7 @@ import math
 import random
 import warnings
 from collections import UserDict
+from functools import partial
 from typing import Any
 
 import numpy
@@ -20,7 +21,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from mbkit import BatchingError, ModelBatch, OptimizerFactory, evaluate, fit
-from tests.oracle import MOMENTUM, SEEDS, assert_same_parameters, batches, snapshot, trained_alone
+from tests.oracle import MOMENTUM, SEEDS, assert_same_parameters, batches, snapshot, train_alone, trained_alone
 
 B, STEPS = 6, 4
 ROADS = {
@@ -129,11 +130,8 @@ def test_every_road_gives_the_model_trained_alone(monkeypatch, habit, road, num_
     lones = copy.deepcopy(models)
     for m, lone in enumerate(lones):
         random.seed(m)
-        optimizer, loss_fn = torch.optim.SGD(lone.parameters(), lr=0.1), make_loss()
-        for x, y in pairs:
-            optimizer.zero_grad()
-            loss_fn(lone(x[m] if each else x), y[m] if each else y).backward()
-            optimizer.step()
+        own = [(x[m], y[m]) for x, y in pairs] if each else pairs
+        train_alone([lone], own, loss_fn=make_loss(), seeds=[m], configs={"lr": 0.1})
     how = dict(ROADS[road])
     batch = ModelBatch(models, not each, seeds=range(num_models), model_by_model=how.pop("model_by_model", []))
     data = [(UserDict(x=x), y) if each else (x, y) for x, y in pairs]
@@ -179,11 +177,7 @@ def test_settings_of_the_loss_are_each_models_own_on_every_road(monkeypatch, kin
     pairs = [tuple(torch.randn(B, 4, dtype=torch.float64) for _ in "xy") for _ in range(STEPS)]
     lones = copy.deepcopy(models)
     for m, lone in enumerate(lones):
-        optimizer = torch.optim.SGD(lone.parameters(), lr=0.1)
-        for x, y in pairs:
-            optimizer.zero_grad()
-            loss_fn(lone(x), y, **settings(m)).backward()
-            optimizer.step()
+        train_alone([lone], pairs, loss_fn=partial(loss_fn, **settings(m)), seeds=None, configs={"lr": 0.1})
     how = dict(ROADS[road])
     batch = ModelBatch(models, model_by_model=how.pop("model_by_model", []))
     given = settings(0)
