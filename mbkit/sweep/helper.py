@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from multiprocessing import spawn
 from typing import Any
 
 from .worker import Job, run_batch
@@ -55,6 +56,9 @@ class _Helper:
         code, paths = "from mbkit.sweep.helper import serve; serve()", os.pathsep.join(filter(None, sys.path))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": {**os.environ, "PYTHONPATH": paths}}
         self.process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)  # type: ignore[call-overload]
+        prepared = spawn.get_preparation_data("sweep")  # by which the script becomes __main__ there too
+        prepared.pop("authkey", None)
+        pickle.dump(prepared, self.process.stdin)
 
     def run(self, job: Job) -> Any:
         pickler.dump(job, self.process.stdin)
@@ -72,6 +76,7 @@ def serve() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    spawn.prepare(pickle.load(sys.stdin.buffer))
     while True:
         try:
             result: Any = run_batch(pickle.load(sys.stdin.buffer))

@@ -202,3 +202,35 @@ def test_dask_without_workers_is_an_error_in_time(tmp_path: Path) -> None:
     late = pytest.raises(WorkersLost, match=r"No worker has been there for 0\.2 s")
     with distributed.LocalCluster(n_workers=0, **settings) as empty, empty.get_client() as client, late:
         standard(tmp_path, executor=client.get_executor(pure=False), no_workers_timeout=0.2)
+
+
+SCRIPT = """
+import functools
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from torch import nn
+import mbkit
+
+@functools.cache  # which is found by its name only
+def points():
+    return torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+
+def batches():
+    return [points()]
+
+def build(width):
+    return mbkit.MLP([4, width, 3])
+
+if __name__ == "__main__":
+    given = (build, torch.optim.SGD, mbkit.grid(lr=[0.1, 0.2], width=[5]), batches, nn.functional.cross_entropy)
+    with ThreadPoolExecutor(1) as threads:
+        there = mbkit.sweep(*given, valid=batches, score="loss", executor=threads)
+    here = mbkit.sweep(*given, valid=batches, score="loss")
+    assert repr(there) == repr(here)
+"""
+
+
+@pytest.mark.slow
+def test_functions_of_a_script_are_found_in_a_helper_process(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    subprocess.run([sys.executable, str(tmp_path / "script.py")], check=True, timeout=180)
