@@ -114,7 +114,7 @@ class SuiteResult(Tables):
 
     def _tables(self) -> list[tuple[str, list[list[str]]]]:
         fair = any(LOOP in row["seconds"] for row in self.rows)
-        malloc = "each in a process of its own, with the same malloc setting" if fair else "malloc set for mbkit alone"
+        malloc = "each in a process of its own\nwith the same malloc setting" if fair else "malloc set\nfor mbkit alone"
         note = (
             "The loop's times are ms a model and step; the other columns are multiples of its speed, by medians. It "
             f"trains the\nfirst {_LONE} models. All sides have {ROUNDS} turns on one batch in float32 with Adam, "

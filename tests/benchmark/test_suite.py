@@ -198,6 +198,14 @@ def test_after_its_minutes_no_case_is_begun_and_no_side_made_ready(here):
     assert len(result.rows) == 1
 
 
+@pytest.mark.cuda
+def test_all_sides_but_jax_measure_on_a_gpu():
+    result = run_suite([Case("MLP", 4, 8, "cuda"), Case("LeNet5", 2, 8, "cuda")], progress=False)
+    for row in result.rows:
+        assert row["missing"].keys() <= {"JAX jit(vmap)", "modelbatch"}, row["missing"]
+        assert row["costs"]["mbkit"]["memory"] > 0
+
+
 def test_an_unknown_side_is_refused():
     with pytest.raises(ValueError, match="Expected sides out of sequential"):
         run_suite(CASES[:1], sides=["tortoise"])
