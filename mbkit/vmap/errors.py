@@ -13,11 +13,11 @@ class BatchingError(RuntimeError):
     """A layer cannot do for M models at once what it does for one; the message names the layer and the way out."""
 
 
-PATH = "mbkit_path"  # on a replica: the dotted path of the module that it copies
+PATH = "mbkit_path"  # on a module copy: the dotted path of the module that it copies
 
 
 def running_modules(traceback: TracebackType | None) -> list[nn.Module]:
-    """Return the replicas whose calls an exception has come through, outermost first."""
+    """Return the module copies whose calls an exception has come through, outermost first."""
     found = []
     while traceback is not None:
         frame = traceback.tb_frame
@@ -29,6 +29,6 @@ def running_modules(traceback: TracebackType | None) -> list[nn.Module]:
 
 
 def module_path(module: nn.Module) -> str:
-    """Return a replica's dotted path and class, e.g. "'encoder.0' (Linear)"."""
+    """Return a module copy's dotted path and class, e.g. "'encoder.0' (Linear)"."""
     path = vars(module)[PATH]
     return f"'{path}' ({type(module).__name__})" if path else f"the model itself ({type(module).__name__})"

@@ -1,4 +1,4 @@
-"""The one interception: every torch call of the M models passes here before vmap sees it."""
+"""The one place where rules are looked up: every torch call of the M models passes here before vmap sees it."""
 
 from __future__ import annotations
 

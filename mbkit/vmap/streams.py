@@ -159,7 +159,7 @@ class Streams:
         return bool(self._whole._generators)
 
     def dropout_masks(self, like: Tensor, rates: Sequence[float]) -> Tensor:
-        """Draw `[M, ...]`, a mask a model as torch draws it on a CPU: 0, or 1 / (1 - rate) where a number is kept.
+        """Draw `[M, ...]`, one mask per model as torch draws it on a CPU: 0, or 1 / (1 - rate) where a number is kept.
 
         Args:
             like: one model's activation, whose memory order decides which number meets which bit.

@@ -54,7 +54,7 @@ def _gradient(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
     *_methods("new_empty new_zeros new_ones new_full"),
 )
 def _made(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
-    """A tensor made from nothing gets one copy a model, so that each can fill its own in place."""
+    """A tensor made from nothing gets one copy per model, so that each can fill its own in place."""
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
         return stacks[0] if stacked[0] else stack_alike(stacks * mode.num_models)

@@ -26,7 +26,7 @@ rule(torch._C._nn.rrelu_with_noise)(model_by_model)
 @rule(torch.dropout)
 @rule(torch.dropout, table=RULES_WITH_SETTINGS)
 def _dropout(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
-    """`torch.dropout` with one mask a model.
+    """`torch.dropout` with one mask per model.
 
     On a CPU this draws what torch itself draws there, `bernoulli_(1 - p).div_(1 - p)` over the activation's
     memory order. Other devices use fused kernels with counters of their own, so they go model by model.
