@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from oracle import close
+from oracle import assert_same_parameters, close
 from torch import nn
 
 from mbkit import ModelBatch, OptimizerFactory, fit, fit_alone
@@ -89,12 +89,6 @@ def sgd(batch):
     return OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATE)
 
 
-def assert_same(batch, models):
-    for m, model in enumerate(models):
-        for name, p in model.named_parameters():
-            close(batch.get_parameter(name)[m], p, 1e-12, f"{name} of model {m}")
-
-
 @pytest.mark.filterwarnings("ignore:.*model by model", "ignore:.*compile")
 @DRAWS
 @pytest.mark.parametrize("road", ROADS)
@@ -108,7 +102,7 @@ def test_each_model_draws_its_own_as_alone(net, road):
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before or net == "loss"
     for model, seed in zip(models, SEEDS, strict=False):
         train_alone(model, seed, loss_fn)
-    assert_same(batch, models)
+    assert_same_parameters(list(batch), models, 1e-12)
 
 
 @DRAWS
@@ -123,7 +117,7 @@ def test_named_beforehand(paths):
         optimizer.step()
     for model, seed in zip(models, SEEDS, strict=False):
         train_alone(model, seed, nn.functional.mse_loss)
-    assert_same(batch, models)
+    assert_same_parameters(list(batch), models, 1e-12)
 
 
 def test_it_is_said_once_and_by_name():
@@ -176,8 +170,7 @@ def test_fit_alone_is_the_same():
     fit_alone(trained, torch.optim.SGD, {"lr": RATE}, data(), nn.functional.mse_loss, seeds=SEEDS[:2], progress=False)
     for m, model in enumerate(models):
         train_alone(model, SEEDS[m], nn.functional.mse_loss)
-        for name, p in model.named_parameters():
-            close(trained[m].get_parameter(name), p, 1e-12, name)
+    assert_same_parameters(trained, models, 1e-12)
 
 
 @DRAWS

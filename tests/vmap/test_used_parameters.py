@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from oracle import close
+from oracle import assert_same_parameters
 from torch import nn, optim
 
 from mbkit import ModelBatch, OptimizerFactory, fit
@@ -117,9 +117,7 @@ def test_the_optimizer_leaves_it_as_alone(optimizer, net, way):
     used = [[] for _ in range(M)]
     for m, model in enumerate(models):
         train_alone(model, cls(model.parameters(), **numbers), used[m], halves=halves, set_to_none=set_to_none)
-    for name, stacked in batch.stacked_params.items():
-        for m, model in enumerate(models):
-            close(stacked[m], model.get_parameter(name), 1e-12, f"{name} of model {m}")
+    assert_same_parameters(list(batch), models, 1e-12)
     if halves == 1 and set_to_none and net != "around it":  # or the test would show nothing
         assert any(0 < sum(column) < M for rows in zip(*used, strict=True) for column in zip(*rows, strict=True))
 
@@ -176,9 +174,7 @@ def test_one_batch_behind_another(slow):
             nn.functional.mse_loss(seconds[m](firsts[m](x)), x).backward()
             alone[m].step()
     for batch, models in ((first, firsts), (second, seconds)):
-        for name, stacked in batch.stacked_params.items():
-            for m, model in enumerate(models):
-                close(stacked[m], model.get_parameter(name), 1e-12, f"{name} of model {m}")
+        assert_same_parameters(list(batch), models, 1e-12)
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -219,9 +215,7 @@ def test_other_ways_to_a_parameter_count_too(way, passes):
             outputs = model(x)
             (loss_fn(outputs, y) + extra(model, outputs, y)).backward()
             one.step()
-    for name, stacked in batch.stacked_params.items():
-        for m, model in enumerate(models):
-            close(stacked[m], model.get_parameter(name), 1e-12, f"{name} of model {m}")
+    assert_same_parameters(list(batch), models, 1e-12)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, None])
@@ -233,7 +227,6 @@ def test_in_chunks(net, chunk_size):
     batch = ModelBatch(models)
     optimizer = OptimizerFactory(optim.Adam).create_optimizer(batch, lr=0.05, weight_decay=0.1)
     fit(batch, optimizer, [data(2 * step) for step in range(STEPS)], loss_fn, chunk_size=chunk_size, progress=False)
-    for m, model in enumerate(models):
+    for model in models:
         train_alone(model, optim.Adam(model.parameters(), lr=0.05, weight_decay=0.1), [])
-        for name, p in model.named_parameters():
-            close(batch.stacked_params[name][m], p, 1e-12, f"{name} of model {m}")
+    assert_same_parameters(list(batch), models, 1e-12)
