@@ -137,6 +137,7 @@ class Chunks:
         def step(m: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Any]:
             parameters = list(module.parameters())
             gradients.expect(parameters)
+            args, kwargs = tree_map_only(Tensor, _apart, (args, kwargs))
             out = module(*args, **kwargs)
             check_output(out, module)
             shape = (self.num_models, *first_tensor(out).shape)
@@ -263,5 +264,9 @@ def _backward_of_the_whole(batch: nn.Module, x: Any, y: Any, options: StepOption
 
 
 def _rows(models: slice, tensor: Tensor) -> Tensor:
-    # Detached, because a forward may edit its input, and one chunk's edit is no part of the next one's graph.
-    return (tensor if tensor.requires_grad else tensor.detach())[models]
+    return _apart(tensor)[models]
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """Detach an input: a forward may edit it, and one model's edit is no part of the next one's graph."""
+    return tensor if tensor.requires_grad else tensor.detach()

@@ -33,7 +33,7 @@ NAMED = {"LSTM", "RNN(relu)", "GRUCell", "PReLU", "PReLU per channel", "paramete
 CELLS = [(name, shared) for name in CASES for shared in (True, False)]
 # Of the others a sample with either input; all run in the slow tests.
 FAST = {cell for i, cell in enumerate(CELLS) if i % 18 in (0, 11) or cell[0] in REFUSED}
-FAST |= {(name, True) for name in NAMED}
+FAST |= {(name, True) for name in NAMED} | {("in-place edit of the input (x += w)", False)}
 
 
 @pytest.mark.parametrize(
