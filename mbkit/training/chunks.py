@@ -167,7 +167,7 @@ class Chunks:
         self, x: Any, shared_input: bool, loss_fn: Callable | None = None
     ) -> Iterator[tuple[slice, CallContext, Any]]:
         """Call chunk after chunk; yield (models, chunk, outputs), and keep what the calls have assigned anew."""
-        whole, inputs = context_of(self.batch), open_mappings(arguments(x))
+        whole, inputs = context_of(self.batch), _inputs(x, shared_input)
         if self._first_size >= self.num_models:
             self.how = "all models at once"
             yield slice(self.num_models), whole, self._measured(whole, *inputs, shared_input)
@@ -261,6 +261,12 @@ def _backward_of_the_whole(batch: nn.Module, x: Any, y: Any, options: StepOption
     losses = batch.compute_loss(outputs, y, options.loss_fn, "none", **rest)
     backward_pass(losses)
     return losses.detach(), detach(outputs)
+
+
+def _inputs(x: Any, shared: bool) -> tuple[tuple, dict]:
+    """Return a call's arguments and keyword arguments; what a forward writes into its own goes into no later graph."""
+    given = open_mappings(arguments(x))
+    return given if shared else tree_map_only(Tensor, _apart, given)
 
 
 def _rows(models: slice, tensor: Tensor) -> Tensor:
