@@ -73,9 +73,9 @@ def strips(rows: Mapping[str, Sequence[Tensor]], columns: Sequence[str]) -> Pict
     top = max(abs(array).max() for strip in arrays.values() for array in strip) or 1.0
     picture = Picture(8.6, 1.0 + 0.9 * len(arrays))
     panels = picture.subplots(len(arrays), len(columns), squeeze=False)
-    for line, (name, strip) in zip(panels, arrays.items(), strict=True):
+    for row, (line, (name, strip)) in enumerate(zip(panels, arrays.items(), strict=True)):
         for axes, array, title in zip(line, strip, columns, strict=True):
             _sheet(axes, array, top, 0)
-            _frame(axes, title if line is panels[0] else "")
+            _frame(axes, title if row == 0 else "")
         line[0].text(-0.05, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=10)
     return picture

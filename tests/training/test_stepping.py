@@ -473,7 +473,7 @@ def test_chunks_are_as_even_as_can_be(fit_at_once, size, monkeypatch):
     """Eight models of which seven fit go by four and four: a last chunk of one would be the slowest."""
     chunks = Chunks(ModelBatch([nn.Linear(2, 1) for _ in range(8)]))
     monkeypatch.setattr("mbkit.training.chunks.free_memory", lambda device: 1 << 40)
-    chunks.bytes_each = (96 << 20) // fit_at_once
+    chunks.bytes_each = _ENOUGH["cpu"] // fit_at_once
     assert chunks.largest(torch.device("cpu")) == size
 
 
