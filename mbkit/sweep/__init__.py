@@ -4,9 +4,10 @@
 
     configs     grid and sample; who takes which setting; batches of trials whose models are alike
     engine      sweep: rung after rung        executors   batches handed out; lost workers
-    worker      one batch, one rung           rows        models' rows out of several batches' files
+    worker      one batch, one rung           helper      a process of its own for a worker's thread
     folder      files, lock, sweep.json       ranking     who goes on
     result      table, best, load, plot       ask_tell    Optuna asks, mbkit trains and ranks
+    digits      a sweep to begin with
 """
 
 import inspect
