@@ -90,7 +90,9 @@ def test_it_teaches_as_the_others_do(path):
 
 
 def test_the_index_shows_each_lesson_and_each_links_to_the_next():
-    index = read(NOTEBOOKS[0].parent / "index.ipynb").cells[0]
+    index, _, installs = read(NOTEBOOKS[0].parent / "index.ipynb").cells
+    assert installs.execution_count == 1
+    assert "is ready" in installs.outputs[0].text
     shown = re.findall(r"\[!\[[^]]+\]\(attachment:(\d\d)\.png\)\]\((\S+)\.ipynb\)", index.source)
     assert shown == [(path.stem[:2], path.stem) for path in NOTEBOOKS]
     for number, _ in shown:
