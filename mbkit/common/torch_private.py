@@ -13,7 +13,7 @@ import torch
 
 __all__ = ["PRIVATE", "check_torch", "missing_names"]
 
-_TESTED = "2.8 to 2.14"
+_TESTED = "2.9 to 2.14"
 
 # name: what it is for; the public way that was tried, and what it lacks
 PRIVATE = {
