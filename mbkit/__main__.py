@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .benchmark.lenet import BenchmarkResult, run_benchmark
-from .benchmark.suite import run_suite
+from .benchmark.lenet import run_benchmark
 from .common.tables import text_table
 from .data.load import load_images
 from .lessons.consistency import PRESETS, PUBLISHED, dissect, preset, run, switches
@@ -71,17 +70,13 @@ def _whole(most: int | None = None) -> Callable[[str], int]:
     return whole
 
 
-def _file(text: str) -> Path:
+def _picture(text: str) -> Path:
     path = Path(text)
+    if path.suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"expected a name that ends in {', '.join(PICTURES)}, got {text}")
     if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"expected a file in a folder that can be written to, got {text}")
     return path
-
-
-def _picture(text: str) -> Path:
-    if Path(text).suffix.lower() not in PICTURES:
-        raise argparse.ArgumentTypeError(f"expected a name that ends in {', '.join(PICTURES)}, got {text}")
-    return _file(text)
 
 
 # The story, where no command is given.
@@ -162,31 +157,21 @@ def _benchmark_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="learning rates, one per model")
     # What torch cannot start would end the process.
     command.add_argument("--threads", type=_whole(1024), default=torch.get_num_threads(), help="of torch (%(default)s)")
-    command.add_argument("--batch-only", action="store_true", help="leave out the models alone")
-    command.add_argument("--save", type=_file, metavar="FILE", help="write the raw runs as JSON")
     command.add_argument("--figure", type=_picture, metavar="FILE", help="save a picture")
-    command.add_argument("--suite", action="store_true", help="measure every way to train, case by case, instead")
 
 
 def _benchmark(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
-    result = run_suite() if options.suite else _race(options)
-    print(result)
-    if options.save:
-        result.save(options.save)
-        print(f"\nRaw runs: {options.save}")
-    if options.figure:
-        from .figures import plots, speed
-
-        _save((speed.speedups if options.suite else plots.benchmark)(result), options.figure)
-
-
-def _race(options: argparse.Namespace) -> BenchmarkResult:
     data = load_images(options.dataset)
     if options.images is not None:
         data = data.subset(options.images)
     settings = {"epochs": options.epochs, "batch_size": options.batch_size, "learning_rates": options.lrs}
-    return run_benchmark(data, options.models, alone=not options.batch_only, **settings)
+    result = run_benchmark(data, options.models, **settings)
+    print(result)
+    if options.figure:
+        from .figures import plots
+
+        _save(plots.benchmark(result), options.figure)
 
 
 # sweep

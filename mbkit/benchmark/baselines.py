@@ -34,7 +34,7 @@ __all__ = ["BASELINES", "LOOP", "LOOP_AS_IT_IS", "Side"]
 
 LOOP, LOOP_AS_IT_IS = "sequential, malloc set", "sequential"
 _MANY = 1024  # models from which on modelbatch's setup and steps, a Python loop each, take minutes
-_Step = Callable[[Any, Any], Any]  # inputs and targets; returns the losses where there are any to be kept
+_Step = Callable[[Any, Any], Any]  # inputs and targets
 _Models, _Configs = Sequence[nn.Module], Sequence[dict[str, Any]]
 
 
@@ -51,7 +51,7 @@ class Side:
         stepper: of mbkit's own.
 
     Attributes:
-        runs: for each of `steps` the loss and the seconds of every step so far.
+        runs: for each of `steps` the seconds of every call so far.
     """
 
     steps: list[_Step]
@@ -62,7 +62,7 @@ class Side:
     stepper: Stepper | None = None
 
     def __post_init__(self) -> None:
-        self.runs: list[list[tuple[Any, float]]] = [[] for _ in self.steps]
+        self.runs: list[list[float]] = [[] for _ in self.steps]
 
     def run(self, block: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Make the steps of a block of batches, one run after the other; the clock waits for the device."""
@@ -71,17 +71,13 @@ class Side:
                 for x, y in block:
                     synchronize(y.device)
                     start = time.perf_counter()
-                    loss = step(x, y)
+                    step(x, y)
                     synchronize(y.device)
-                    run.append((loss, time.perf_counter() - start))
+                    run.append(time.perf_counter() - start)
 
     def seconds(self) -> Tensor:
         """Return `[all steps, one or M]`, what each step took."""
-        return torch.tensor([[seconds for _, seconds in run] for run in self.runs], dtype=torch.float64).T
-
-    def loss(self) -> Tensor:
-        """Return `[all steps, M]`, the losses before each update."""
-        return torch.cat([torch.stack([loss.view(-1) for loss, _ in run]) for run in self.runs], 1).cpu()
+        return torch.tensor(self.runs, dtype=torch.float64).T
 
 
 def _sequential(models: _Models, optimizer_cls: type, configs: _Configs, seeds: Sequence[int]) -> Side:
@@ -89,7 +85,7 @@ def _sequential(models: _Models, optimizer_cls: type, configs: _Configs, seeds: 
     trained = copy.deepcopy(list(models))
     given = zip(trained, seeds, configs, strict=True)
     lones = [LoneTrainer(model, seed, optimizer_cls, config) for model, seed, config in given]
-    steps = [lambda x, y, lone=lone: lone.update(x, y, cross_entropy)[0] for lone in lones]
+    steps = [lambda x, y, lone=lone: lone.update(x, y, cross_entropy) for lone in lones]
     read = lambda m, name: trained[m].get_parameter(name).detach()  # noqa: E731
     return Side(steps, len(lones), read, trained, [lone.draws for lone in lones])
 
@@ -116,7 +112,7 @@ class _Pool(Side):
             worker.send("run", list(block))
         for worker in self._workers:
             worker.receive()
-        self.runs[0] += [(None, (time.perf_counter() - start) / len(block))] * len(block)
+        self.runs[0] += [(time.perf_counter() - start) / len(block)] * len(block)
 
 
 def _batched(models: _Models, optimizer_cls: type, configs: _Configs, seeds: Sequence[int]) -> tuple[Any, Any, Any]:
@@ -130,7 +126,7 @@ def _fit(*given: Any, **how: Any) -> Side:
     """mbkit, its steps as `fit` makes them; what cannot be compiled warns."""
     batch, optimizer, read = _batched(*given)
     stepper = Stepper(batch, optimizer, StepOptions(cross_entropy, **how))
-    return Side([lambda x, y: stepper.step(x, y)[0]], batch.num_models, read, batch, stepper=stepper)
+    return Side([stepper.step], batch.num_models, read, batch, stepper=stepper)
 
 
 def _own_loop(*given: Any) -> Side:

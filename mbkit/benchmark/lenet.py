@@ -18,16 +18,16 @@ from ..optim import create_lr_sweep_configs
 from ..training.evaluation import evaluate
 from ..training.loop import walk
 from .baselines import BASELINES, Side
-from .result import BenchmarkResult, Timing
+from .result import BenchmarkResult
 
-__all__ = ["BenchmarkResult", "Timing", "learning_rate_grid", "run_benchmark"]
+__all__ = ["BenchmarkResult", "learning_rate_grid", "run_benchmark"]
 
 # Adam's useful range for a LeNet on CIFAR-10 in batches of 128: about 0.003 is best, both ends train, and worse.
 MIN_LR, MAX_LR = 3e-4, 1e-2
 BLOCK = 10  # steps that each model, or the batch, makes in one turn
 _Block = list[tuple[Tensor, Tensor]]
-_TIMING = "batches are fetched outside the clock, which waits for the device"
-_TURNS = f"; the sides take turns every {BLOCK} steps"
+SIDES = ("sequential", "mbkit")
+_TIMING = f"batches are fetched outside the clock, which waits for the device; the sides take turns every {BLOCK} steps"
 
 
 def learning_rate_grid(num_models: int, min_lr: float = MIN_LR, max_lr: float = MAX_LR) -> tuple[list, list]:
@@ -56,7 +56,6 @@ def run_benchmark(
     epochs: int = 1,
     max_steps: int | None = None,
     warmup: int = 5,
-    alone: bool = True,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
@@ -80,7 +79,6 @@ def run_benchmark(
         epochs: walks through the training set.
         max_steps: an end before that, for a quick run.
         warmup: steps at the start, trained but not timed; memory is measured in them.
-        alone: False trains the batch only.
         device: where both sides and the data are.
         dtype: float32, or float64 to see both sides agree.
         progress: show a bar on a terminal or in a notebook.
@@ -118,16 +116,15 @@ def run_benchmark(
     configs = [{name: values[m] for name, values in settings.items()} for m in range(num_models)]
     built = build_models(lambda: model(len(data.classes)), seeds)
     given = [each.to(device, dtype) for each in built], optimizer_cls, configs, seeds
-    names = ["sequential", "mbkit"] if alone else ["mbkit"]
     first = next(iter(_blocks(batches, 1, 1, 1, device)))
-    for name in names:  # what is loaded once in a process does not count as memory of either side
+    for name in SIDES:  # what is loaded once in a process does not count as memory of either side
         BASELINES[name](given[0][:1], optimizer_cls, configs[:1], seeds[:1]).run(first)
     sides: dict[str, Side] = {}
     memory, sizes = {}, []
-    with Progress(len(names) * steps, "benchmark", progress) as bar:
+    with Progress(len(SIDES) * steps, "benchmark", progress) as bar:
         for turn, block in enumerate(_blocks(batches, epochs, steps, warmup, device)):
             sizes += [len(y) for _, y in block]
-            for name in names if turn % 2 == 0 else reversed(names):
+            for name in SIDES if turn % 2 == 0 else reversed(SIDES):
                 if turn == 0:  # built here, so that its state counts as memory
                     with measure_peak_memory(device) as peak:
                         sides[name] = BASELINES[name](*given)
@@ -139,19 +136,17 @@ def run_benchmark(
 
     timed = torch.tensor([i >= warmup and size == batch_size for i, size in enumerate(sizes)])
     tests = data.test_batches(dtype=dtype)
-    batched, reference = sides["mbkit"], sides.get("sequential")
+    alone, batched = (sides[name] for name in SIDES)
     return BenchmarkResult(
         learning_rates=rates,
         seeds=seeds,
         batched_seconds=batched.seconds()[timed, 0],
-        alone_seconds=reference and reference.seconds()[timed],
-        batched_loss=batched.loss(),
-        alone_loss=reference and reference.loss(),
+        alone_seconds=alone.seconds()[timed],
         batched_accuracy=evaluate(batched.trained, tests),
-        alone_accuracy=reference and evaluate(reference.trained, tests),
-        parameter_difference=reference and _difference(reference, batched),
+        alone_accuracy=evaluate(alone.trained, tests),
+        parameter_difference=_difference(alone, batched),
         batched_memory=memory["mbkit"],
-        alone_memory=memory.get("sequential"),
+        alone_memory=memory["sequential"],
         setup={
             "model": type(built[0]).__name__,
             "parameters": sum(p.numel() for p in built[0].parameters()),
@@ -163,7 +158,7 @@ def run_benchmark(
             "dtype": str(dtype).removeprefix("torch."),
             "dataset": data.name,
             "dataset_note": data.note,
-            "timing": _TIMING + _TURNS * alone,
+            "timing": _TIMING,
         },
         machine=describe_machine(device),
     )

@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from ..common.files import write_bytes
 from ..common.machine import describe_machine, measure_peak_memory
 from ..common.progress import Progress
 from ..common.tables import Tables
 from .baselines import BASELINES, LOOP, LOOP_AS_IT_IS
-from .cases import CASES, NETWORKS, Case
+from .cases import CASES, Case
 from .process import Worker
-from .result import Timing, save_json, title_of
+from .result import Timing, title_of
 
 __all__ = ["CASES", "Case", "SuiteResult", "run_suite"]
 
@@ -38,7 +38,7 @@ class SuiteResult(Tables):
     Attributes:
         rows: a dict a case: "network", "num_models", "batch_size", "parameters", "how" (what fit chose), and for each
             side by its name "seconds", raw times a model and step; "costs", what it takes to get there (see `Turns`);
-            and, where there is neither, "missing", why. Files from before there were costs have the first one only.
+            and, where there is neither, "missing", why.
         machine: device, threads and versions.
     """
 
@@ -64,8 +64,8 @@ class SuiteResult(Tables):
         """Return how many times as fast a side is as another: the ratio of their medians.
 
         Args:
-            over: the other one; when absent a loop over the models with the malloc setting that all sides have, or,
-                in files from before there was one, the loop that there is.
+            over: the other one; when absent a loop over the models with the malloc setting that all sides have or,
+                where there is none, the loop that there is.
         """
         mine, other = self.timing(row, side), self.timing(row, over or self.loop_of(row))
         return None if mine is None or other is None else other.median / mine.median
@@ -81,11 +81,11 @@ class SuiteResult(Tables):
         return lines
 
     def costs(self) -> list[list[str]]:
-        """Return the rows of the table of mbkit's costs, before and in the steps; none from before they were kept."""
+        """Return the rows of the table of mbkit's costs, before and in the steps."""
         head = ["M modules, s", "batch, s", "first step, s", "compiled, s", "step, µs a model", "MB", "kB a model"]
         lines = [["network", "M", "batch", *head]]
         for row in self.rows:
-            if own := row.get("costs", {}).get("mbkit"):
+            if own := row["costs"].get("mbkit"):
                 first = row["costs"].get("mbkit compiled", {}).get("first")
                 times = ["-" if t is None else f"{t:.3g}" for t in (own["models"], own["build"], own["first"], first)]
                 step, memory = 1e6 * self.timing(row, "mbkit").median, own["memory"]
@@ -93,18 +93,9 @@ class SuiteResult(Tables):
                 lines.append([*_sizes(row), *times, f"{step:.3g}", *kept])
         return lines if len(lines) > 1 else []
 
-    def growth(self) -> dict[str, dict[int, Any]]:
-        """Return how a step grows with M, for `plots.scaling`: a network -> M -> the times `alone` and `batched`."""
-        found: dict[str, dict[int, Any]] = {}
-        for row in self.rows:
-            if row["batch_size"] == NETWORKS[row["network"]][2]:
-                timed = SimpleNamespace(alone=self.timing(row, self.loop_of(row)), batched=self.timing(row, "mbkit"))
-                found.setdefault(f"models M, {row['network']}", {})[row["num_models"]] = timed
-        return {what: dict(sorted(values.items())) for what, values in found.items() if len(values) > 1}
-
     def save(self, path: str | Path) -> None:
-        """Write everything, raw times included, as JSON; folders are made."""
-        save_json(path, {"kind": "suite", **vars(self)})
+        """Write everything, raw times included, as JSON; folders are made, and an old file is replaced as a whole."""
+        write_bytes(Path(path), json.dumps({"kind": "suite", **vars(self)}, allow_nan=False).encode() + b"\n")
 
     @classmethod
     def load(cls, path: str | Path) -> SuiteResult:

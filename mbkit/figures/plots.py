@@ -172,23 +172,19 @@ def benchmark(result: Any) -> Picture:
     """Draw a benchmark: the time a model and step takes alone and in the batch, and each model's test accuracy."""
     picture = Picture()
     left, right = picture.subplots(1, 2)
-    sides = [("alone", result.alone, ALONE), ("in the batch", result.batched, BATCHED)]
-    sides = [side for side in sides if side[1] is not None]
-    for name, timing, color in sides:
+    sides = [
+        ("alone", result.alone, result.alone_accuracy, ALONE, "o"),
+        ("in the batch", result.batched, result.batched_accuracy, BATCHED, "x"),
+    ]
+    for name, timing, accuracies, color, mark in sides:
         spread = [[1e3 * (timing.median - timing.low)], [1e3 * (timing.high - timing.median)]]
         left.barh([name], [1e3 * timing.median], 0.55, color=color, xerr=spread, capsize=3)
         left.text(1e3 * timing.high, name, f"  {1e3 * timing.median:.2f} ms", va="center", fontsize=9)
+        look = {"color": color, "markersize": 7, "label": name, "fillstyle": "none"}
+        right.plot(result.learning_rates, 100 * accuracies, mark, **look)
     left.set(xlabel="time a model and step (ms), median and quartiles", xlim=(0, 1300 * max(s[1].high for s in sides)))
     left.invert_yaxis()
-    faster = f", {result.speedup:.2f} times as fast in the batch" if result.speedup else ""
-    tidy(left, "x", f"{result.num_models} x {result.setup['model']}{faster}")
-    for values, color, mark, name in (
-        (result.alone_accuracy, ALONE, "o", "alone"),
-        (result.batched_accuracy, BATCHED, "x", "in the batch"),
-    ):
-        if values is not None:
-            look = {"color": color, "markersize": 7, "label": name, "fillstyle": "none"}
-            right.plot(result.learning_rates, 100 * values, mark, **look)
+    tidy(left, "x", f"{result.num_models} x {result.setup['model']}, {result.speedup:.2f} times as fast in the batch")
     right.axhline(10, color=GRAY, linewidth=1, linestyle=":", label="guessing")
     top = 100 * min(1, 1.2 * result.batched_accuracy.max().item())
     right.set(xscale="log", xlabel="learning rate", ylabel="accuracy on the test set (%)", ylim=(0, top))
@@ -213,7 +209,7 @@ def scaling(measured: Mapping[str, Mapping[int, Any]]) -> Picture:
     panels = picture.subplots(1, len(measured), sharey=True, squeeze=False)[0]
     for axes, (what, results) in zip(panels, measured.items(), strict=True):
         for side, color, mark in (("alone", ALONE, "o--"), ("batched", BATCHED, "s-")):
-            times = {value: getattr(result, side) for value, result in results.items() if getattr(result, side)}
+            times = {value: getattr(result, side) for value, result in results.items()}
             lows, medians, highs = (
                 [1e3 * getattr(t, end) for t in times.values()] for end in ("low", "median", "high")
             )

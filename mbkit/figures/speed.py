@@ -66,7 +66,7 @@ def growth(result: Any) -> Picture:
     for axes, ((network, batch), own) in zip(
         picture.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True
     ):
-        sizes, costs = [row["num_models"] for row in own], [row.get("costs", {}).get("mbkit") for row in own]
+        sizes, costs = [row["num_models"] for row in own], [row["costs"].get("mbkit") for row in own]
         for side, color, look in (("", ALONE, "o-"), ("mbkit", BATCHED, "s-"), ("mbkit compiled", WRONG, "d-")):
             times = [result.timing(row, side or result.loop_of(row)) for row in own]
             medians = [1e3 * time.median if time else math.nan for time in times]

@@ -21,7 +21,7 @@ from mbkit.benchmark.baselines import BASELINES, LOOP, LOOP_AS_IT_IS
 from mbkit.benchmark.cases import CASES, NETWORKS, Case, cases_of
 from mbkit.benchmark.process import Worker
 from mbkit.benchmark.suite import SuiteResult, run_suite
-from mbkit.figures import plots, speed
+from mbkit.figures import speed
 
 RECORDED = sorted((Path(__file__).parents[2] / "data/benchmarks").glob("*/*.json"))
 
@@ -225,7 +225,6 @@ def test_recorded_files_load_and_can_be_drawn(file, capsys):
     assert all(result.ratio(row, "mbkit") for row in result.rows)
     speed.speedups(result)
     speed.growth(result)
-    plots.scaling(result.growth())
 
 
 def test_the_terminal_measures_saves_and_draws(capsys, here, tmp_path):
