@@ -77,10 +77,11 @@ def fit(
         on_nonfinite: what to do with a model whose loss or gradient is not finite, before that update is made:
             "freeze" stops it (see ModelBatch.freeze; the History says when), "raise" ends the run, None does nothing.
         chunk_size: how many models are trained at once, which changes no result; None for all. "auto" keeps their
-            activations within 96 MiB on a CPU, past which larger chunks gain nothing, and within 4 GiB elsewhere. The
+            activations within 144 MiB on a CPU, past which larger chunks gain nothing, and within 4 GiB elsewhere. The
             first step finds out what a model keeps for its backward pass; the History names the size. It depends on
             sizes only, so two equal runs end in the same bits, unless half of the free memory is less than that: then
-            chunks are smaller, and the History says so. A single model, or one that fills a chunk, runs without vmap.
+            chunks are smaller, and the History says so. A single model, and one that fills a chunk, runs
+            without vmap; on a CPU models with wide convolutions, which gain nothing by it, do so as well.
         compile: make each step as one function compiled by torch.compile: after half a minute of compilation at most
             far ahead for small models, and ahead for convolutional ones. Where that cannot be, or would not fit into
             memory without chunks, a warning says why and the steps run uncompiled.
