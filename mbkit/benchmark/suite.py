@@ -243,9 +243,8 @@ class Turns:
         return self._side.stepper.how
 
     def turn(self) -> list[float]:
-        """Make the steps of one turn; return the seconds that each took, per model."""
-        if self._batch[1].is_cuda:
-            self._run(1)  # allocates anew what the pause has given back
+        """Make the steps of one turn, after one that warms up; return the seconds that each took, per model."""
+        self._run(1)  # untimed: the other sides' turns have emptied the caches, and on a GPU the pause its memory
         seconds = self._run(self._count)
         self._pause()
         return seconds
