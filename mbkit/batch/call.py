@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -23,11 +25,13 @@ from ..vmap import (
     Failure,
     LayoutMatters,
     ModuleCopy,
+    OnStack,
     Pass,
     RuleMode,
     SharedDraw,
     State,
     call_in_turn,
+    call_named,
     is_folded,
     loop_inside,
     materialize,
@@ -41,7 +45,7 @@ from ..vmap import (
 )
 from .context import CallContext
 from .freeze import held
-from .kept import kept_by, turns_in_parts
+from .kept import kept_by
 from .memory import Memory
 from .stack import may_keep
 
@@ -53,7 +57,9 @@ NO_FAULT_OF_VMAP = (torch.OutOfMemoryError, Warning)
 _COLLECTIONS = (list, dict, set, deque)
 
 
-def call_models(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn: Callable | None = None) -> Any:
+def call_models(
+    context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn: Callable | None = None, method: str = ""
+) -> Any:
     """Call the template once for all models, and keep what it assigned anew in the context.
 
     A layer that vmap cannot run is noted in `context.model_by_model`, and the call starts again, with that layer run
@@ -66,16 +72,17 @@ def call_models(context: CallContext, args: tuple, kwargs: dict, shared: bool, i
         shared: whether all models see the same input.
         in_turn: what to do in plain PyTorch with each model's own copy of the template, one after the other, instead of
             calling all models at once; arguments as for `call_in_turn`. After an error nothing has changed.
+        method: the dotted name of the method or submodule to call; "" for the models themselves.
 
     Returns:
         The model's own nested output, or what `in_turn` returns, each tensor `[M, ...]`.
     """
     check_numbers(tree_leaves(open_mappings((args, kwargs))), context.template)
     with held(context):
-        return _call(context, args, kwargs, shared, in_turn)
+        return _call(context, args, kwargs, shared, in_turn, method)
 
 
-def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn: Callable | None) -> Any:
+def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn: Callable | None, method: str) -> Any:
     template, slow = context.template, context.model_by_model
     reasons: dict[str, str] = {}  # of the paths that are added in this call
     before = read_state(template)
@@ -83,9 +90,9 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn
         slow.add(path)
         reasons[path] = "its hooks are to see each model's own tensors and gradients"
     while True:
-        memory = Memory(context, before)
+        memory = Memory(context, before, method)
         try:
-            output, after, attributes = attempt(context, before, args, kwargs, shared, in_turn)
+            output, after, attributes = attempt(context, before, args, kwargs, shared, in_turn, method)
             write_state(before, after)
             context.attributes = attributes
             break
@@ -94,10 +101,10 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn
             if isinstance(error, LayoutMatters):
                 context.folding = False
             elif isinstance(error, SharedDraw):
-                slow.add("")
+                slow.add(f"{method}()" if method else "")
             else:
                 is_vmaps = undone and in_turn is None and not isinstance(error, NO_FAULT_OF_VMAP)
-                unit = _next_slower(error, slow) if is_vmaps else None
+                unit = _next_slower(error, slow, method) if is_vmaps else None
                 if unit is None:
                     slow.difference_update(reasons)
                     raise _named(error, context.num_models) from error
@@ -107,16 +114,28 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn
     if isinstance(output, Failure):  # the user's own error, so what the calls have changed before it stays, as alone
         slow.difference_update(reasons)
         raise _named(output.error, context.num_models) from output.error
-    made = [*tree_leaves(output), *context.attributes]
-    watch_backward(made, (*before.values(), *tree_leaves((args, kwargs))), context.num_models, bool(slow))
+    made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    context.returned = list(map(weakref.ref, made))
+    watch_backward(
+        [*made, *context.attributes], (*before.values(), *tree_leaves((args, kwargs))), context.num_models, bool(slow)
+    )
     for path, reason in reasons.items():
-        where = f"'{path}' ({type(template.get_submodule(path)).__name__})" if path else "The whole model"
+        kind = f" ({type(before.modules[path]).__name__})" if path in before.modules else ""
+        where = f"'{path}'{kind}" if path else "The whole model"
         warnings.warn(
             f"{where} runs model by model: exact, but no faster than alone, since torch.vmap cannot run it ({reason}). "
             f"ModelBatch(..., model_by_model=[{path!r}]) says so beforehand, without this warning.",
-            stacklevel=7,
+            stacklevel=_depth_of_user(),
         )
     return output
+
+
+def _depth_of_user() -> int:
+    """Return how many frames above the caller the user's code is, to which a warning belongs."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("mbkit", "torch"):
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def _hooked(modules: dict[str, nn.Module]) -> set[str]:
@@ -145,9 +164,10 @@ def _keeps(hook: Any) -> bool:
     return any(isinstance(value, _COLLECTIONS) for value in held)
 
 
-def _next_slower(error: Exception, slow: set[str]) -> str | None:
+def _next_slower(error: Exception, slow: set[str], method: str) -> str | None:
     """Return the path of the layer to run model by model after an error; None if there is no wider one to try."""
     paths = [vars(module)["mbkit_path"] for module in running_modules(error.__traceback__)]
+    paths = [path or f"{method}()" for path in paths] if method else paths
     first = next((i for i, path in enumerate(paths) if path in slow), len(paths))
     return paths[first - 1] if first else None
 
@@ -162,14 +182,20 @@ def _named(error: Exception, num_models: int) -> Exception:
 
 
 def attempt(
-    context: CallContext, before: State, args: tuple, kwargs: dict, shared: bool, in_turn: Callable | None = None
+    context: CallContext,
+    before: State,
+    args: tuple,
+    kwargs: dict,
+    shared: bool,
+    in_turn: Callable | None = None,
+    method: str = "",
 ) -> tuple[Any, State, list[Tensor]]:
     """Call the template once for all models, and change nothing of it but by edits in place.
 
     Args:
         context: the models.
         before: the template's state, as `read_state` returns it.
-        args, kwargs, shared, in_turn: as for `call_models`.
+        args, kwargs, shared, in_turn, method: as for `call_models`.
 
     Returns:
         The output, the state after the call, and the stacked tensors among the plain attributes in it.
@@ -183,37 +209,38 @@ def attempt(
     stacked = {id(t) for key, t in before.items() if key[1] != "__dict__"} | set(map(id, attributes))
     device = next((t.device for t in (*kept, *(leaves[i] for i in places))), torch.device("cpu"))
 
-    if in_turn or "" in context.model_by_model:
+    if in_turn or not context.model_by_model.isdisjoint(("", f"{method}()")):
         flags = [id(t) in stacked for t in kept] + [not shared] * len(places)
-        with context.streams.take_turns(device) as turns, kept_by(context).in_parts(context.num_models) as part:
+        kept_outside = kept_by(context, method=method).in_parts(context.num_models)
+        with kept_outside as part, context.streams.take_turns(device, part) as turns:
 
             def on(run: Callable, tensors: list[Tensor]) -> tuple[Tensor, ...]:
                 alone = in_turn is not None  # rows that are leaves, whose gradients are each model's own
                 return run([t.detach() if alone and t.requires_grad else t for t in tensors], flags)
 
-            turns = turns_in_parts(turns, part)
-            output, after, new = call_in_turn(before, args, kwargs, turns, on, in_turn, whole=True)
-        if not in_turn and not isinstance(output, Failure):
+            output, after, new = call_in_turn(before, args, kwargs, turns, on, in_turn, whole=True, method=method)
+        if not in_turn and not isinstance(output, Failure) and not (method and output is None):
             check_output(output, template)
     else:
         kept = [t for t in kept if id(t) in stacked]
         seen: list[State] = []
-        kept_outside = kept_by(context)
+        kept_outside = kept_by(context, method=method)
 
         def one_model(mode: Pass, *own: Tensor) -> tuple[Tensor, ...]:
             mine = list(leaves)
             for place, tensor in zip(places, own[len(kept) :], strict=True):
                 mine[place] = tensor
             copied = ModuleCopy(before, dict(zip(map(id, kept), own, strict=False)))
-            slow = [copied.module.get_submodule(path) for path in context.model_by_model]
+            slow = [copied.module.get_submodule(path) for path in context.model_by_model if path in before.modules]
             for module in slow:
-                vars(module)["_call_impl"] = loop_inside(mode, module)
+                vars(module)["_call_impl"] = OnStack(loop_inside, mode, module)
             my_args, my_kwargs = tree_unflatten(mine, spec)
             with kept_outside.under_vmap():
-                output = copied.module(*my_args, **my_kwargs)
+                output = call_named(copied.module, method, my_args, my_kwargs)
             for module in slow:  # a circle, which would keep tensors alive
                 del vars(module)["_call_impl"]
-            check_output(output, template)
+            if not (method and output is None):
+                check_output(output, template)
             merged, fresh = merge([copied.state_after(output)], before)
             seen.append(merged)
             return tuple(column[0] for column in fresh)

@@ -28,12 +28,13 @@ class CallContext:
         per_model_settings: whether a float of some layer differs between the models.
         folding: whether convolutions may fold the models into their channels.
         traced: whether calls are traced to be compiled.
-        model_by_model: dotted paths of the layers that run for one model after the other.
+        model_by_model: dotted paths of the layers that run for one model after the other, "generate()" for a method.
         frozen: `[M]`, True for the models that are frozen; None for none.
         latest_losses: `[M]`, detached; None before the first.
         slow_losses: the loss functions that vmap cannot run; see `loss_code`.
         kept: what forward and the latest loss function may keep outside; see `kept_by`.
-        steady: by the modules' train/eval flags, the tensors that calls do not edit; see `Memory`.
+        steady: by what is called and the modules' train/eval flags, the tensors that calls do not edit; see `Memory`.
+        returned: the tensors that the latest call has returned.
     """
 
     template: nn.Module
@@ -49,11 +50,12 @@ class CallContext:
     latest_losses: Tensor | None = None
     slow_losses: set[Any] = field(default_factory=set)
     kept: Any = None
-    steady: dict[tuple[bool, ...], dict[int, weakref.ref]] = field(default_factory=dict)
+    steady: dict[tuple, dict[int, weakref.ref]] = field(default_factory=dict)
+    returned: list[weakref.ref] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         # What has been learnt about these very tensors and functions stays here.
-        learnt = {"steady": {}, "slow_losses": set(), "kept": None}
+        learnt = {"steady": {}, "slow_losses": set(), "kept": None, "returned": []}
         return self.__dict__ | learnt
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..vmap import HOOKS
+from ..vmap import HOOKS, OnStack
 from .context import CallContext, context_of
 from .freeze import held
 from .stack import stack_models, unstack_model
@@ -110,7 +109,7 @@ def reset_each_model(context: CallContext) -> None:
     """Have each layer's `reset_parameters`, which would take M models for one, do to each model what it does alone."""
     for path, module in context.template.named_modules():
         if callable(getattr(type(module), "reset_parameters", None)):
-            vars(module)["reset_parameters"] = partial(do_to_each_model, context, _reset, path)
+            vars(module)["reset_parameters"] = OnStack(do_to_each_model, context, _reset, path)
 
 
 def _reset(layer: nn.Module) -> None:

@@ -24,17 +24,19 @@ from ..vmap import BatchingError, PerModel, as_one_model_sees, as_stacked, stack
 from .context import CallContext
 from .python_values import Place, PythonValues, read, same, unchanged, write
 
-__all__ = ["Kept", "kept_by", "turns_in_parts"]
+__all__ = ["Kept", "kept_by"]
 
 _FIXED = (type, ModuleType, FunctionType, property, staticmethod, classmethod)
 _MARK = "mbkit_kept"  # on a tensor that is kept: its first dimension is the models'
 
 
-def kept_by(context: CallContext, loss_fn: Callable | None = None) -> Kept:
-    """Return what the models' forward and a loss function, or the one before, may keep."""
-    known = context.kept
-    if known is None or (loss_fn is not None and not known.is_for(loss_fn)):
-        known = context.kept = Kept(set(map(type, context.template.modules())), loss_fn)
+def kept_by(context: CallContext, loss_fn: Callable | None = None, method: str = "") -> Kept:
+    """Return what the models' forward, the methods called so far and a loss function, or the one before, may keep."""
+    known, name = context.kept, method.rpartition(".")[2]
+    if known is None or name not in known.methods or (loss_fn is not None and not known.is_for(loss_fn)):
+        latest, methods = (known.loss_fn, known.methods) if known else (None, {""})
+        classes, loss_fn = set(map(type, context.template.modules())), latest if loss_fn is None else loss_fn
+        known = context.kept = Kept(classes, loss_fn, methods | {name})
     return known
 
 
@@ -44,10 +46,12 @@ class Kept:
     Args:
         classes: of the modules; torch's own keep nothing.
         loss_fn: the loss function, if there is one yet.
+        methods: names of the methods beside forward that are called.
     """
 
-    def __init__(self, classes: Iterable[type], loss_fn: Callable | None) -> None:
+    def __init__(self, classes: Iterable[type], loss_fn: Callable | None, methods: Iterable[str]) -> None:
         self._classes, self._loss = sorted(classes, key=lambda kind: kind.__name__), (loss_fn, *at_hand(loss_fn))
+        self.loss_fn, self.methods = loss_fn, methods
         self._steady: dict[int, weakref.ref] = {}  # the tensors that calls do not edit
         self._inside = 0  # how many calls of `in_parts` go on
         self._renew()
@@ -60,7 +64,7 @@ class Kept:
 
     def _renew(self) -> None:
         classes = [(kind.__name__, kind) for kind in self._classes]
-        self._values = PythonValues([*classes, ("loss_fn", self._loss[0])])
+        self._values = PythonValues([*classes, ("loss_fn", self.loss_fn)], names=self.methods)
         self._places = list(filter(_may_change, self._values.places))
         self._caches = [cached for _, cached in self._values.caches]
 
@@ -229,13 +233,6 @@ def mapped(contents: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(contents, dict):
         return {name: inside(value) for name, value in contents.items()}
     return contents if isinstance(contents, set) else [inside(value) for value in contents]
-
-
-def turns_in_parts(turns: Iterable[int], part: Callable) -> Iterator[int]:
-    """Give out the models' numbers, each within its own part."""
-    for m in turns:
-        with part(m):
-            yield m
 
 
 def _marked(stack: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ..vmap import PerModel, mark_rows, watch_backward
 from .call import NO_FAULT_OF_VMAP, PLAIN_ERRORS, at_once
 from .context import CallContext
 from .freeze import held
-from .kept import kept_by, turns_in_parts
+from .kept import kept_by
 from .loss_settings import LossSettings
 from .targets import TargetForms
 
@@ -71,8 +71,9 @@ def call_losses(
         try:
             if losses is None:
                 each: list[Tensor] = []
-                with context.streams.take_turns(tensors[0].device) as turns, kept.in_parts(context.num_models) as part:
-                    for m in turns_in_parts(turns, part):
+                streams, device = context.streams, tensors[0].device
+                with kept.in_parts(context.num_models) as part, streams.take_turns(device, part) as turns:
+                    for m in turns:
                         own = [t if dim is None else t[m] for t, dim in zip(tensors, in_dims, strict=True)]
                         each += one_model(None, *own, m=m)
                 losses = mark_rows(torch.stack(each))

@@ -19,11 +19,16 @@ class Memory:
     """What calls may change of the models: tensors, attributes, hooks, random streams.
 
     Only tensors that calls have been seen to edit are copied, once the first call has shown which those are.
+
+    Args:
+        context: the models.
+        before: their state.
+        method: what of them is called, as for `call_models`.
     """
 
-    def __init__(self, context: CallContext, before: State) -> None:
+    def __init__(self, context: CallContext, before: State, method: str = "") -> None:
         self.context, self.before, self.attributes = context, before, context.attributes
-        flags = tuple(module.training for module in before.modules.values())
+        flags = method, *(module.training for module in before.modules.values())
         self.steady: dict[int, weakref.ref] = context.steady.setdefault(flags, {})
         self.streams, self.next_hook = context.streams.remember(), RemovableHandle.next_id
         self.tensors = [(t, version(t), None if self._is_steady(t) else t.detach().clone()) for t in tensors_in(before)]

@@ -18,6 +18,7 @@ from .each_model import CanApply, reset_each_model
 from .freeze import CanFreeze
 from .loss import call_losses
 from .loss_settings import LossSettings
+from .methods import CanCall, stand_for_parts
 from .select import CanSelect
 from .stack import set_memory_format, stack_models, unstack_model
 from .targets import TargetForms
@@ -34,11 +35,12 @@ def _known(name: str, doc: str) -> Any:
     return property(lambda batch: getattr(context_of(batch), name), doc=doc)
 
 
-class ModelBatch(CanFreeze, CanApply, CanSelect, CanSave, nn.Module):
+class ModelBatch(CanCall, CanFreeze, CanApply, CanSelect, CanSave, nn.Module):
     """M models of one architecture as one module, each computing exactly what it computes alone.
 
     The batch is a module like any other: `.to()`, `.double()`, `train()`, `eval()`, `state_dict()` and
     `parameters()` do what they always do, on tensors `[M, ...]` under the names that the model itself uses.
+    A method or submodule of the models is called for all of them, `batch.encode(x)`, `batch.encoder(x)`: see `call`.
     The models given are copied and never changed.
 
     Args:
@@ -98,6 +100,7 @@ class ModelBatch(CanFreeze, CanApply, CanSelect, CanSave, nn.Module):
         self._load_state_dict_post_hooks.update(template._load_state_dict_post_hooks)
         self.register_load_state_dict_post_hook(load_streams)
         reset_each_model(context)
+        stand_for_parts(context)
 
     num_models: int = _known("num_models", "M.")
     shared_input: bool = _known("shared_input", "Whether all models see one input, unless a call says otherwise.")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..common.functions import DYNAMIC, names_in, parts_of, user_made
 from ..common.python_random import PYTHON_GENERATORS
-from ..vmap import HOOKS, version
+from ..vmap import HOOKS, OnStack, version
 
 __all__ = ["CONTAINERS", "PLAIN", "Place", "PythonValues", "read", "same", "unchanged", "write"]
 
@@ -96,6 +96,7 @@ class PythonValues:
     Args:
         roots: functions, modules or objects by their names; "" for no name.
         known: tensors that are somebody else's concern.
+        names: of methods that are called.
 
     Attributes:
         places: where values stand.
@@ -105,7 +106,9 @@ class PythonValues:
         unseen: why not everything can be looked at, in words; empty if it can.
     """
 
-    def __init__(self, roots: Iterable[tuple[str, Any]], known: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self, roots: Iterable[tuple[str, Any]], known: Iterable[Tensor] = (), names: Iterable[str] = ()
+    ) -> None:
         self.places: list[Place] = []
         self.tensors: list[tuple[str, Any]] = []
         self.generators = [_state(g.generator, name) for name, g in PYTHON_GENERATORS.items()]
@@ -115,7 +118,7 @@ class PythonValues:
         self._known = set(map(id, known))
         self._slots: set[tuple[int, str]] = set()
         self._owners: dict[int, tuple[Any, str]] = {}  # objects, of which the named attributes are looked at
-        self._names, self._stored = set(_NOT_NAMED), set()
+        self._names, self._stored = {*_NOT_NAMED, *names}, set()
         for name, root in roots:
             self._visit(root, name)
             if isinstance(root, FunctionType):
@@ -210,7 +213,7 @@ class PythonValues:
             self.places.append(Place(mine[store], None, name))
             for key, value in list(mine[store].items()):
                 self._visit(value, f"{path}{key}")
-        for key in sorted(mine.keys() - _OF_TORCH):
+        for key in sorted(key for key in mine.keys() - _OF_TORCH if type(mine[key]) is not OnStack):
             self._visit_slot(mine, key, f"{path}{key}")
         self._owners[id(module)] = module, name
         self._visit(type(module), type(module).__name__)

@@ -91,8 +91,6 @@ def unstack_model(template: nn.Module, attributes: Sequence[Tensor], m: int) -> 
     for p in template.parameters():
         own[id(p)] = nn.Parameter(p.detach()[m].clone(), requires_grad=p.requires_grad)
     lone = copy_module(template, own, m, alone=True)
-    for module in lone.modules():
-        vars(module).pop("reset_parameters", None)  # the batch's, see reset_each_model
     lone = copy.deepcopy(lone)
     for mine, stacked in zip(lone.parameters(), template.parameters(), strict=True):
         for hook in (stacked._backward_hooks or {}).values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -15,7 +16,7 @@ from ..common.checks import did_you_mean, list_of_models, memory_of
 from .stack import may_keep
 from .structure import Comparison, Names, refuse_circles, refuse_references
 
-__all__ = ["Settings", "check_models", "check_paths"]
+__all__ = ["Settings", "check_models", "check_paths", "is_callable"]
 
 Settings = dict[str, dict[str, list[Any]]]  # module path -> attribute -> one value per model
 
@@ -63,7 +64,7 @@ def check_models(models: Iterable[nn.Module]) -> tuple[list[nn.Module], Settings
 
 
 def check_paths(model: nn.Module, paths: Iterable[str]) -> set[str]:
-    """Return the dotted paths of submodules as a set.
+    """Return the dotted paths of submodules, and of methods with "()" after their names, as a set.
 
     Raises:
         ValueError: a path that leads nowhere.
@@ -71,8 +72,18 @@ def check_paths(model: nn.Module, paths: Iterable[str]) -> set[str]:
     paths = {paths} if isinstance(paths, str) else set(paths)
     known = [path for path, _ in model.named_modules()]
     for path in paths.difference(known):
+        if path.endswith("()") and is_callable(model, path[:-2]):
+            continue
         raise ValueError(f"Expected a submodule's dotted path, got {path!r}.{did_you_mean(path, known)}")
     return paths
+
+
+def is_callable(model: nn.Module, name: str) -> bool:
+    """Say whether a model has something to call under a dotted name: a method or a submodule."""
+    try:
+        return callable(operator.attrgetter(name)(model))
+    except AttributeError:
+        return False
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -168,7 +168,7 @@ class _Draws:
     def meet(self, caller: Any) -> None:
         pass
 
-    def take_turns(self, device: torch.device) -> Any:
+    def take_turns(self, *args: Any) -> Any:
         raise CannotCompile("an operator runs model by model")
 
     on = take_turns

@@ -5,7 +5,7 @@ of layers. `in_turn` is the way of last resort: exact whatever is called, at the
 """
 
 from . import rules
-from .errors import BatchingError, module_path, running_modules
+from .errors import BatchingError, call_named, module_path, running_modules
 from .gradients import mark_rows, models_with_gradient, note_models_with_gradient, separate_gradients, watch_backward
 from .in_turn import Failure, call_in_turn, loop_inside
 from .layout import LayoutMatters, is_folded
@@ -14,7 +14,7 @@ from .module_copy import ModuleCopy, copy_module, materialize, merge
 from .per_model import PerModel
 from .registry import Pass
 from .snapshot import has_grad_hooks, place, version
-from .state import HOOKS, OUTPUT, PerModelValue, State, read_state, tensors_in, write_state
+from .state import HOOKS, OUTPUT, OnStack, PerModelValue, State, read_state, tensors_in, write_state
 from .streams import SharedDraw, Streams
 from .unwrap import as_one_model_sees, as_stacked, stack_alike
 
@@ -25,6 +25,7 @@ __all__ = [
     "Failure",
     "LayoutMatters",
     "ModuleCopy",
+    "OnStack",
     "Pass",
     "PerModel",
     "PerModelValue",
@@ -35,6 +36,7 @@ __all__ = [
     "as_one_model_sees",
     "as_stacked",
     "call_in_turn",
+    "call_named",
     "copy_module",
     "has_grad_hooks",
     "is_folded",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from types import TracebackType
+from typing import Any
 
 from torch import nn
 
-__all__ = ["PATH", "BatchingError", "module_path", "running_modules"]
+__all__ = ["PATH", "BatchingError", "call_named", "module_path", "running_modules"]
 
 
 class BatchingError(RuntimeError):
@@ -14,6 +16,12 @@ class BatchingError(RuntimeError):
 
 
 PATH = "mbkit_path"  # on a module copy: the dotted path of the module that it copies
+_CALLS = {"_call_impl": "self", "call_named": "module"}  # functions, and the variable in which they hold their module
+
+
+def call_named(module: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
+    """Call a method or a submodule by its dotted name; "" for the module itself."""
+    return (operator.attrgetter(name)(module) if name else module)(*args, **kwargs)
 
 
 def running_modules(traceback: TracebackType | None) -> list[nn.Module]:
@@ -21,8 +29,8 @@ def running_modules(traceback: TracebackType | None) -> list[nn.Module]:
     found = []
     while traceback is not None:
         frame = traceback.tb_frame
-        owner = frame.f_locals.get("self")
-        if frame.f_code.co_name == "_call_impl" and isinstance(owner, nn.Module) and PATH in vars(owner):
+        owner = frame.f_locals.get(_CALLS.get(frame.f_code.co_name))
+        if isinstance(owner, nn.Module) and PATH in vars(owner):
             found.append(owner)
         traceback = traceback.tb_next
     return found

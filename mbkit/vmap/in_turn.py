@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .errors import BatchingError
+from .errors import BatchingError, call_named
 from .layout import check_order
 from .module_copy import ModuleCopy, materialize, merge
 from .per_model import PerModel
@@ -57,16 +57,12 @@ def model_by_model(mode: Pass, operator: Callable, args: tuple, kwargs: dict) ->
     return args[0] if edits else result
 
 
-def loop_inside(mode: Pass, module: nn.Module) -> Callable:
-    """Return what stands for the module's call under vmap: a loop over the models' own copies of it."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        before = read_state(module)
-        output, after, _ = _inside_vmap(mode, before, args, kwargs)
-        write_state(before, after)
-        return output
-
-    return call
+def loop_inside(mode: Pass, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module under vmap as a loop over the models' own copies of it."""
+    before = read_state(module)
+    output, after, _ = _inside_vmap(mode, before, args, kwargs)
+    write_state(before, after)
+    return output
 
 
 def _inside_vmap(mode: Pass, before: State, args: tuple, kwargs: dict, *what: Any) -> tuple[Any, dict, list[Tensor]]:
@@ -93,6 +89,7 @@ def call_in_turn(
     call: Callable | None = None,
     edits: bool = True,
     whole: bool = False,
+    method: str = "",
 ) -> tuple[Any, dict, list[Tensor]]:
     """Call a module, or an operator, for each model, and put together what the calls returned and changed.
 
@@ -105,6 +102,7 @@ def call_in_turn(
             its arguments and keyword arguments.
         edits: whether the call may edit its inputs in place.
         whole: whether the module is the whole model.
+        method: what of the module is called, by its dotted name; "" for the module itself.
 
     Returns:
         The output, the state after the calls, and the new tensors `[M, ...]` in plain attributes. If calls of the whole
@@ -138,8 +136,8 @@ def call_in_turn(
             my_args, my_kwargs = arguments(m, own[len(kept) :])
             output = None
             try:
-                module = copies[-1].module
-                output = call(m, module, my_args, my_kwargs) if call else module(*my_args, **my_kwargs)
+                mine = copies[-1].module, method, my_args, my_kwargs
+                output = call(m, mine[0], my_args, my_kwargs) if call else call_named(*mine)
             except Exception as error:
                 if not whole or call:
                     raise

@@ -22,6 +22,7 @@ from .state import (
     OUTPUT,
     PLAIN,
     Key,
+    OnStack,
     PerModelValue,
     State,
     dotted,
@@ -68,8 +69,7 @@ class ModuleCopy:
         self._copies = {id(module): object.__new__(type(module)) for module in before.modules.values()}
         for path, module in before.modules.items():
             mine = vars(self._copies[id(module)])
-            mine.update(vars(module))
-            mine.pop("_call_impl", None)
+            mine.update((name, value) for name, value in vars(module).items() if type(value) is not OnStack)
             if not alone:
                 mine.setdefault(PATH, path)
             mine["_modules"] = {name: self._copies.get(id(child), child) for name, child in module._modules.items()}
@@ -154,6 +154,9 @@ class ModuleCopy:
                 after[key] = self._before[key]
             else:
                 after[key] = tree_unflatten([origins.get(id(leaf), leaf) for leaf in leaves], spec)
+        for path, module in after.modules.items():  # a method may put layers into another mode
+            if path in self._before.modules and module.training != self._before.modules[path].training:
+                after[path, "__dict__", "training"] = module.training
         after[OUTPUT] = output
         return after
 
@@ -186,7 +189,7 @@ def merge(states: Sequence[State], before: State, whole: bool = False) -> tuple[
                 return Placeholder(len(fresh) - 1)
         elif all(leaf is first or (isinstance(leaf, PLAIN) and leaf == first) for leaf in column):
             return first
-        if whole and key[1] == "__dict__":
+        if whole and key[1] == "__dict__" and key[2] != "training":
             return PerModelValue([v.values[m] if isinstance(v, PerModelValue) else v for m, v in enumerate(column)])
         told = [f"a tensor {list(v.shape)}" if isinstance(v, Tensor) else repr(v) for v in column]
         other = next((m for m, text in enumerate(told) if text != told[0]), len(told) - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,16 +12,20 @@ from torch.utils._pytree import tree_leaves
 from .errors import PATH, BatchingError
 
 __all__ = [
-    "HOOKS", "OUTPUT", "PLAIN", "Key", "PerModelValue", "State", "dotted", "is_leaf", "own_attributes", "read_state",
-    "tensors_in", "write_state",
+    "HOOKS", "OUTPUT", "PLAIN", "Key", "OnStack", "PerModelValue", "State", "dotted", "is_leaf", "own_attributes",
+    "read_state", "tensors_in", "write_state",
 ]  # fmt: skip
 
 Key = tuple[str, str, str]  # module path, "_parameters", "_buffers" or "__dict__", name
 
 OUTPUT: Key = ("", "output", "output")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_TORCH = set(vars(nn.Module())) | {"_call_impl", PATH}
+_OF_TORCH = set(vars(nn.Module())) | {PATH}
 PLAIN = (int, float, bool, str, type(None))
+
+
+class OnStack(partial):
+    """Stands on a module that holds stacks, in place of a method that would take them for one model's tensors."""
 
 
 class PerModelValue:
@@ -96,7 +101,7 @@ def own_attributes(module: nn.Module) -> list[str]:
         mine["_forward_hooks"] or mine["_forward_pre_hooks"] or mine["_backward_hooks"] or mine["_backward_pre_hooks"]
     ):
         return []
-    return [name for name in mine if name not in _OF_TORCH]
+    return [name for name in mine if name not in _OF_TORCH and type(mine[name]) is not OnStack]
 
 
 def is_leaf(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -77,8 +77,8 @@ class Streams:
             whole.from_python = whole.from_python or None
 
     @contextmanager
-    def take_turns(self, device: torch.device) -> Iterator[Iterator[int]]:
-        """Give out 0 … M-1; while m is out, the default generators stand where model m's streams stand.
+    def take_turns(self, device: torch.device, part: Callable = nullcontext) -> Iterator[Iterator[int]]:
+        """Give out 0 … M-1, in a `with` block of `part(m)`; meanwhile the default generators are model m's streams.
 
         Warns once, as soon as a model draws from Python's or numpy's generators.
         """
@@ -94,7 +94,8 @@ class Streams:
                 for place, default in defaults.items():
                     default.set_state(self.on(place)[m].get_state())
                 start = generator_marks()
-                yield m
+                with part(m):
+                    yield m
                 moved.update(moved_generators(start))
                 for place, default in defaults.items():
                     self.on(place)[m].set_state(default.get_state())

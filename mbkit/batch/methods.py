@@ -1,0 +1,118 @@
+"""Methods and submodules of the models, called for all of them at once."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..common.checks import flag
+from ..common.functions import user_made
+from ..vmap import OnStack
+from .call import call_models
+from .context import CallContext, context_of
+
+__all__ = ["CanCall", "stand_for_parts"]
+
+
+class CanCall:
+    """The part of a ModelBatch that calls the models' methods and submodules."""
+
+    def call(self, name: str, /, *inputs: Any, shared_input: bool | None = None, **kwargs: Any) -> Any:
+        """Call a method or a submodule of all models, each as it does alone: its weights, its random numbers.
+
+        `batch.encode(x)` is short for `batch.call("encode", x)`, and `batch.encoder(x)` for
+        `batch.call("encoder", x)`. The long form is for names that the batch has itself ("select"), and for methods
+        of submodules ("encoder.embed"). What torch.vmap cannot run (`generate`) runs for one model after the other.
+        As alone, only the submodules' hooks run, and not those of the whole model, unless the method calls it.
+
+        Args:
+            name: of the method or the submodule, dotted.
+            *inputs, **kwargs: what it takes; tensors are `[B, ...]` for all models or `[M, B, ...]`.
+            shared_input: which of the two; by default the batch's own. What a call has returned is `[M, B, ...]`.
+
+        Returns:
+            What the method returns, each tensor in it `[M, ...]`.
+
+        Raises:
+            AttributeError: the models have no such method or submodule.
+            ValueError: `shared_input` is not given, and an input `[M, ...]` comes from a call of the batch.
+            TypeError, BatchingError: as for a call of the batch.
+
+        Example:
+            >>> import torch
+            >>> from mbkit import ModelBatch
+            >>> class Coder(nn.Module):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.down, self.up = nn.Linear(3, 2), nn.Linear(2, 3)
+            ...     def encode(self, x):
+            ...         return self.down(x).tanh()
+            >>> batch, x = ModelBatch([Coder() for _ in range(4)]), torch.randn(8, 3)
+            >>> codes = batch.encode(x)
+            >>> outputs = batch.up(codes, shared_input=False)  # each model its own codes
+            >>> tuple(codes.shape), tuple(outputs.shape)
+            ((4, 8, 2), (4, 8, 3))
+
+            So a loop of one's own trains through methods:
+
+            >>> batch.compute_loss(outputs, x, nn.functional.mse_loss).backward()
+        """
+        output = _call(context_of(self), name, *inputs, shared_input=shared_input, **kwargs)
+        self.training = context_of(self).template.training  # a method may call `eval`
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            template = self.__dict__["_context"].template if "_context" in self.__dict__ else None
+            own = None if name.startswith("__") else getattr(type(template), name, None)
+            if callable(own) and not isinstance(own, type):
+                return partial(self.call, name)
+            if own is None and name not in getattr(template, "__dict__", ()):
+                raise
+            raise AttributeError(
+                f"'{name}' of {type(template).__name__} is not a method, and may be another for each model: use "
+                f"batch[m].{name}."
+            ) from None
+
+
+def stand_for_parts(context: CallContext) -> None:
+    """Have each submodule that holds stacks call all models, where it would take the stacks for one model's tensors."""
+    for path, module in context.template.named_modules():
+        if path:
+            vars(module)["_call_impl"] = OnStack(_call_part, context, path)
+
+
+def _call_part(context: CallContext, path: str, *inputs: Any, **kwargs: Any) -> Any:
+    frame = sys._getframe(2)  # beyond nn.Module.__call__
+    caller = frame.f_locals.get("self")
+    whose = vars(caller).get("_call_impl") if isinstance(caller, nn.Module) and user_made(type(caller)) else None
+    if type(whose) is OnStack:
+        name = f"{whose.args[1]}.{frame.f_code.co_name}"
+        raise RuntimeError(f"'{name}' would take all models' weights for one model's: use batch.call({name!r}, …).")
+    return _call(context, path, *inputs, **kwargs)
+
+
+def _call(context: CallContext, name: str, /, *inputs: Any, shared_input: bool | None = None, **kwargs: Any) -> Any:
+    template, num_models = context.template, context.num_models
+    if not callable(operator.attrgetter(name)(template)):
+        raise AttributeError(f"'{name}' of {type(template).__name__} is neither a method nor a submodule.")
+    shared = context.shared_input if shared_input is None else flag(shared_input, "shared_input")
+    if shared and shared_input is None:
+        for tensor in tree_leaves((inputs, kwargs)):
+            if not isinstance(tensor, Tensor) or tensor.dim() == 0 or len(tensor) != num_models:
+                continue
+            if tensor.grad_fn is not None or any(tensor is known() for known in context.returned):
+                raise ValueError(
+                    f"'{name}' gets an input {list(tensor.shape)} that has been computed, for all {num_models} models, "
+                    "it seems: pass shared_input=False if each model is to get its own slice, or shared_input=True if "
+                    "each is to get the whole."
+                )
+    context.streams.meet(name)
+    return call_models(context, inputs, kwargs, shared, method=name)
