@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..batch.model_batch import ModelBatch
-from ..common.machine import synchronize
+from ..common.machine import synchronize, tune_malloc
+from ..common.process import Worker
 from ..optim import OptimizerFactory
 from ..training.options import StepOptions
 from ..training.sequential import LoneTrainer
 from ..training.step import Stepper
 from .jax_side import make_step as jax_step
-from .process import Worker
 
 __all__ = ["BASELINES", "LOOP", "LOOP_AS_IT_IS", "Side"]
 
@@ -90,16 +90,22 @@ def _sequential(models: _Models, optimizer_cls: type, configs: _Configs, seeds: 
     return Side(steps, len(lones), read, trained, [lone.draws for lone in lones])
 
 
+def _one_thread(*given: Any) -> Side:
+    """The same in a process of a pool."""
+    torch.set_num_threads(1)
+    tune_malloc()
+    return _sequential(*given)
+
+
 class _Pool(Side):
     """A process for each thread, which trains its share of the models alone."""
 
     def __init__(self, models: _Models, optimizer_cls: type, configs: _Configs, seeds: Sequence[int]) -> None:
         count = min(len(models), torch.get_num_threads())
-        self._workers = [Worker(threads=1) for _ in range(count)]
+        self._workers = [Worker() for _ in range(count)]
         for n, worker in enumerate(self._workers):
-            worker.send(
-                _sequential, list(models)[n::count], optimizer_cls, list(configs)[n::count], list(seeds)[n::count]
-            )
+            own = list(models)[n::count], optimizer_cls, list(configs)[n::count], list(seeds)[n::count]
+            worker.send(_one_thread, *own)
         for worker in self._workers:
             worker.receive()
         read = lambda m, name: self._workers[m % count].ask("read", m // count, name)  # noqa: E731

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from ..common.files import write_bytes
-from ..common.machine import describe_machine, measure_peak_memory
+from ..common.machine import describe_machine, measure_peak_memory, tune_malloc
+from ..common.process import Worker
 from ..common.progress import Progress
 from ..common.tables import Tables
 from .baselines import BASELINES, LOOP, LOOP_AS_IT_IS
 from .cases import CASES, Case
-from .process import Worker
 from .result import Timing, title_of
 
 __all__ = ["CASES", "Case", "SuiteResult", "run_suite"]
@@ -165,7 +165,7 @@ def run_suite(
                 break
             for side in sides:
                 if side not in workers or workers[side].ended:
-                    workers[side] = stack.enter_context(Worker(torch.get_num_threads(), malloc=side != LOOP_AS_IT_IS))
+                    workers[side] = stack.enter_context(Worker())
             row = _measure(case, {side: workers[side] for side in sides}, patience, end)
             if row["seconds"]:
                 result.rows.append(row)
@@ -183,13 +183,21 @@ def _measure(case: Case, workers: dict[str, Worker], patience: float, end: float
     def ask(side: str, *question: Any, limit: float = patience) -> Any:
         try:
             return workers[side].ask(*question, patience=limit)
-        except RuntimeError as error:
-            row["missing"][side] = str(error).strip().splitlines()[0]
+        except Exception as error:
+            row["missing"][side] = (str(error).strip() or type(error).__name__).splitlines()[0]
             row["seconds"].pop(side, None)
             return None
 
     for side in workers:
-        ask(side, Turns, side, case, SECONDS, limit=min(patience, max(1.0, end - time.monotonic())))
+        ask(
+            side,
+            Turns,
+            side,
+            case,
+            SECONDS,
+            torch.get_num_threads(),
+            limit=min(patience, max(1.0, end - time.monotonic())),
+        )
         if side not in row["missing"]:
             row["seconds"][side], row["costs"][side] = [], ask(side, "costs")
     for turn in range(ROUNDS):
@@ -209,10 +217,13 @@ class Turns:
         name: out of BASELINES.
         case: the models and their batch.
         seconds: that a turn lasts, about, unless one step is longer.
+        threads: of torch.
     """
 
-    def __init__(self, name: str, case: Case, seconds: float) -> None:
-        threads = torch.get_num_threads()
+    def __init__(self, name: str, case: Case, seconds: float, threads: int) -> None:
+        torch.set_num_threads(threads)
+        if name != LOOP_AS_IT_IS:
+            tune_malloc()
         if hasattr(os, "sched_setaffinity"):  # JAX, for one, counts the cores that it may use
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
         lone = {LOOP: _LONE, LOOP_AS_IT_IS: _LONE, "process pool": _LONE * threads}

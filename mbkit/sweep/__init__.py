@@ -4,10 +4,9 @@
 
     configs     grid and sample; who takes which setting; batches of trials whose models are alike
     engine      sweep: rung after rung        executors   batches handed out; lost workers
-    worker      one batch, one rung           helper      a process of its own for a worker's thread
-    folder      files, lock, sweep.json       ranking     who goes on
-    result      table, best, load, plot       ask_tell    Optuna asks, mbkit trains and ranks
-    digits      a sweep to begin with
+    worker      one batch, one rung           ranking     who goes on
+    folder      files, lock, sweep.json       ask_tell    Optuna asks, mbkit trains and ranks
+    result      table, best, load, plot       digits      a sweep to begin with
 """
 
 import inspect

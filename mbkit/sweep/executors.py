@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import concurrent.futures as futures
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..common.process import ProcessEnded, Worker
 from .folder import batch_file
-from .helper import HelperLost, run_job
 from .worker import Job, run_batch
 
-__all__ = ["WorkersLost", "run_jobs"]
+__all__ = ["WorkersLost", "run_job", "run_jobs"]
 
 _LOOK_EVERY = 0.5  # seconds from one look at the workers to the next
+_own = threading.local()
 
 
 class WorkersLost(RuntimeError):
@@ -48,6 +50,28 @@ def run_jobs(
         if len(crew.errors) > 1 and hasattr(crew.errors[0], "add_note"):
             crew.errors[0].add_note(f"{len(crew.errors) - 1} other batches raised an exception too.")
         raise crew.errors[0]
+
+
+class _Trained:
+    def __init__(self, job: Job) -> None:
+        self._result = run_batch(job)
+
+    def result(self) -> dict[str, list[float]]:
+        return self._result
+
+
+def run_job(job: Job) -> dict[str, list[float]]:
+    """Train a batch: here if this is a process's main thread, else in a process of this thread's own.
+
+    Other threads of a worker, such as those that talk to Dask's scheduler, draw from Python's generator, which is one
+    for all threads: beside them a batch would not end in the same bits.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return run_batch(job)
+    if not hasattr(_own, "worker") or _own.worker.ended:
+        _own.worker = Worker(script=True)
+    _own.worker.ask(_Trained, job)
+    return _own.worker.ask("result")
 
 
 class _Here(futures.Executor):
@@ -104,7 +128,7 @@ class _Crew:
         except OSError:
             raise
         except Exception as error:
-            if isinstance(error, HelperLost) or type(error).__name__ == "KilledWorker":
+            if isinstance(error, ProcessEnded) or type(error).__name__ == "KilledWorker":
                 self._again(job, error, 1 + getattr(error, "allowed_failures", 0))
                 return
             if hasattr(error, "add_note"):

@@ -182,27 +182,25 @@ def schedule_of_kills(seed: int, kills: int, events: int) -> list[tuple[int, boo
     return [(own.randint(1, events), own.random() < 0.5) for _ in range(kills)]
 
 
-def dying_once(flag: str) -> Any:
-    """Return the data, but kill the process that asks for it if nobody has before."""
+def is_first(flag: str) -> bool:
+    """Say whether nobody has asked before, and make the file by which that is known."""
     try:
         os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        return data()
-    os.kill(os.getpid(), signal.SIGKILL)
+        return False
+    return True
 
 
 class DyingInSecondEpoch:
-    """The data; the first process that comes to a second epoch is killed, and so each time if `always`."""
+    """The data; the first process that comes to a second epoch is killed."""
 
-    def __init__(self, flag: str, always: bool = False) -> None:
-        self.flag, self.always, self.walks = flag, always, 0
+    def __init__(self, flag: str) -> None:
+        self.flag, self.walks = flag, 0
 
     def __iter__(self) -> Any:
         self.walks += 1
-        if self.walks == 2:
-            if self.always:
-                os.kill(os.getpid(), signal.SIGKILL)
-            dying_once(self.flag)
+        if self.walks == 2 and is_first(self.flag):
+            os.kill(os.getpid(), signal.SIGKILL)
         return iter(data())
 
 
@@ -214,19 +212,15 @@ def poisoned(fold: list[int]) -> Any:
 
 
 def whose_worker_dies_once(flag: str) -> Any:
-    """Return the data, but kill the process that waits for this helper if nobody has before: a worker of Dask."""
-    try:
-        os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return data()
-    os.kill(os.getppid(), signal.SIGKILL)
-    time.sleep(60)  # until the helper notices
+    """Return the data, but kill the process that waits for this one if nobody has before: a worker of Dask."""
+    if is_first(flag):
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)  # until this one notices
+    return data()
 
 
 def slow_after(flag: str) -> Any:
     """Return the data, and let the first one who asks wait until it is killed."""
-    try:
-        os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return data()
-    time.sleep(60)
+    if is_first(flag):
+        time.sleep(60)
+    return data()

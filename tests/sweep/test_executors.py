@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from sweep_cases import CONFIGS, DyingInSecondEpoch, digest, poisoned, slow_after, standard, whose_worker_dies_once
 
+from mbkit.common.process import ProcessEnded
 from mbkit.sweep import WorkersLost
-from mbkit.sweep.helper import HelperLost
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python's on forks beside threads
 
@@ -60,7 +60,7 @@ def test_a_pool_that_a_dying_worker_breaks_is_an_error_and_another_goes_on_from_
 
 
 class Forking(Executor):
-    """Runs each batch in a forked process, and says of one that died what a helper process says."""
+    """Runs each batch in a forked process, and says of one that died what a thread's own process says."""
 
     def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future:
         future: Future = Future()
@@ -68,7 +68,7 @@ class Forking(Executor):
         child.start()
         child.join()
         if child.exitcode:
-            future.set_exception(HelperLost(f"exit status {child.exitcode}"))
+            future.set_exception(ProcessEnded(f"exit status {child.exitcode}"))
         else:
             future.set_result(function(*args))  # which finds it done
         return future
