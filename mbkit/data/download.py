@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import io
-import queue
 import tarfile
-import threading
-import time
 import urllib.request
 import zlib
 from collections.abc import Mapping
@@ -31,7 +28,6 @@ def fetch_archive(
     size: int,
     advice: str = "",
     patience: float = 10.0,
-    slowest: float = 10_000.0,
 ) -> None:
     """Download a .tar.gz, check it, and put its files into `target` in one move.
 
@@ -47,19 +43,18 @@ def fetch_archive(
         members: the files wanted from that folder, and each one's size in bytes.
         size: the most bytes that the archive may have; more are not waited for.
         advice: what the reader of an error can do, added to its message.
-        patience: seconds to wait for the first answer, and then for each further piece.
-        slowest: bytes per second that have to arrive, on average from the start; `patience` is given in addition.
+        patience: seconds to wait for the first answer, and then for anything further.
 
     Raises:
-        ConnectionError: no answer, one that breaks off, is too slow or too long, or an archive with another checksum.
+        ConnectionError: no answer, one that breaks off or is too long, or an archive with another checksum.
         OSError: a folder that cannot be written, or a full disk.
         ValueError: an archive without one of the files, or with one of another size.
     """
-    with _open(url, patience, advice) as response:
-        try:
-            content = _read(response, md5, size, patience, slowest)
-        except (ValueError, http.client.HTTPException, TimeoutError) as error:
-            raise ConnectionError(f"Expected the archive from {url}, got {error!s:.300}. {advice}") from error
+    try:
+        with urllib.request.urlopen(url, timeout=patience) as response:
+            content = _read(response, md5, size)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ConnectionError(f"Expected the archive from {url}, got {error!s:.300}. {advice}") from error
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary(target, folder=True) as unpacked:
@@ -75,49 +70,22 @@ def fetch_archive(
         raise ValueError(f"Expected a .tar.gz from {url}, got an archive that cannot be read: {error}.") from error
 
 
-def _open(url: str, patience: float, advice: str) -> http.client.HTTPResponse:
-    """Open a connection within `patience` seconds, looking up the name included (urlopen's timeout leaves it out)."""
-    answers: queue.SimpleQueue = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answers.put(urllib.request.urlopen(url, timeout=patience))
-        except Exception as error:
-            answers.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        answer = answers.get(timeout=patience)
-    except queue.Empty:
-        answer = TimeoutError(f"silence for {patience:g} seconds")
-    if isinstance(answer, (OSError, http.client.HTTPException)):
-        raise ConnectionError(f"Expected an answer from {url}, got: {answer}. {advice}") from answer
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-def _read(response: http.client.HTTPResponse, md5: str, most: int, patience: float, slowest: float) -> bytes:
+def _read(response: http.client.HTTPResponse, md5: str, most: int) -> bytes:
     """Return what the response holds, with a progress bar, once its md5 is checked.
 
     Raises:
-        ValueError: too much, too slowly, or another checksum.
-        TimeoutError, HTTPException: no further piece, or fewer than promised.
+        ValueError: too much, or another checksum.
+        OSError: no further piece.
     """
-    content, start = bytearray(), time.monotonic()
+    content = bytearray()
     promised = response.headers.get("Content-Length", "")  # not every server tells, and not every one a number
     size = int(promised) if promised.isascii() and promised.isdigit() else None
-    if size is not None and size > most:
-        raise ValueError(f"{size:,} bytes instead of at most {most:,}")
     with Progress(size and -(-size // _PIECE), "download, MiB") as bar:
-        while piece := _next_piece(response):
+        while piece := response.read(_PIECE):
             content += piece
-            got, seconds = len(content), time.monotonic() - start
-            if got > most:
+            if len(content) > most:
                 raise ValueError(f"more than {most:,} bytes")
-            if got < (seconds - patience) * slowest:
-                raise ValueError(f"{got:,} bytes in {seconds:.0f} seconds, too slow to wait for the rest")
-            bar.advance(steps=-(-got // _PIECE) - bar.done)
+            bar.advance()
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if digest != md5:
         raise ValueError(
@@ -125,14 +93,6 @@ def _read(response: http.client.HTTPResponse, md5: str, most: int, patience: flo
             "between answered"
         )
     return bytes(content)
-
-
-def _next_piece(response: http.client.HTTPResponse) -> bytes:
-    """Return what has arrived, at most `_PIECE` bytes: `read` would wait for the whole of it, however slow it drips."""
-    try:
-        return response.read1(_PIECE)
-    except OSError as error:
-        raise TimeoutError(f"no further piece: {error!r}") from error
 
 
 def _unpack(content: bytes, folder: Path, top: str, members: Mapping[str, int]) -> None:

@@ -227,7 +227,7 @@ def test_download_is_announced_and_kept(home_page, tmp_path, capsys):
 def test_a_failed_download_is_an_error_or_the_announced_fallback(
     load, trouble, home_page, tmp_path, monkeypatch, capsys
 ):
-    kind, words = ConnectionError, "Expected an answer from file:"
+    kind, words = ConnectionError, "Expected the archive from file:"
     if trouble == "no network":
         home_page.unlink()
     elif trouble == "wrong checksum":

@@ -38,17 +38,14 @@ def serve(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     servers = []
 
-    def start(body: bytes, promised: int | str = 0, status: int = 200, wait: float = 0, drip: float = 0) -> str:
+    def start(body: bytes, promised: int | str = 0, status: int = 200, wait: float = 0) -> str:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 time.sleep(wait)
                 self.send_response(status)
                 self.send_header("Content-Length", str(promised or len(body)))
                 self.end_headers()
-                size = 10 if drip else len(body) or 1
-                for place in range(0, len(body), size):
-                    self.wfile.write(body[place : place + size])
-                    time.sleep(drip)
+                self.wfile.write(body)
 
             def log_message(self, *_):
                 pass
@@ -97,19 +94,8 @@ BAD_ANSWERS = {  # what the server sends, what was expected of it, and the error
     "a login page": ({"body": b"<html>Log in"}, GOOD, ConnectionError, r"12 bytes.*something in between.* Do this"),
     "broken off": ({"body": GOOD[:99], "promised": len(GOOD)}, GOOD, ConnectionError, r"broke off|IncompleteRead"),
     "no number as length": ({"body": GOOD, "promised": "abc"}, b"else", ConnectionError, r"with md5 .* Do this"),
-    "too long, as it says": (
-        {"body": GOOD, "promised": 10**9},
-        GOOD,
-        ConnectionError,
-        r"Expected the archive from .*, got 1,000,000,000 bytes instead of at most 1,048,576. Do this",
-    ),
-    "too long, silently": (
-        {"body": b"0" * (3 << 20), "promised": "-"},
-        GOOD,
-        ConnectionError,
-        r"more than 1,048,576 bytes. Do this",
-    ),
-    "gone": ({"body": b"", "status": 404}, b"", ConnectionError, r"Expected an answer .* 404.* Do this"),
+    "too long": ({"body": b"0" * (3 << 20), "promised": "-"}, GOOD, ConnectionError, r"more than 1,048,576 bytes. Do"),
+    "gone": ({"body": b"", "status": 404}, b"", ConnectionError, r"Expected the archive .* 404.* Do this"),
 }
 
 
@@ -144,17 +130,15 @@ def test_an_archive_cannot_choose_where_it_is_written(serve, tmp_path):
 
 def seconds_until_error(url: str, root: Path, patience: float) -> float:
     start = time.monotonic()
-    with pytest.raises(ConnectionError, match=r"Expected an answer from .* Do this"):
+    with pytest.raises(ConnectionError, match=r"Expected the archive from .* Do this"):
         fetch(url, GOOD, root, patience=patience)
     assert list(root.iterdir()) == []
     return time.monotonic() - start
 
 
-def test_no_network_is_an_error_within_the_time_allowed(serve, tmp_path, monkeypatch):
+def test_no_network_is_an_error_within_the_time_allowed(serve, tmp_path):
     assert seconds_until_error("http://127.0.0.1:9/nothing-listens", tmp_path, patience=5) < 2
     assert seconds_until_error(serve(GOOD, wait=1), tmp_path, patience=0.2) < 0.8  # it takes the call and is silent
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(1))
-    assert seconds_until_error("http://nowhere.invalid/", tmp_path, patience=0.2) < 0.8  # the name service is silent
 
 
 def test_silence_in_the_middle_is_an_error(tmp_path):
@@ -170,17 +154,10 @@ def test_silence_in_the_middle_is_an_error(tmp_path):
         finished = threading.Event()
         thread = threading.Thread(target=half)
         thread.start()
-        with pytest.raises(ConnectionError, match=r"no further piece: .* Do this"):
+        with pytest.raises(ConnectionError, match=r"timed out.* Do this"):
             fetch(f"http://127.0.0.1:{server.getsockname()[1]}/", GOOD, tmp_path, patience=0.2)
         finished.set()
         thread.join()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_drip_is_given_up(serve, tmp_path):
-    url = serve(GOOD * 20, drip=0.01)  # a thousand bytes per second, for seconds on end
-    with pytest.raises(ConnectionError, match=r"too slow to wait for the rest. Do this"):
-        fetch(url, GOOD, tmp_path, patience=0.2, slowest=100_000)
     assert list(tmp_path.iterdir()) == []
 
 
