@@ -80,6 +80,14 @@ def the_same_in_every_run() -> Iterator[None]:
 
 
 @pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs that compiled steps are traced to; they run as they are, without inductor."""
+    made: list[Any] = []
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: made.append(graph) or graph)
+    return made
+
+
+@pytest.fixture
 def show() -> Iterator[Callable[..., Any]]:
     """Open explorers, and close them at the end."""
     opened = []

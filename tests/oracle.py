@@ -166,7 +166,7 @@ def train_alone(
         models: M modules. data: a pair of inputs and targets for each step, tensors.
         own: whether each model has its slice of inputs and targets, `[M, B, ...]`.
         max_norm, configs, schedule: one for all models or a list of M; a schedule is made from the optimizer.
-        seeds: model m trains after `torch.manual_seed(seeds[m])`.
+        seeds: model m trains after `torch.manual_seed(seeds[m])`, and likewise for Python's and NumPy's generators.
         every: after how many steps the schedule is stepped.
     """
 
@@ -177,7 +177,7 @@ def train_alone(
     settings = zip(models, each(configs), each(max_norm), each(schedule), strict=True)
     for m, (model, config, norm, make) in enumerate(settings):
         if seeds is not None:
-            torch.manual_seed(seeds[m])
+            seed_all(seeds[m])
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = optimizer_cls(trained, **config) if trained else None
         scheduler = make(optimizer) if make else None

@@ -8,6 +8,7 @@ everywhere, so that nothing but the two rates makes a difference. It differs in 
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from ..batch.model_batch import ModelBatch
 from ..figures.curves import CEILING, RateMap
-from ..figures.film import save_film
 from ..models import build_models
 from ..optim import OptimizerFactory
 from ..training.batched import train_steps
@@ -178,4 +179,6 @@ def film(path: str | Path, size: int = 128, steps: int = 60) -> None:
         if done <= 12 or done % 4 == 0:
             shown.update(outcome, (size * 58 // 128, size * 60 // 128))
             frames.append(shown.frame())
-    save_film(frames, path, 0.15, rest=3.0)
+    images = [Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE) for png in frames]
+    durations = [150] * (len(images) - 1) + [3000]  # milliseconds
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)

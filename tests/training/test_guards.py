@@ -232,23 +232,15 @@ def train(build: Any, loss_fn: Any, put: Any, values: list) -> tuple[Any, list[s
     return history, [str(w.message) for w in caught if "compile=True" in str(w.message)], models, losses
 
 
-@pytest.fixture
-def compiled(monkeypatch) -> list:
-    """Graphs run as they are, without inductor; a list of those that were made."""
-    made: list = []
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: made.append(graph) or graph)
-    return made
-
-
 @pytest.mark.parametrize("read", READS)
-def test_a_value_that_changes_is_read_anew_and_compiled_once(compiled, read):
+def test_a_value_that_changes_is_read_anew_and_compiled_once(graphs, read):
     history, said, *_ = train(*READS[read](), [1.0, 1.0, 2.0, 2.0, 1.0, 3.0])
     assert (history.how, said) == ("compiled", [])
-    assert len(compiled) == (4 if read == "a tensor, edited" else 3)  # its numbers are not compared
+    assert len(graphs) == (4 if read == "a tensor, edited" else 3)  # its numbers are not compared
 
 
 @pytest.mark.parametrize("read", ["a global", "a closure", "the loss's object", "a tensor, edited"])
-def test_a_value_that_changes_at_every_step_is_not_compiled_at_every_step(compiled, read):
+def test_a_value_that_changes_at_every_step_is_not_compiled_at_every_step(graphs, read):
     history, said, *_ = train(*READS[read](), [0.1 * (i + 1) for i in range(10)])
     assert history.how == "all models at once"
     assert len(said) == 1
@@ -256,12 +248,12 @@ def test_a_value_that_changes_at_every_step_is_not_compiled_at_every_step(compil
     name = {"a global": "FACTOR", "a closure": "factor", "the loss's object": "loss_fn.factor"}
     assert name.get(read, "READ.table") in said[0]
     assert "buffer" in said[0]
-    assert len(compiled) == 4
+    assert len(graphs) == 4
 
 
-def test_an_equal_value_is_not_compiled_again(compiled):
+def test_an_equal_value_is_not_compiled_again(graphs):
     history, said, *_ = train(*READS["a new object"]()[:2], lambda v: set_global(float(str(v))), [1.0] * 5)
-    assert (history.how, said, len(compiled)) == ("compiled", [], 1)
+    assert (history.how, said, len(graphs)) == ("compiled", [], 1)
 
 
 # -------------------------------------------------------------- with the real compiler
@@ -388,7 +380,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_tracing_leaves_no_trace(compiled, change):
+def test_tracing_leaves_no_trace(graphs, change):
     """A loss that counts its calls is called as often as alone, and each step's factor is the one alone."""
     make, name = CHANGES[change]
     torch.manual_seed(0)
@@ -402,11 +394,11 @@ def test_tracing_leaves_no_trace(compiled, change):
         reset()
         losses = train_alone([model], data, loss_fn=make(), seeds=None, configs={"lr": RATES[m]})
         torch.testing.assert_close(history.loss[:, m : m + 1], losses, rtol=1e-9, atol=1e-12)
-    assert not compiled
+    assert not graphs
 
 
 @pytest.mark.parametrize("generator", [random, np.random])
-def test_each_model_draws_as_alone_after_a_traced_call(compiled, generator):
+def test_each_model_draws_as_alone_after_a_traced_call(graphs, generator):
     """Python's and numpy's generators draw for each model; tracing has drawn for none."""
     torch.manual_seed(0)
     models, data = [nn.Linear(3, 2).double() for _ in range(M)], batches(3)
@@ -427,14 +419,14 @@ def table(size: int) -> Tensor:
     return torch.arange(size, dtype=torch.float64) + 1
 
 
-def test_a_cache_keeps_nothing_that_a_traced_call_computed(compiled):
+def test_a_cache_keeps_nothing_that_a_traced_call_computed(graphs):
     table.cache_clear()
     _, said, *_ = train(lambda: Net(lambda: table(2)), mse_loss, lambda value: None, [1.0] * 2)
     assert "uncompiled" in said[0]
     assert table(2).tolist() == [1.0, 2.0]
 
 
-def test_an_error_while_tracing_undoes_what_the_call_had_changed(compiled):
+def test_an_error_while_tracing_undoes_what_the_call_had_changed(graphs):
     criterion = Counting()
 
     def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -453,7 +445,7 @@ class Holder:
     values: list = field(default_factory=lambda: list(range(30_000)))
 
 
-def test_what_is_too_much_to_look_at_runs_uncompiled(compiled):
+def test_what_is_too_much_to_look_at_runs_uncompiled(graphs):
     held = Holder()
     history, said, *_ = train(Net, weighted(mse_loss, lambda: held.values[1]), lambda value: None, [1.0])
     assert "more than 20,000 Python values" in said[0]

@@ -10,6 +10,7 @@ import math
 import random
 import warnings
 from collections import UserDict
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from mbkit import BatchingError, ModelBatch, OptimizerFactory, evaluate, fit
+from mbkit import BatchingError, History, ModelBatch, OptimizerFactory, evaluate, fit
 from tests.oracle import MOMENTUM, SEEDS, assert_same_parameters, batches, snapshot, train_alone, trained_alone
 
 B, STEPS = 6, 4
@@ -117,28 +118,40 @@ def optimizer_of(batch: ModelBatch) -> Any:
     return OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
 
 
-@pytest.mark.parametrize("num_models", [1, 3, 5])
-@pytest.mark.parametrize("road", ROADS)
-@pytest.mark.parametrize("habit", HABITS)
-def test_every_road_gives_the_model_trained_alone(monkeypatch, habit, road, num_models):
-    """In float64, to 1e-10 of the largest number: rounding in another order is a hundred times smaller."""
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)  # the traced graph itself, uncompiled
-    cls, make_loss, each = HABITS[habit]
-    models = [cls().double() for _ in range(num_models)]
-    lead = (num_models,) if each else ()
-    pairs = [tuple(torch.randn(*lead, B, 4, dtype=torch.float64) for _ in "xy") for _ in range(STEPS)]
-    lones = copy.deepcopy(models)
+def check(
+    models: list[nn.Module], pairs: list, loss_of: Callable[[int], Any], loss_fn: Any, road: str, each: bool = False,
+    **settings: Any,
+) -> History:  # fmt: skip
+    """Train a batch on a road and each model alone with a loss of its own, and compare.
+
+    In float64, to 1e-10 of the largest number: rounding in another order is a hundred times smaller.
+    """
+    lones, how, numbers = copy.deepcopy(models), dict(ROADS[road]), range(len(models))
     for m, lone in enumerate(lones):
-        random.seed(m)
         own = [(x[m], y[m]) for x, y in pairs] if each else pairs
-        train_alone([lone], own, loss_fn=make_loss(), seeds=[m], configs={"lr": 0.1})
-    how = dict(ROADS[road])
-    batch = ModelBatch(models, not each, seeds=range(num_models), model_by_model=how.pop("model_by_model", []))
+        train_alone([lone], own, loss_fn=loss_of(m), seeds=[m], configs={"lr": 0.1})
+    batch = ModelBatch(models, not each, seeds=numbers, model_by_model=how.pop("model_by_model", []))
     data = [(UserDict(x=x), y) if each else (x, y) for x, y in pairs]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is slow or cannot be compiled
-        fit(batch, optimizer_of(batch), data, make_loss(), progress=False, **how)
+        history = fit(batch, optimizer_of(batch), data, loss_fn, progress=False, **settings, **how)
     assert_same_parameters(batch.models, lones)
+    return history
+
+
+def pairs_of(*lead: int) -> list[tuple[Tensor, ...]]:
+    return [tuple(torch.randn(*lead, B, 4, dtype=torch.float64) for _ in "xy") for _ in range(STEPS)]
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("num_models", [1, 3, 5])
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("habit", HABITS)
+def test_every_road_gives_the_model_trained_alone(habit, road, num_models):
+    cls, make_loss, each = HABITS[habit]
+    models = [cls().double() for _ in range(num_models)]
+    pairs = pairs_of(num_models) if each else pairs_of()
+    check(models, pairs, lambda m: make_loss(), make_loss(), road, each)
 
 
 def weighted(out: Tensor, y: Tensor, beta: float, weight: Tensor, scale: float = 1.0, power: float = 2.0) -> Tensor:
@@ -167,27 +180,18 @@ SETTINGS: dict[str, tuple[Any, Any, bool]] = {  # the loss, model m's settings, 
 }
 
 
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("num_models", [1, 3, 5])
 @pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_settings_of_the_loss_are_each_models_own_on_every_road(monkeypatch, kind, road, num_models):
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)  # the traced graph itself, uncompiled
+def test_settings_of_the_loss_are_each_models_own_on_every_road(kind, road, num_models):
     loss_fn, settings, compiles = SETTINGS[kind]
-    models = [Net().double() for _ in range(num_models)]
-    pairs = [tuple(torch.randn(B, 4, dtype=torch.float64) for _ in "xy") for _ in range(STEPS)]
-    lones = copy.deepcopy(models)
-    for m, lone in enumerate(lones):
-        train_alone([lone], pairs, loss_fn=partial(loss_fn, **settings(m)), seeds=None, configs={"lr": 0.1})
-    how = dict(ROADS[road])
-    batch = ModelBatch(models, model_by_model=how.pop("model_by_model", []))
-    given = settings(0)
+    models, given = [Net().double() for _ in range(num_models)], settings(0)
     if kind != "one for all":
         each = given.keys() - {"scale"}
         given |= {name: [settings(m)[name] for m in range(num_models)] for name in each}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is slow or cannot be compiled
-        history = fit(batch, optimizer_of(batch), pairs, loss_fn, loss_settings=given, progress=False, **how)
-    assert_same_parameters(batch.models, lones)
+    loss_of = lambda m: partial(loss_fn, **settings(m))  # noqa: E731
+    history = check(models, pairs_of(), loss_of, loss_fn, road, loss_settings=given)
     if road == "compiled":
         assert (history.how == "compiled") == (compiles or num_models == 1)
 

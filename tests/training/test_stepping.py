@@ -271,14 +271,6 @@ def test_a_compiled_step_changes_no_result_and_is_compiled_once(monkeypatch, opt
     assert torch.equal(batch.streams.on("cpu")[0].get_state(), torch.get_rng_state())
 
 
-@pytest.fixture
-def graphs(monkeypatch) -> list:
-    """The graphs that are traced; they run as they are, without inductor."""
-    made: list = []
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: made.append(graph) or graph)
-    return made
-
-
 def step_of(models: list, cls: type = torch.optim.SGD, **settings) -> tuple[ModelBatch, CompiledStep]:
     batch = ModelBatch(models, seeds=range(M))
     optimizer = OptimizerFactory(cls).create_optimizer(batch, rates(**settings))

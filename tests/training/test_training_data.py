@@ -167,9 +167,7 @@ def test_what_a_model_draws_from_python_and_numpy_is_what_it_draws_alone():
     data = list(LOADERS["augmentation"]())  # what the models draw does not change it
     seed_all(1)
     fit_alone(models, SGD, CONFIGS, LOADERS["augmentation"](), cross_entropy, seeds=SEEDS)
-    for m, model in enumerate(expected):
-        seed_all(SEEDS[m])
-        train_alone([model], data, loss_fn=cross_entropy, seeds=SEEDS[m : m + 1], configs=CONFIGS[m])
+    train_alone(expected, data, loss_fn=cross_entropy, configs=CONFIGS)
     assert_same_parameters(models, expected)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from oracle import trained_alone
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, max_pool2d
 
@@ -30,10 +31,6 @@ class Pooled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.pool(self.conv(x)).flatten(1))
-
-
-def options() -> StepOptions:
-    return StepOptions(cross_entropy)
 
 
 def indexed(h: Tensor) -> Tensor:
@@ -92,7 +89,12 @@ def train(pool: Callable, dtype: torch.dtype, bias: bool = True, ties: bool = Tr
     )
     for x, y in pairs:
         assert step.attempt(x, y) is not None, step.reason
-    return batch, [alone(model, rate, pairs) for model, rate in zip(models, RATES, strict=True)]
+    return batch, alone(models, pairs)
+
+
+def alone(models: list[nn.Module], pairs: list) -> list[dict[str, Tensor]]:
+    configs = [{"lr": rate} for rate in RATES]
+    return [model.state_dict() for model in trained_alone(models, pairs, loss_fn=cross_entropy, configs=configs)]
 
 
 def test_inductor_makes_it_so_for_a_tiny_network():
@@ -105,17 +107,8 @@ def test_inductor_makes_it_so_for_a_tiny_network():
     step = CompiledStep(batch, optimizer, StepOptions(cross_entropy))
     for x, y in pairs:
         assert step.attempt(x, y) is not None, step.reason
-    for m, model in enumerate(models):
-        torch.testing.assert_close(batch[m].state_dict(), alone(model, RATES[m], pairs), rtol=0, atol=2e-6)
-
-
-def alone(model: nn.Module, rate: float, pairs: list) -> dict[str, Tensor]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    for x, y in pairs:
-        optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model.state_dict()
+    for m, state in enumerate(alone(models, pairs)):
+        torch.testing.assert_close(batch[m].state_dict(), state, rtol=0, atol=2e-6)
 
 
 ALONE = pytest.param(torch.float64, id="as it lies alone", marks=pytest.mark.slow)
@@ -123,10 +116,8 @@ ALONE = pytest.param(torch.float64, id="as it lies alone", marks=pytest.mark.slo
 
 @pytest.mark.parametrize("dtype", [ALONE, pytest.param(torch.float32, id="channels last")])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_looked_up_gradient_is_the_one_alone(monkeypatch, way, dtype):
+def test_a_looked_up_gradient_is_the_one_alone(graphs, way, dtype):
     pool, left = WAYS[way]
-    graphs = []
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graphs.append(graph) or graph)
     batch, states = train(pool, dtype)
     for m, state in enumerate(states):
         bound = 1e-12 if dtype is torch.float64 else 2e-6
@@ -137,8 +128,8 @@ def test_a_looked_up_gradient_is_the_one_alone(monkeypatch, way, dtype):
     assert any(node.meta["val"].dtype is torch.int8 for node in kept) == (left[1] == 0)  # looked up, not found anew
 
 
-def test_a_convolution_without_a_bias(monkeypatch):
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+@pytest.mark.usefixtures("graphs")
+def test_a_convolution_without_a_bias():
     batch, states = train(WAYS["after a ReLU"][0], torch.float64, bias=False)
     for m, state in enumerate(states):
         torch.testing.assert_close(batch[m].state_dict(), state, rtol=0, atol=1e-12)

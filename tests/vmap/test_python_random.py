@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from oracle import assert_same_parameters, close
+from oracle import assert_same_parameters, close, trained_alone
 from torch import nn
 
 from mbkit import ModelBatch, OptimizerFactory, fit, fit_alone
@@ -74,15 +74,8 @@ def build(make, count):
     return [make().double() for _ in range(count)]
 
 
-def train_alone(model, seed, loss_fn):
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    for x, y in data():
-        optimizer.zero_grad()
-        loss_fn(model(x), y).backward()
-        optimizer.step()
+def alone(models, loss_fn=nn.functional.mse_loss):
+    return trained_alone(models, data(), False, loss_fn, None, SEEDS, configs={"lr": RATE})
 
 
 def sgd(batch):
@@ -100,9 +93,7 @@ def test_each_model_draws_its_own_as_alone(net, road):
     before = random.getstate(), np.random.get_state()[1].tolist()
     fit(batch, sgd(batch), data(), loss_fn, progress=False, **options)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before or net == "loss"
-    for model, seed in zip(models, SEEDS, strict=False):
-        train_alone(model, seed, loss_fn)
-    assert_same_parameters(list(batch), models, 1e-12)
+    assert_same_parameters(list(batch), alone(models, loss_fn), 1e-12)
 
 
 @DRAWS
@@ -115,9 +106,7 @@ def test_named_beforehand(paths):
         optimizer.zero_grad()
         batch.compute_loss(batch(x), y, nn.functional.mse_loss).backward()
         optimizer.step()
-    for model, seed in zip(models, SEEDS, strict=False):
-        train_alone(model, seed, nn.functional.mse_loss)
-    assert_same_parameters(list(batch), models, 1e-12)
+    assert_same_parameters(list(batch), alone(models), 1e-12)
 
 
 def test_it_is_said_once_and_by_name():
@@ -168,9 +157,7 @@ def test_fit_alone_is_the_same():
     models = build(LayersDropped, 2)
     trained = copy.deepcopy(models)
     fit_alone(trained, torch.optim.SGD, {"lr": RATE}, data(), nn.functional.mse_loss, seeds=SEEDS[:2], progress=False)
-    for m, model in enumerate(models):
-        train_alone(model, SEEDS[m], nn.functional.mse_loss)
-    assert_same_parameters(trained, models, 1e-12)
+    assert_same_parameters(trained, alone(models), 1e-12)
 
 
 @DRAWS

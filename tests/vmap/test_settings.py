@@ -88,10 +88,10 @@ USES: dict[str, tuple[Callable[[Net, Tensor], Tensor], bool]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*model by model", "ignore:compile=True")
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("use", USES)
-def test_each_model_by_its_own(use: str, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_, **__: graph)
+def test_each_model_by_its_own(use: str, road: str) -> None:
     run, at_once = USES[use]
     models = [Net(m, run).double() for m in range(M)]
     batch = ModelBatch(copy.deepcopy(models), seeds=SEEDS)
