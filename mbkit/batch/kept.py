@@ -27,6 +27,7 @@ from .python_values import Place, PythonValues, read, same, unchanged, write
 __all__ = ["Kept", "kept_by"]
 
 _FIXED = (type, ModuleType, FunctionType, property, staticmethod, classmethod)
+_MOST = 2_000  # objects that are looked at, and at what they hold in every call: what is kept stands near the layers
 _MARK = "mbkit_kept"  # on a tensor that is kept: its first dimension is the models'
 
 
@@ -64,7 +65,7 @@ class Kept:
 
     def _renew(self) -> None:
         classes = [(kind.__name__, kind) for kind in self._classes]
-        self._values = PythonValues([*classes, ("loss_fn", self.loss_fn)], names=self.methods)
+        self._values = PythonValues([*classes, ("loss_fn", self.loss_fn)], names=self.methods, most=_MOST)
         self._places = list(filter(_may_change, self._values.places))
         self._caches = [cached for _, cached in self._values.caches]
 
@@ -78,7 +79,8 @@ class Kept:
 
     def has_rows(self) -> bool:
         """Say whether something is kept for each model."""
-        return any(hasattr(leaf, _MARK) or isinstance(leaf, PerModel) for leaf in tree_leaves(self._read()))
+        kept = (leaf for leaf in tree_leaves(self._read()) if isinstance(leaf, (Tensor, PerModel)))
+        return any(isinstance(leaf, PerModel) or hasattr(leaf, _MARK) for leaf in kept)
 
     def refuse_trained(self, losses: Tensor) -> None:
         """Refuse a loss whose gradient reaches a parameter that is kept: all models would add theirs up in it.
@@ -116,7 +118,7 @@ class Kept:
         known: dict[int, tuple[Tensor, Tensor]] = {}  # what a model sees of a tensor, and the tensor
 
         def wrap(leaf: Any) -> Any:
-            if not hasattr(leaf, _MARK):
+            if not isinstance(leaf, Tensor) or not hasattr(leaf, _MARK):  # others might answer to any name
                 return leaf
             seen = as_one_model_sees(leaf)
             known[id(seen)] = (seen, leaf)

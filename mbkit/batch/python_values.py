@@ -29,7 +29,7 @@ CONTAINERS = (list, dict, set, deque)
 _OF_TORCH = set(vars(nn.Module())) - {"training"}
 _NOT_NAMED = """__call__ __getattr__ __getitem__ __enter__ __exit__ __iter__ __len__ __contains__ __bool__
     forward backward setup_context vmap""".split()  # methods that are called without their name
-_MOST = 20_000  # objects
+_MOST = 20_000  # objects; and places, five times as many
 _LONGEST = 100_000  # of a list; longer ones are data, and to look at one takes milliseconds
 
 
@@ -44,8 +44,10 @@ class Place(NamedTuple):
 def read(place: Place) -> list | dict | set:
     """Return what stands at a place: a copy of the container, or a list of the one value; empty where there is none."""
     owner, key, _ = place
+    if isinstance(owner, dict) and key is None:
+        return dict(dict.items(owner))  # past what a class of the user's makes of its items when they are asked for
     if key is None:
-        return dict(owner) if isinstance(owner, dict) else set(owner) if isinstance(owner, set) else list(owner)
+        return set(owner) if isinstance(owner, set) else list(owner)
     try:
         if isinstance(owner, (dict, type)):
             return [(owner if isinstance(owner, dict) else vars(owner))[key]]
@@ -91,12 +93,14 @@ class PythonValues:
 
     Of every function of the user's that is reached: its closure, its defaults and the globals that it names. Of every
     object, class and Python module: the attributes that those functions name. Of a torch module: all its attributes.
-    Functions of torch, numpy and Python are not followed.
+    Functions of torch, numpy and Python are not followed. What is nearest is looked at first, for the code of a large
+    library leads everywhere.
 
     Args:
         roots: functions, modules or objects by their names; "" for no name.
         known: tensors that are somebody else's concern.
         names: of methods that are called.
+        most: how many objects are looked at.
 
     Attributes:
         places: where values stand.
@@ -107,7 +111,11 @@ class PythonValues:
     """
 
     def __init__(
-        self, roots: Iterable[tuple[str, Any]], known: Iterable[Tensor] = (), names: Iterable[str] = ()
+        self,
+        roots: Iterable[tuple[str, Any]],
+        known: Iterable[Tensor] = (),
+        names: Iterable[str] = (),
+        most: int = _MOST,
     ) -> None:
         self.places: list[Place] = []
         self.tensors: list[tuple[str, Any]] = []
@@ -115,7 +123,8 @@ class PythonValues:
         self.caches: list[tuple[str, Any]] = []
         self.unseen = ""
         self.numbers: dict[int, tuple[int, Any]] = {}
-        self._known = set(map(id, known))
+        self._known, self._most = set(map(id, known)), most
+        self._waiting: deque[tuple[Any, str]] = deque()  # what has been met and not been looked at
         self._slots: set[tuple[int, str]] = set()
         self._owners: dict[int, tuple[Any, str]] = {}  # objects, of which the named attributes are looked at
         self._names, self._stored = {*_NOT_NAMED, *names}, set()
@@ -124,9 +133,14 @@ class PythonValues:
             if isinstance(root, FunctionType):
                 self._owners[id(root)] = root, name
         size = -1
-        while size != (size := len(self.numbers) + len(self._names) + len(self._stored)):
+        while not self._is_full and size != (size := len(self.numbers) + len(self._names) + len(self._stored)):
+            while self._waiting and not self._is_full:
+                self._open(*self._waiting.popleft())
             for owner, name in list(self._owners.values()):
-                self._visit_attributes(owner, name)
+                if not self._is_full:
+                    self._visit_attributes(owner, name)
+        if self._is_full:
+            self.unseen = self.unseen or f"forward and loss_fn may read more than {most:,} Python values"
         whole = {id(place.owner) for place in self.places if place.key is None}
         self.places = [place for place in self.places if place.key is None or id(place.owner) not in whole]
 
@@ -162,14 +176,17 @@ class PythonValues:
 
     # ------------------------------------------------------------------ the walk
 
+    @property
+    def _is_full(self) -> bool:
+        return len(self.numbers) > self._most or len(self.places) > 5 * self._most
+
     def _visit(self, value: Any, name: str) -> None:
-        """Note a value, and go on with what it holds."""
-        if isinstance(value, PLAIN) or id(value) in self.numbers:
-            return
-        if len(self.numbers) >= _MOST:
-            self.unseen = self.unseen or f"forward and loss_fn may read more than {_MOST:,} Python values"
-            return
-        self.numbers[id(value)] = (len(self.numbers), value)
+        """Note a value, to go on with what it holds."""
+        if not isinstance(value, PLAIN) and id(value) not in self.numbers:
+            self.numbers[id(value)] = (len(self.numbers), value)
+            self._waiting.append((value, name))
+
+    def _open(self, value: Any, name: str) -> None:
         kind, parts = type(value), parts_of(value)
         if id(value) in self._known:
             return
@@ -202,7 +219,7 @@ class PythonValues:
             self.unseen = self.unseen or f"{name} has more than {_LONGEST:,} items"
             return
         self.places.append(Place(held, None, name))
-        for key, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
+        for key, value in list(dict.items(held) if isinstance(held, dict) else enumerate(held)):
             self._visit(value, f"{name}[{key!r}]")
 
     def _visit_module(self, module: nn.Module, name: str) -> None:
@@ -243,6 +260,8 @@ class PythonValues:
                     self._visit_slot(base, key, f"{base.__name__}.{key}")
             return
         mine = getattr(owner, "__dict__", {})
+        if not isinstance(mine, dict):  # list[int] has that of its class
+            return
         if self._names & DYNAMIC and not isinstance(owner, (nn.Module, ModuleType)) and id(mine) not in self.numbers:
             self._visit(mine, name)
         above = {key for base in filter(user_made, type(owner).__mro__) for key in vars(base)}

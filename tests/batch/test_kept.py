@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
+import time
 import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mbkit import ModelBatch, OptimizerFactory, fit
+from mbkit.batch.python_values import PythonValues
 from mbkit.vmap import PerModel
 
 ROADS = [{"chunk_size": None}, {"chunk_size": 2}, {"chunk_size": 3}, {"chunk_size": 1}, {}]
@@ -356,3 +360,48 @@ def test_a_loss_that_keeps_what_cannot_be_put_together_is_refused() -> None:
     batch = ModelBatch(made())
     with pytest.raises(RuntimeError, match="keeps more values for one model than for another"):
         batch.compute_loss(batch(x), y, Odd())
+
+
+# ------------------------------------------------------------------ what large libraries have
+class Made(collections.OrderedDict):
+    """A table of classes that gives out objects, as a library has it for its activations."""
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return super().__getitem__(name)()
+
+
+LAYERS, DEFAULTS, KINDS = Made(tanh=nn.Tanh), {"a": [1.0]}, [list[int], dict[str, int]]
+
+
+class FromALibrary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not isinstance(x, KINDS[0].__origin__)
+        assert "a" in DEFAULTS
+        return LAYERS["tanh"](self.fc(x))
+
+
+def test_tables_of_a_library_stay_as_they_are() -> None:
+    models, batches = [FromALibrary() for _ in range(M)], data()
+    batch = ModelBatch(copy.deepcopy(models))
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    fit(batch, optimizer, batches, F.cross_entropy, progress=False)
+    assert dict.__getitem__(LAYERS, "tanh") is nn.Tanh
+    train_alone(models, batches, loss_fn=F.cross_entropy, configs={"lr": 0.1})
+    assert_same_parameters(list(batch), models, 1e-11)
+
+
+def test_code_that_leads_everywhere_is_looked_at_nearest_first() -> None:
+    """A library's functions name modules that name others: the walk ends, with what stands near the layer in it."""
+    far: dict[str, Any] = {"counter": [0]}
+    lines = [f"def f{i}(x):\n    x.a{i} = x.b{i}\n    return f{i + 1}, T{i}, counter" for i in range(3000)]
+    far |= {f"T{i}": types.SimpleNamespace(**{f"b{j}": [j] for j in range(i, i + 9)}) for i in range(3000)}
+    exec("\n".join([*lines, "def f3000(x):\n    return counter"]), far)
+    start = time.process_time()
+    values = PythonValues([("first", far["f0"])], most=2000)
+    assert "more than 2,000 Python values" in values.unseen
+    assert any(place.owner is far["counter"] for place in values.places)
+    assert time.process_time() - start < 20  # it took minutes and gigabytes when it went on to the end
