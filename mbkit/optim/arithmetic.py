@@ -11,10 +11,19 @@ stay:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["add", "add_", "choose", "lerp", "shift_"]
+from .hyperparameters import Hyperparameters
+
+__all__ = [
+    "States", "Tensors", "add", "add_", "ascend", "averages", "choose", "count", "decay", "lerp", "shift_",
+]  # fmt: skip
+
+Tensors = list[Tensor]
+States = list[dict[str, Tensor]]
 
 
 def choose(flag: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
@@ -44,3 +53,44 @@ def lerp(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     if x.dtype == weight.dtype:
         return x.lerp_(y, weight)
     return x.copy_(x.to(weight.dtype).lerp_(y.to(weight.dtype), weight))
+
+
+# ---------------------------------------------------------------------- what the rules share
+
+
+def averages(h: Hyperparameters) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights of running averages: 1 - beta1, beta2 and 1 - beta2, each `[M]`."""
+    beta1, beta2 = h["betas"].unbind(-1)
+    return 1 - beta1, beta2, 1 - beta2
+
+
+def ascend(grads: Tensors, h: Hyperparameters) -> Tensors:
+    """Turn the gradients around for the models that maximize."""
+    if h.on("maximize") is False:
+        return list(grads)
+    (flags,) = h.once("maximize", lambda: [h.on("maximize")])
+    return [choose(flag, -grad, grad) for flag, grad in zip(flags, grads, strict=True)]
+
+
+def decay(params: Tensors, grads: Tensors, h: Hyperparameters, decoupled: bool | Tensor = False) -> Tensors:
+    """Apply weight decay: to the gradient, or straight to the parameter for the models that decouple it."""
+    coupled = h.on("weight_decay")
+    if coupled is False:
+        return grads
+    if decoupled is not False:
+        (factors,) = h.once("decoupled", lambda: [1 - h["lr"] * h["weight_decay"] * decoupled])
+        for param, column in zip(params, factors, strict=True):
+            param.mul_(column)
+        if decoupled is True:
+            return grads
+        coupled = ~decoupled if coupled is True else coupled & ~decoupled
+    flags, columns = h.once("coupled", lambda: (coupled, h["weight_decay"]))
+    return [
+        choose(flag, add(grad, param, column), grad)
+        for flag, column, grad, param in zip(flags, columns, grads, params, strict=True)
+    ]
+
+
+def count(states: States, name: str, h: Hyperparameters, by: Any = 1) -> Tensor:
+    """Advance the models' counts and return them as `[P, M]`, in the columns' dtype."""
+    return torch.stack([state[name].add_(by) for state in states]).to(h["lr"].dtype)

@@ -13,7 +13,7 @@ from ..common.checks import model_numbers
 from .hyperparameters import SWITCHES, numbers_of
 from .model_states import CanSelect, shapes_in
 
-__all__ = ["BatchOptimizer", "construct", "parameters_of"]
+__all__ = ["BatchOptimizer", "construct", "lone_shapes", "parameters_of"]
 
 
 class BatchOptimizer(CanSelect, torch.optim.Optimizer):
@@ -33,7 +33,7 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         batch: the `ModelBatch`.
         optimizer_cls: the torch.optim class to follow.
         configs: M lists of G dicts of keyword arguments for `optimizer_cls`.
-        names: G lists of parameters' names, each parameter in one of them.
+        names: G lists of parameters' names, each parameter in one of them at most.
         groups: M x G dicts, the group of the lone optimizer that each config makes.
         defaults: a lone optimizer's `defaults`.
     """
@@ -77,22 +77,18 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         """Update all models from the gradients that the stacked parameters hold now.
 
         Args:
-            closure: computes the loss and its gradients anew, and returns the loss.
+            closure: computes the losses and their gradients anew, and returns the losses `[M]`, or their sum. A class
+                without a stacked rule may call it several times a step, as SAM and LBFGS do: each call is one for all
+                models that ask for it, while nothing changes of those that have finished their step.
 
         Returns:
-            What the closure returned, or None.
+            What the closure returned, or what the models' own steps did; without a closure None.
 
         Raises:
             RuntimeError: the batch's parameters are no longer the ones that this optimizer was made for.
+            TypeError: the class needs a closure, or reads each model's loss where the closure returned their sum.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        params = self._params()
-        if all(p.grad is None for p in params):
-            self._check_current(params)
-        self._update()
+        loss = self._update(closure)
         self.note_step()
         return loss
 
@@ -100,8 +96,8 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         """Note that a step was made: torch's schedulers ask before they complain about the order of calls."""
         self._opt_called = True
 
-    def _update(self) -> None:
-        """Update the stacked parameters, gradients being off."""
+    def _update(self, closure: Callable[[], Any] | None) -> Any:
+        """Update the stacked parameters, gradients being off; return what `step` returns."""
         raise NotImplementedError
 
     def _stopped(self) -> Tensor | None:
@@ -114,8 +110,12 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         return None if stopped.device.type == "cpu" and not stopped.any() else stopped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the stacked gradients, the only ones there are: the same call as `batch.zero_grad`."""
-        self.batch.zero_grad(set_to_none)
+        """Clear the stacked gradients of the parameters that it trains, the only ones that there are."""
+        for param in self._params():
+            if set_to_none:
+                param.grad = None
+            elif param.grad is not None:
+                param.grad.detach_().zero_()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: the groups are the models."""
@@ -243,9 +243,10 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
     def _params(self) -> list[nn.Parameter]:
         return parameters_of(self.groups_of(0))
 
-    def _check_current(self, params: list[nn.Parameter]) -> None:
-        current = self.batch.stacked_params.values()
-        if {id(p) for p in params} != {id(p) for p in current}:
+    def _check_current(self) -> None:
+        """Refuse to go on where no gradient can come, because the batch has got other parameters."""
+        params, current = self._params(), set(map(id, self.batch.stacked_params.values()))
+        if all(p.grad is None for p in params) and not current.issuperset(map(id, params)):
             raise RuntimeError(
                 "The batch's parameters are other objects than when this optimizer was made, so no gradient reaches "
                 "it: create a new optimizer for the batch."
@@ -255,6 +256,12 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
 def parameters_of(groups: Sequence[dict[str, Any]]) -> list[nn.Parameter]:
     """Return all parameters of the groups in one list."""
     return [param for group in groups for param in group["params"]]
+
+
+def lone_shapes(batch: Any, names: Sequence[Sequence[str]]) -> list[nn.Parameter]:
+    """Return parameters without memory that have a lone model's shapes."""
+    stacked = batch.stacked_params
+    return [nn.Parameter(torch.empty_like(stacked[n][0], device="meta")) for group in names for n in group]
 
 
 def construct(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..common.checks import per_model
-from .base import BatchOptimizer
+from .base import BatchOptimizer, construct, lone_shapes
 from .configs import check_names, merge_configs
-from .groups import split_groups
-from .rules import RULES
+from .groups import chosen_parameters, split_groups
+from .rules import RULES, ruled_class
 from .schedulers import ModelSchedulers
 from .stacked import StackedOptimizer
 from .views import ViewsOptimizer
@@ -23,15 +22,17 @@ __all__ = ["OptimizerFactory"]
 class OptimizerFactory:
     """Makes optimizers of a batch that train each model as `optimizer_cls` trains it alone.
 
-    SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam and Muon update all models in one pass; any other
-    class, subclasses of these included, runs model by model on views: as exact, but no faster than alone.
+    SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, Adafactor and Muon update all models in one
+    pass, and so do their subclasses that override no more than `__init__` and `zero_grad`. Any other class runs model
+    by model on views: as exact, but no faster than alone. Its other methods are called for each model:
+    `optimizer.first_step(zero_grad=True)` of SAM, `optimizer.train()` of a schedule-free one.
 
     Args:
         optimizer_cls: a class from torch.optim, or your own.
         base_config: hyperparameters for all models; a model's own come before them.
 
     Raises:
-        TypeError: `optimizer_cls` is not an optimizer class, or its step needs a closure (LBFGS).
+        TypeError: `optimizer_cls` is not an optimizer class.
         ValueError: `base_config` has a name that the class does not know.
 
     Example:
@@ -61,6 +62,7 @@ class OptimizerFactory:
         batch: Any,
         configs: Sequence[dict[str, Any]] | None = None,
         *,
+        params: str | Callable[..., Any] | Sequence[Any] | None = None,
         groups: Sequence[dict[str, Any]] | None = None,
         **hyperparameters: Any,
     ) -> BatchOptimizer:
@@ -69,11 +71,14 @@ class OptimizerFactory:
         Args:
             batch: M models.
             configs: M dicts of hyperparameters, one per model.
+            params: which parameters to train, if not all: a module's or a parameter's name, a pattern like "*.bias", a
+                function of a parameter's name and model 0's own parameter (`lambda name, p: p.ndim < 2`), or a list of
+                these. A GAN that is one module has two optimizers, `params="generator"` and `params="discriminator"`;
+                the `zero_grad` of each clears the gradients of its own part, as alone.
             groups: for other hyperparameters in other layers, G dicts as torch.optim takes them, but with names:
-                "params" is a module's or a parameter's name, a pattern like "*.bias", a function of a parameter's name
-                and model 0's own parameter (`lambda name, p: p.ndim < 2`), or a list of these; the other entries
-                override what is said elsewhere, each one value for all models or a list of M. A parameter belongs to
-                the first group that names it, so a last `{"params": "*"}` takes the rest.
+                "params" is as above; the other entries override what is said elsewhere, each one value for all models
+                or a list of M. A parameter belongs to the first group that names it, so a last `{"params": "*"}` takes
+                the rest.
             **hyperparameters: by name, one value for all models or a list of M. A tuple is one value:
                 `betas=(0.9, 0.99)` is for all models, `betas=[(0.9, 0.99), (0.8, 0.99)]` for two.
 
@@ -104,11 +109,15 @@ class OptimizerFactory:
         if not batch.stacked_params:
             raise ValueError("Expected models with parameters, got a batch without any: there is nothing to optimize.")
         merged = merge_configs(self.optimizer_cls, batch.num_models, self.base_config, configs, hyperparameters)
-        names, merged = split_groups(self.optimizer_cls, batch.stacked_params, merged, groups)
-        # By identity: a subclass may have a step of its own.
-        rule = RULES.get(self.optimizer_cls)
-        kind = StackedOptimizer if rule is not None and rule.suits(merged) else ViewsOptimizer
-        return kind(batch, self.optimizer_cls, merged, names)
+        names, merged = split_groups(
+            self.optimizer_cls, chosen_parameters(batch.stacked_params, params), merged, groups
+        )
+        ruled = ruled_class(self.optimizer_cls)
+        stacked = ruled is not None and RULES[ruled].suits(merged)
+        if stacked and ruled is not self.optimizer_cls:
+            lone = construct(self.optimizer_cls, [lone_shapes(batch, names)], merged[0][:1], 0)
+            stacked = not _adds_to_its_step(lone)
+        return (StackedOptimizer if stacked else ViewsOptimizer)(batch, self.optimizer_cls, merged, names)
 
     @staticmethod
     def create_lr_scheduler(
@@ -166,9 +175,8 @@ def _check_class(optimizer_cls: Any) -> None:
         raise TypeError(
             f"Expected the class that trains one model alone, such as torch.optim.Adam, got {optimizer_cls!r}."
         )
-    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"{optimizer_cls.__name__} evaluates its closure several times a step and decides by dot products over one "
-            "model's parameters, so M models cannot share its step: make one per model, over batch.models."
-        )
+
+
+def _adds_to_its_step(lone: torch.optim.Optimizer) -> bool:
+    """Say whether an optimizer's constructor has hung something on it that is called with its steps."""
+    return any(callable(value) or (name.endswith("_hooks") and value) for name, value in vars(lone).items())

@@ -12,7 +12,7 @@ from torch import nn
 from ..common.checks import did_you_mean
 from .configs import merge_configs
 
-__all__ = ["split_groups"]
+__all__ = ["chosen_parameters", "split_groups"]
 
 
 def split_groups(
@@ -25,7 +25,7 @@ def split_groups(
 
     Args:
         optimizer_cls: the class whose hyperparameters these are.
-        stacked: all parameters `[M, ...]` by name.
+        stacked: the parameters `[M, ...]` to train, by name.
         configs: M dicts of hyperparameters, for all parameters.
         groups: G dicts with "params" and what overrides the configs; or None, for one group of all parameters.
 
@@ -52,22 +52,14 @@ def split_groups(
     for g, group in enumerate(groups):
         group = dict(group)
         given = group.pop("params", None)
-        patterns = list(given) if isinstance(given, (list, tuple)) else [given]
-        if not patterns or not all(isinstance(pattern, str) or callable(pattern) for pattern in patterns):
-            raise TypeError(
-                f"Expected names as 'params' of group {g}, got {given!r}: the batch's parameters are stacked, so "
-                f"name them as a lone model does, such as {names[0]!r}, or pass a function (name, parameter) -> bool."
-            )
-        chosen = [[name for name in names if _chooses(pattern, name, stacked[name])] for pattern in patterns]
-        for pattern, found in zip(patterns, chosen, strict=True):
-            if isinstance(pattern, str) and not found:
-                raise ValueError(f"No parameter is called {pattern!r} (group {g}).{did_you_mean(pattern, names)}")
-        own = [name for name in left if any(name in found for found in chosen)]
+        patterns, chosen = _patterns(given, f"'params' of group {g}", names), set()
+        for pattern in patterns:
+            chosen.update(_found(pattern, stacked, f" (group {g})"))
+        own = [name for name in left if name in chosen]
         if not own:
-            said = ", ".join(getattr(pattern, "__name__", str(pattern)) for pattern in patterns)
             raise ValueError(
-                f"Group {g} ({said}) is left without parameters: a parameter belongs to the first group that names it, "
-                "so put the narrower group first."
+                f"Group {g} ({_said(patterns)}) is left without parameters: a parameter belongs to the first group "
+                "that names it, so put the narrower group first."
             )
         left = [name for name in left if name not in own]
         taken.append(own)
@@ -75,13 +67,55 @@ def split_groups(
     if left:
         raise ValueError(
             f"No group names {', '.join(left[:3])}{' …' if len(left) > 3 else ''}: it would not be trained. "
-            "Add a last group {'params': '*'}, or freeze it with requires_grad_(False)."
+            "Add a last group {'params': '*'}, or say which to train, create_optimizer(batch, params=[…])."
         )
     rows = zip(*columns, strict=True)
     return taken, [[{**config, **own} for own in row] for config, row in zip(configs, rows, strict=True)]
 
 
-def _chooses(pattern: str | Callable[[str, nn.Parameter], Any], name: str, stacked: nn.Parameter) -> bool:
+def chosen_parameters(stacked: Mapping[str, nn.Parameter], params: Any) -> dict[str, nn.Parameter]:
+    """Return the parameters that one or several names, patterns or functions choose; all for None.
+
+    Raises:
+        TypeError: something else than these.
+        ValueError: a name that no parameter has, or nothing that is chosen.
+
+    Example:
+        >>> stacked = {"0.weight": nn.Parameter(torch.ones(2, 3, 4)), "1.bias": nn.Parameter(torch.ones(2, 3))}
+        >>> list(chosen_parameters(stacked, "1.*"))
+        ['1.bias']
+    """
+    if params is None:
+        return dict(stacked)
+    patterns = _patterns(params, "params", list(stacked))
+    chosen = {name for pattern in patterns for name in _found(pattern, stacked, "")}
+    if not chosen:
+        raise ValueError(f"Expected parameters to train, got none by {_said(patterns)}: choose some, or all by '*'.")
+    return {name: param for name, param in stacked.items() if name in chosen}
+
+
+def _patterns(given: Any, what: str, names: Sequence[str]) -> list[Any]:
+    patterns = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not patterns or not all(isinstance(pattern, str) or callable(pattern) for pattern in patterns):
+        raise TypeError(
+            f"Expected names as {what}, got {given!r}: the batch's parameters are stacked, so name them as a lone "
+            f"model does, such as {names[0]!r}, or pass a function (name, parameter) -> bool."
+        )
+    return patterns
+
+
+def _said(patterns: Sequence[Any]) -> str:
+    return ", ".join(getattr(pattern, "__name__", str(pattern)) for pattern in patterns)
+
+
+def _found(
+    pattern: str | Callable[[str, nn.Parameter], Any], stacked: Mapping[str, nn.Parameter], where: str
+) -> list[str]:
+    """Return the names that a pattern chooses; a name has to be there."""
     if callable(pattern):
-        return bool(pattern(name, nn.Parameter(stacked.detach()[0], requires_grad=stacked.requires_grad)))
-    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
+        rows = {name: nn.Parameter(p.detach()[0], requires_grad=p.requires_grad) for name, p in stacked.items()}
+        return [name for name, row in rows.items() if pattern(name, row)]
+    found = [n for n in stacked if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)]
+    if not found:
+        raise ValueError(f"No parameter is called {pattern!r}{where}.{did_you_mean(pattern, list(stacked))}")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
@@ -84,6 +85,7 @@ class Columns:
         groups: M dicts that hold at least `names`.
         names: the hyperparameters that the update rule reads.
         common: those of them that are one value for all models.
+        with_none: those of them that are tuples in which None may stand; in the tensor it is NaN.
 
     Attributes:
         flags: for each name True or False where all models agree on whether it is nonzero, else None; for a common
@@ -91,8 +93,14 @@ class Columns:
         fused: False if a model is not to have torch's fused kernel, True if all are to have it, else None.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], names: Iterable[str], common: Iterable[str] = ()) -> None:
-        self.names, self._common = tuple(names), tuple(common)
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        names: Iterable[str],
+        common: Iterable[str] = (),
+        with_none: Iterable[str] = (),
+    ) -> None:
+        self.names, self._common, self._with_none = tuple(names), tuple(common), tuple(with_none)
         self.changed = {*self.names, "fused"}
         self.groups = [ModelGroup(group, self.changed) for group in groups]
         self.flags: dict[str, Any] = {}
@@ -110,6 +118,8 @@ class Columns:
             if name in self._common:
                 self.flags[name] = _agreed(name, values)
                 continue
+            if name in self._with_none:
+                values = [tuple(math.nan if part is None else part for part in value) for value in values]
             self._values[name] = _to_column(name, values)
             self.flags[name] = True if all(values) else None if any(values) else False
             for device, columns in self._devices.items():

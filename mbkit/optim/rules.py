@@ -17,31 +17,29 @@ can be compiled and never wait for the device.
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .arithmetic import add, add_, choose, lerp, shift_
-from .hyperparameters import Hyperparameters
+from .arithmetic import States, Tensors, add, add_, ascend, averages, choose, count, decay, lerp, shift_
+from .hyperparameters import SWITCHES, Hyperparameters
+from .matrix_rules import adafactor, factors, muon
 
-__all__ = ["RULES", "Rule"]
-
-Tensors = list[Tensor]
-States = list[dict[str, Tensor]]
+__all__ = ["RULES", "Rule", "known_hyperparameters", "ruled_class"]
 
 
 def sgd(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.SGD. `momentum_steps` counts a model's steps with momentum: its first one fills the buffer."""
-    grads = _decay(params, _ascend(grads, h), h)
+    grads = decay(params, ascend(grads, h), h)
     uses = h.on("momentum")
     if uses is not False:
         # The first momentum is the gradient itself, undampened; the buffer is zero until then. A model without
         # momentum keeps its buffer as it is: 1 * buffer + 0 * gradient.
-        first = _count(states, "momentum_steps", h, by=h["momentum"] != 0) == 1
+        first = count(states, "momentum_steps", h, by=h["momentum"] != 0) == 1
         part, stay = torch.where(first, 1, 1 - h["dampening"]), h["momentum"]
         if uses is not True:
             part, stay = torch.where(uses, part, 0), torch.where(uses, stay, 1)
@@ -58,10 +56,10 @@ def sgd(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> 
 
 def adam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.Adam, and AdamW, which is Adam with decoupled weight decay."""
-    steps = _count(states, "step", h)
-    grads = _decay(params, _ascend(grads, h), h, h.on("decoupled_weight_decay"))
+    steps = count(states, "step", h)
+    grads = decay(params, ascend(grads, h), h, h.on("decoupled_weight_decay"))
     correction1, correction2 = (1 - h["betas"].T.unsqueeze(1) ** steps).unbind(0)
-    fixed = h.once("adam", lambda: (*_averages(h), h["eps"], h.on("amsgrad")))
+    fixed = h.once("adam", lambda: (*averages(h), h["eps"], h.on("amsgrad")))
     changing = map(h.spread, (correction2.sqrt(), -(h["lr"] / correction1)))
     for i, (take1, keep2, take2, eps, amsgrad, root, step_size) in enumerate(zip(*fixed, *changing, strict=True)):
         param, grad, state = params[i], grads[i], states[i]
@@ -78,8 +76,8 @@ def adam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) ->
 
 def rmsprop(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.RMSprop."""
-    _count(states, "step", h)
-    grads = _decay(params, _ascend(grads, h), h)
+    count(states, "step", h)
+    grads = decay(params, ascend(grads, h), h)
     flags = (h.on("centered"), h.on("momentum"))
     fixed = h.once("rmsprop", lambda: (h["alpha"], 1 - h["alpha"], h["eps"], h["momentum"], -h["lr"], *flags))
     for i, (keep, take, eps, momentum, lr, centered, uses) in enumerate(zip(*fixed, strict=True)):
@@ -104,8 +102,8 @@ def rmsprop(params: Tensors, grads: Tensors, states: States, h: Hyperparameters)
 
 def adagrad(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.Adagrad."""
-    steps = _count(states, "step", h)
-    grads = _decay(params, _ascend(grads, h), h)
+    steps = count(states, "step", h)
+    grads = decay(params, ascend(grads, h), h)
     rates = h["lr"] / (1 + (steps - 1) * h["lr_decay"])
     for i, (eps, rate) in enumerate(zip(*h.once("adagrad", lambda: [h["eps"]]), h.spread(-rates), strict=True)):
         root = shift_(states[i]["sum"].addcmul_(grads[i], grads[i]).sqrt(), eps)
@@ -114,8 +112,8 @@ def adagrad(params: Tensors, grads: Tensors, states: States, h: Hyperparameters)
 
 def adadelta(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.Adadelta."""
-    _count(states, "step", h)
-    grads = _decay(params, _ascend(grads, h), h)
+    count(states, "step", h)
+    grads = decay(params, ascend(grads, h), h)
     fixed = h.once("adadelta", lambda: (h["rho"], 1 - h["rho"], h["eps"], -h["lr"]))
     for i, (keep, take, eps, lr) in enumerate(zip(*fixed, strict=True)):
         param, grad, squares, deltas = params[i], grads[i], states[i]["square_avg"], states[i]["acc_delta"]
@@ -128,10 +126,10 @@ def adadelta(params: Tensors, grads: Tensors, states: States, h: Hyperparameters
 
 def adamax(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.Adamax."""
-    steps = _count(states, "step", h)
-    grads = _decay(params, _ascend(grads, h), h)
+    steps = count(states, "step", h)
+    grads = decay(params, ascend(grads, h), h)
     rates = h.spread(-(h["lr"] / (1 - h["betas"][:, 0] ** steps)))
-    fixed = h.once("adamax", lambda: (*_averages(h), h["eps"]))
+    fixed = h.once("adamax", lambda: (*averages(h), h["eps"]))
     for i, (take, keep, _, eps, rate) in enumerate(zip(*fixed, rates, strict=True)):
         mean = lerp(states[i]["exp_avg"], grads[i], take)
         norm = states[i]["exp_inf"].mul_(keep)
@@ -142,14 +140,14 @@ def adamax(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) 
 def nadam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.NAdam, which keeps the product of its momenta in float32."""
     beta1, beta2 = h["betas"].unbind(-1)
-    steps = _count(states, "step", h)
-    grads = _decay(params, _ascend(grads, h), h, h.on("decoupled_weight_decay"))
+    steps = count(states, "step", h)
+    grads = decay(params, ascend(grads, h), h, h.on("decoupled_weight_decay"))
     mu = beta1 * (1 - 0.5 * 0.96 ** (steps * h["momentum_decay"]))
     mu_next = beta1 * (1 - 0.5 * 0.96 ** ((steps + 1) * h["momentum_decay"]))
     kept = [state["mu_product"] for state in states]
     product = torch.stack([p.mul_(row.to(p.dtype)) for p, row in zip(kept, mu, strict=True)]).to(mu.dtype)
     rate, rate_next = -h["lr"] * (1 - mu) / (1 - product), -h["lr"] * mu_next / (1 - product * mu_next)
-    fixed, changing = h.once("nadam", lambda: (*_averages(h), h["eps"])), (1 - beta2**steps, rate, rate_next)
+    fixed, changing = h.once("nadam", lambda: (*averages(h), h["eps"])), (1 - beta2**steps, rate, rate_next)
     columns = zip(*fixed, *map(h.spread, changing), strict=True)
     for i, (take1, keep2, take2, eps, correction2, rate, rate_next) in enumerate(columns):
         param, grad, second = params[i], grads[i], states[i]["exp_avg_sq"]
@@ -162,13 +160,13 @@ def nadam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -
 def radam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.RAdam. Models whose average is still too short to be rectified take the plain step."""
     beta1, beta2 = h["betas"].unbind(-1)
-    steps = _count(states, "step", h)
-    grads = _decay(params, _ascend(grads, h), h, h.on("decoupled_weight_decay"))
+    steps = count(states, "step", h)
+    grads = decay(params, ascend(grads, h), h, h.on("decoupled_weight_decay"))
     correction1, correction2 = 1 - beta1**steps, 1 - beta2**steps
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * steps * beta2**steps / correction2
     rectify = ((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)).sqrt()
-    fixed = h.once("radam", lambda: (*_averages(h), h["eps"], h["lr"]))
+    fixed = h.once("radam", lambda: (*averages(h), h["eps"], h["lr"]))
     columns = zip(*fixed, *map(h.spread, (correction1, correction2.sqrt(), rectify, length > 5)), strict=True)
     for i, (take1, keep2, take2, eps, lr, bias1, root2, factor, long) in enumerate(columns):
         param, grad, second = params[i], grads[i], states[i]["exp_avg_sq"]
@@ -181,77 +179,6 @@ def radam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -
         param.sub_(torch.where(long, rectified, step))
 
 
-def muon(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
-    """Follow torch.optim.Muon: all models' matrices are made orthogonal at once, by batched products in bfloat16."""
-    if params[0].dim() != 3:  # a complex one, seen as pairs of real numbers
-        raise RuntimeError("Muon does not support complex parameters: train them by another optimizer.")
-    (a, b, c), smallest = h.on("ns_coefficients"), h.on("eps")
-    ratios = [_muon_ratio(h.flags["adjust_lr_fn"], *param.shape[1:]) for param in params]
-
-    def columns() -> tuple[bool | Tensor, ...]:
-        rates = torch.stack([-(h["lr"] * ratio) for ratio in ratios])
-        return 1 - h["momentum"], h["momentum"], 1 - h["lr"] * h["weight_decay"], rates
-
-    for i, (take, keep, factor, rate) in enumerate(zip(*h.once("muon", columns), strict=True)):
-        param, grad, buffer = params[i], grads[i], states[i]["momentum_buffer"]
-        lerp(buffer, grad, take)
-        update = lerp(grad.clone(), buffer, keep) if h.on("nesterov") else buffer
-        tall = param.shape[1] > param.shape[2]
-        x = update.bfloat16().mT if tall else update.bfloat16()
-        x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=smallest))
-        for _ in range(h.on("ns_steps")):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        add_(param.mul_(factor), (x.mT if tall else x).to(param.dtype), rate)
-
-
-def _muon_ratio(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
-    if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1, rows / columns)) if adjust_lr_fn in (None, "original") else 1.0
-
-
-# ---------------------------------------------------------------------- what the rules share
-
-
-def _averages(h: Hyperparameters) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weights of running averages: 1 - beta1, beta2 and 1 - beta2, each `[M]`."""
-    beta1, beta2 = h["betas"].unbind(-1)
-    return 1 - beta1, beta2, 1 - beta2
-
-
-def _ascend(grads: Tensors, h: Hyperparameters) -> Tensors:
-    """Turn the gradients around for the models that maximize."""
-    if h.on("maximize") is False:
-        return list(grads)
-    (flags,) = h.once("maximize", lambda: [h.on("maximize")])
-    return [choose(flag, -grad, grad) for flag, grad in zip(flags, grads, strict=True)]
-
-
-def _decay(params: Tensors, grads: Tensors, h: Hyperparameters, decoupled: bool | Tensor = False) -> Tensors:
-    """Apply weight decay: to the gradient, or straight to the parameter for the models that decouple it."""
-    coupled = h.on("weight_decay")
-    if coupled is False:
-        return grads
-    if decoupled is not False:
-        (factors,) = h.once("decoupled", lambda: [1 - h["lr"] * h["weight_decay"] * decoupled])
-        for param, column in zip(params, factors, strict=True):
-            param.mul_(column)
-        if decoupled is True:
-            return grads
-        coupled = ~decoupled if coupled is True else coupled & ~decoupled
-    flags, columns = h.once("coupled", lambda: (coupled, h["weight_decay"]))
-    return [
-        choose(flag, add(grad, param, column), grad)
-        for flag, column, grad, param in zip(flags, columns, grads, params, strict=True)
-    ]
-
-
-def _count(states: States, name: str, h: Hyperparameters, by: Any = 1) -> Tensor:
-    """Advance the models' counts and return them as `[P, M]`, in the columns' dtype."""
-    return torch.stack([state[name].add_(by) for state in states]).to(h["lr"].dtype)
-
-
 @dataclass(frozen=True)
 class Rule:
     """An update rule and the state that it keeps.
@@ -259,16 +186,25 @@ class Rule:
     Args:
         update: the function.
         counts: state `[M]`, with what it starts from.
-        state: state `[M, ...]` like the parameter, zero at the start (Adagrad's sum has its own hyperparameter).
+        state: state `[M, ...]`, zero at the start (Adagrad's sum has its own hyperparameter): names, where it has the
+            parameter's shape, or a function of a lone parameter's shape that returns the shapes by name.
         optional: state that only some models need, with the hyperparameter that has to be on for it.
         common: hyperparameters that must be one value for all models; where they differ, models are updated in turn.
+        with_none: hyperparameters that are tuples in which None may stand, which the rule sees as NaN.
+        real_only: whether the class refuses complex parameters.
     """
 
     update: Callable[[Tensors, Tensors, States, Hyperparameters], None]
     counts: dict[str, float]
-    state: tuple[str, ...]
+    state: tuple[str, ...] | Callable[[torch.Size], dict[str, torch.Size]]
     optional: dict[str, str] = field(default_factory=dict)
     common: tuple[str, ...] = ()
+    with_none: tuple[str, ...] = ()
+    real_only: bool = False
+
+    def shapes(self, shape: torch.Size) -> dict[str, torch.Size]:
+        """Return the names and shapes of the state that every lone parameter of this shape has, counts aside."""
+        return self.state(shape) if callable(self.state) else dict.fromkeys(self.state, shape)
 
     def suits(self, configs: Sequence[Sequence[dict[str, Any]]]) -> bool:
         """Say whether M lists of G configs agree on what has to be common."""
@@ -279,8 +215,9 @@ class Rule:
 _STEP = {"step": 0.0}
 _ADAM = ("exp_avg", "exp_avg_sq")
 _AMSGRAD = {"max_exp_avg_sq": "amsgrad"}
+_MUON = ("nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")
 
-# The classes with a stacked rule. A subclass is not taken for its parent: it may have a step of its own.
+# The classes with a stacked rule.
 RULES: dict[type[torch.optim.Optimizer], Rule] = {
     torch.optim.SGD: Rule(sgd, {"momentum_steps": 0.0}, (), {"momentum_buffer": "momentum"}),
     torch.optim.Adam: Rule(adam, _STEP, _ADAM, _AMSGRAD),
@@ -291,7 +228,37 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
     torch.optim.Adamax: Rule(adamax, _STEP, ("exp_avg", "exp_inf")),
     torch.optim.NAdam: Rule(nadam, {"step": 0.0, "mu_product": 1.0}, _ADAM),
     torch.optim.RAdam: Rule(radam, _STEP, _ADAM),
+    torch.optim.Adafactor: Rule(adafactor, _STEP, factors, with_none=("eps",), real_only=True),
+    torch.optim.Muon: Rule(muon, {}, ("momentum_buffer",), common=_MUON, real_only=True),
 }
-if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
-    common = ("nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")
-    RULES[torch.optim.Muon] = Rule(muon, {}, ("momentum_buffer",), common=common)
+
+
+@cache
+def ruled_class(optimizer_cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer] | None:
+    """Return the class whose rule does what this one does: itself, or a parent of which it overrides no more than
+    `__init__` and `zero_grad`; None where there is none.
+
+    Example:
+        >>> class Mine(torch.optim.AdamW):
+        ...     def __init__(self, params, lr=0.1):
+        ...         super().__init__(params, lr, betas=(0.9, 0.95))
+        >>> ruled_class(Mine).__name__
+        'AdamW'
+    """
+    for cls in optimizer_cls.__mro__:
+        if cls in RULES:
+            return cls
+        for name, value in vars(cls).items():
+            if name == "step" and inspect.unwrap(value) is inspect.unwrap(getattr(super(cls, cls), name, None)):
+                continue  # the inherited one, around which torch puts its hooks
+            dunder = name.startswith("__") and name.endswith("__")
+            if (callable(value) or hasattr(value, "__get__")) and not dunder and name != "zero_grad":
+                return None
+    return None
+
+
+@cache
+def known_hyperparameters(cls: type[torch.optim.Optimizer]) -> tuple[str, ...]:
+    """Return the names of what the rule of a class reads."""
+    lone = cls([torch.nn.Parameter(torch.empty(1, 1, device="meta"))])
+    return tuple(name for name in lone.defaults if name not in SWITCHES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..batch.freeze import rows_where
 from ..vmap import models_with_gradient
-from .base import BatchOptimizer, construct, parameters_of
+from .base import BatchOptimizer, construct, lone_shapes, parameters_of
 from .fused import can_fuse, fused_adam_, prefers_kernel
-from .hyperparameters import ALL, SWITCHES, Columns, cut
-from .rules import RULES, Rule
+from .hyperparameters import ALL, Columns, cut
+from .rules import RULES, Rule, known_hyperparameters, ruled_class
 
 __all__ = ["StackedOptimizer"]
 
@@ -43,15 +43,16 @@ class StackedOptimizer(BatchOptimizer):
         names: Sequence[Sequence[str]],
     ) -> None:
         # The class itself fills in and checks the numbers. Learning rates have been checked, so models that differ in
-        # nothing else share one lone optimizer.
+        # nothing else share one lone optimizer; unless the class makes something of them itself.
+        own_init = optimizer_cls.__init__ is not ruled_class(optimizer_cls).__init__
         made: dict[str, torch.optim.Optimizer] = {}
-        shapes = [nn.Parameter(torch.empty_like(p[0], device="meta")) for p in batch.stacked_params.values()]
+        shapes = lone_shapes(batch, names)
         groups = []
         for m, config in ((m, config) for m, own in enumerate(configs) for config in own):
-            but_lr = repr(sorted((name, "lr" if name == "lr" else value) for name, value in config.items()))
-            if but_lr not in made:
-                made[but_lr] = construct(optimizer_cls, [shapes], [config], m)
-            groups.append({**made[but_lr].param_groups[0], **config})
+            rest = repr(sorted((n, "lr" if n == "lr" and not own_init else value) for n, value in config.items()))
+            if rest not in made:
+                made[rest] = construct(optimizer_cls, [shapes], [config], m)
+            groups.append({**made[rest].param_groups[0], **({} if own_init else config)})
         lone = next(iter(made.values()))
         super().__init__(batch, optimizer_cls, configs, names, groups, lone.defaults)
         self._watch_groups()
@@ -66,25 +67,31 @@ class StackedOptimizer(BatchOptimizer):
 
     def _columns_of(self, groups: Sequence[dict[str, Any]]) -> list[Columns]:
         """Return the columns of M models for each of their G groups."""
-        names, size = [name for name in self.defaults if name not in SWITCHES], len(self._names)
-        return [Columns(groups[g::size], names, self.rule.common) for g in range(size)]
+        known, size, rule = known_hyperparameters(ruled_class(self.optimizer_cls)), len(self._names), self.rule
+        return [Columns(groups[g::size], known, rule.common, rule.with_none) for g in range(size)]
 
     @property
     def rule(self) -> Rule:
         """What `optimizer_cls` does to parameters `[M, ...]`."""
-        return RULES[self.optimizer_cls]
+        return RULES[ruled_class(self.optimizer_cls)]
 
-    def _update(self) -> None:
+    def _update(self, closure: Callable[[], Any] | None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        self._check_current()
         stopped = self._stopped()
         for params, columns in self.alike([param for param in self._params() if param.grad is not None]):
             grads = [_gradient(param) for param in params]
             states = [self.prepare(param, columns) for param in params]
             active = [self._active(param, stopped) for param in params]
-            if can_fuse(self.optimizer_cls, params, states, columns):
+            if can_fuse(ruled_class(self.optimizer_cls), params, states, columns):
                 fused_adam_(params, grads, states, columns, active)
                 continue
             limited = zip(params, states, active, strict=True)
             kept = [(t, who) for p, state, who in limited if who is not None for t in (p, *state.values())]
+            if params[0].is_complex() and self.rule.real_only:
+                name = self.optimizer_cls.__name__
+                raise RuntimeError(f"{name} does not support complex parameters: train them by another optimizer.")
             if params[0].is_complex():  # to torch.optim a complex number is a pair of real ones
                 states = [{name: _real(value) for name, value in state.items()} for state in states]
             params, grads = [_real(param) for param in params], [_real(grad) for grad in grads]
@@ -95,6 +102,7 @@ class StackedOptimizer(BatchOptimizer):
                 self.rule.update(cut(params, rows), cut(grads, rows), own, h)
                 for tensor, copy, who in copies:
                     tensor.copy_(rows_where(who, tensor, copy))
+        return loss
 
     def _blocks(self, params: list[Tensor]) -> list[slice]:
         """Return the models to update at once, block by block."""
@@ -129,11 +137,12 @@ class StackedOptimizer(BatchOptimizer):
     def prepare(self, param: nn.Parameter, columns: Columns) -> dict[str, Tensor]:
         """Return the parameter's state, made where it is missing and moved where the batch was moved."""
         rule = self.rule
-        optional = [name for name, needs in rule.optional.items() if columns.on(needs) is not False]
-        if not rule.state and not optional and param not in self.state:
+        kept = [*rule.shapes(param.shape[1:])]
+        kept += [name for name, needs in rule.optional.items() if columns.on(needs) is not False]
+        if not kept and param not in self.state:
             return {}  # SGD without momentum
         state = self.state[param]
-        for name in (*rule.counts, *rule.state, *optional):
+        for name in (*rule.counts, *kept):
             if name not in state:
                 state[name] = self._start(name, param, columns)
         device, dtype = param.device, param.dtype
@@ -148,7 +157,8 @@ class StackedOptimizer(BatchOptimizer):
             wide = torch.get_default_dtype() == torch.float64  # as in torch.optim
             kind = {"dtype": torch.float64 if wide else torch.float32, "device": param.device}
             return torch.full((self.num_models,), self.rule.counts[name], **kind)
-        state = torch.zeros_like(param, memory_format=torch.preserve_format)
+        shape = self.rule.shapes(param.shape[1:]).get(name, param.shape[1:])
+        state = torch.zeros_like(param) if shape == param.shape[1:] else param.new_zeros(self.num_models, *shape)
         if name == "sum":
             real = _real(state.detach())  # torch starts both parts of a complex sum from the value
             h = columns.at([real])
@@ -159,7 +169,7 @@ class StackedOptimizer(BatchOptimizer):
         states = super().get_model_states(models)
         for g, columns in enumerate(self.columns):  # which kernel updates a model stays, however many it is then among
             trained = [param for param in columns.groups[0]["params"] if param.requires_grad]
-            fused = prefers_kernel(self.optimizer_cls, trained, columns)
+            fused = prefers_kernel(ruled_class(self.optimizer_cls), trained, columns)
             for state in states:
                 if state.get(f"param_groups/{g}/fused", False) is None:
                     state[f"param_groups/{g}/fused"] = fused
@@ -179,7 +189,8 @@ class StackedOptimizer(BatchOptimizer):
             kept = [model["state"].get(i, {}) for model in models]
             for name in {name: None for own in kept for name in own}:
                 given = {m: own[name] for m, own in enumerate(kept) if name in own}
-                shape = () if name in self.rule.counts else param.shape[1:]
+                shapes = dict.fromkeys(self.rule.counts, ()) | self.rule.shapes(param.shape[1:])
+                shape = shapes.get(name, param.shape[1:])
                 for m, value in given.items():
                     if not isinstance(value, Tensor) or value.shape != shape:
                         raise self._foreign(f"{name!r} of shape {tuple(shape)}", f"one {_words(value)} for model {m}")
@@ -221,13 +232,17 @@ class StackedOptimizer(BatchOptimizer):
         if unknown:
             raise self._foreign(f"{len(params)} parameters", f"one for parameter {min(unknown, key=str)!r}")
         for i, (param, columns) in enumerate(params):
-            shape = f"a parameter of shape {tuple(param.shape)}"
+            shape, kept = f"a parameter of shape {tuple(param.shape)}", self.rule.shapes(param.shape[1:])
             for name, value in state.get(i, {}).items():
-                like = torch.empty(self.num_models) if name in counts else param
-                known = name in {*counts, *self.rule.state, *optional}
-                if not known or not isinstance(value, Tensor) or _kind(value) != _kind(like):
+                like = param.new_empty(self.num_models, *kept.get(name, param.shape[1:]))
+                like = torch.empty(self.num_models) if name in counts else like
+                if (
+                    name not in {*counts, *kept, *optional}
+                    or not isinstance(value, Tensor)
+                    or _kind(value) != _kind(like)
+                ):
                     raise self._foreign(shape, f"{name!r} {_words(value)}")
-            needed = {*counts, *self.rule.state, *(n for n, flag in optional.items() if columns.on(flag) is not False)}
+            needed = {*counts, *kept, *(n for n, flag in optional.items() if columns.on(flag) is not False)}
             if state.get(i) and needed - state[i].keys():
                 raise self._foreign(shape, f"one without {sorted(needed - state[i].keys())}")
         self.state.clear()

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..batch.context import context_of
-from ..vmap import models_with_gradient
 from .base import BatchOptimizer, construct, parameters_of
 from .hyperparameters import Group, numbers_of, plain
+from .lone_calls import CanCallEach, place_of
 
 __all__ = ["ViewsOptimizer"]
 
 
-class ViewsOptimizer(BatchOptimizer):
+class ViewsOptimizer(CanCallEach, BatchOptimizer):
     """An optimizer of a batch that runs a lone `optimizer_cls` per model: no faster than M lone ones, exact by nature.
 
-    Each lone optimizer owns one model's slices of the stacked parameters, as views. During a step, and only then,
+    Each lone optimizer owns one model's slices of the stacked parameters, as views. During a call, and only then,
     each view's gradient is a view of the stacked gradient, and torch's default generators are model m's random stream.
-    `param_groups` shows the lone optimizers' own groups; model m's state is in `lone[m].state`, and a class's own verbs
-    are called on each of `lone` (`for one in optimizer.lone: one.train()`).
+    `param_groups` shows the lone optimizers' own groups; model m's state is in `lone[m].state`. Any other method of the
+    class is called for each model in turn, as a step is: `optimizer.train()`, `optimizer.first_step(zero_grad=True)`.
+    It returns what the calls returned: None, tensors stacked `[M, ...]`, or a list.
 
     One optimizer with M groups would be enough for torch's own classes. But some users' classes compute over all groups
     at once (a global norm, a common step size), and would mix the models silently.
@@ -49,39 +49,26 @@ class ViewsOptimizer(BatchOptimizer):
         params, size = [group["params"] for group in self.param_groups], len(self._names)
         self.param_groups = [_LoneGroup(self.lone, *divmod(i, size), own) for i, own in enumerate(params)]
 
-    def _update(self) -> None:
-        params = self._params()
-        self._follow(params)
-        stopped = self._stopped()
-        stopped = [False] * self.num_models if stopped is None else stopped.tolist()
-        reached = [None if p.grad is None else models_with_gradient(p.grad, self.num_models) for p in params]
-        reached = [None if models is None else models.tolist() for models in reached]
-        with context_of(self.batch).streams.take_turns(params[0].device) as turns:
-            for m in turns:
-                if stopped[m]:
-                    continue
-                views = parameters_of(self.lone[m].param_groups)
-                try:
-                    for view, param, models in zip(views, params, reached, strict=True):
-                        view.grad = None if param.grad is None or (models and not models[m]) else param.grad[m]
-                    self.lone[m].step()
-                except TypeError as error:
-                    if "'NoneType' object is not callable" not in str(error):
-                        raise
-                    raise TypeError(
-                        f"{self.optimizer_cls.__name__} needs a closure that computes one model's loss anew, and the "
-                        "models of a batch have theirs in common: make one optimizer per model, over batch.models."
-                    ) from error
-                finally:
-                    for view in views:
-                        view.grad = None
+    def _update(self, closure: Callable[[], Any] | None) -> Any:
+        self._check_current()
+        if closure is not None:
+            return self.in_lockstep(closure)
+        try:
+            self.in_turn(lambda m: self.lone[m].step())
+        except TypeError as error:
+            if "'NoneType' object is not callable" not in str(error) and "'closure'" not in str(error):
+                raise
+            raise TypeError(
+                f"{self.optimizer_cls.__name__} needs a closure that computes the losses anew: call "
+                "optimizer.step(closure), where the closure returns the M losses after their backward pass."
+            ) from error
 
     def _follow(self, params: list[nn.Parameter]) -> None:
         """Point the views at the parameters' present memory: `batch.to()` and `batch.double()` give them another."""
         views = [parameters_of(lone.param_groups) for lone in self.lone]
         for i, param in enumerate(params):
             rows = param.detach().unbind(0)
-            if _place(views[0][i]) == _place(rows[0]):
+            if place_of(views[0][i]) == place_of(rows[0]):
                 continue
             for lone, own, row in zip(self.lone, views, rows, strict=True):
                 view, old = own[i], own[i].dtype
@@ -195,10 +182,6 @@ class _LoneGroup(Group):
 
     def __repr__(self) -> str:
         return repr(dict(self))
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _numbers_of(models: Sequence[dict[str, Any]]) -> list[list[list[int]]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..batch.clip import norm_limits
 from ..batch.freeze import stop_nonfinite
 from ..common.machine import tune_malloc
+from ..optim.base import BatchOptimizer
 from .chunks import Chunks
 from .options import StepOptions
 
@@ -45,6 +46,8 @@ def batch_step(
 def make_update(optimizer: Any, chunks: Chunks, x: Any, y: Any, options: StepOptions) -> tuple[Tensor, Any]:
     """Make one update of all models, chunk by chunk; return the losses [M] and the outputs from before it, detached."""
     optimizer.zero_grad()
+    if isinstance(optimizer, BatchOptimizer) and len(optimizer.parameter_names) < len(chunks.batch.stacked_params):
+        chunks.batch.zero_grad()  # else what it does not train adds up from step to step, and clipping would count it
     losses, outputs = chunks.backward(x, y, options)
     if options.on_nonfinite is not None:
         stop_nonfinite(chunks.batch, losses, options.on_nonfinite)

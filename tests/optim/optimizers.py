@@ -95,6 +95,14 @@ TABLE: dict[type, list[dict]] = {
         {**DECAY, "decoupled_weight_decay": True},
         {"weight_decay": 0.1, **DECOUPLED},
     ],
+    optim.Adafactor: [
+        LR,
+        DECAY,
+        MAXIMIZE,
+        {"beta2_decay": [-0.8, -0.1, 0.0, -1.0]},
+        {"eps": [(None, 1e-3), (1e-3, 0.1), (None, 0.0), (1e-30, 2.0)]},
+        {"d": [1.0, 4.0, 2.0, 1.5], **DECAY, **LR, **MAXIMIZE},
+    ],
 }
 
 
@@ -182,15 +190,20 @@ class SignAdam(optim.Adam):
     """A subclass with a step of its own, which an Adam rule would get wrong."""
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self, closure: Callable | None = None) -> Tensor | None:
+        loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     p.sub_(p.grad.sign(), alpha=group["lr"])
+        return loss
 
 
 class SubNAdam(optim.NAdam):
-    """A subclass of a class that keeps a float32 number beside float64 parameters."""
+    """A subclass, with a step of its own, of a class that keeps a float32 number beside float64 parameters."""
+
+    def step(self, closure: Callable | None = None) -> Tensor | None:
+        return super().step(closure)
 
 
 class GlobalNorm(optim.Optimizer):
@@ -201,7 +214,8 @@ class GlobalNorm(optim.Optimizer):
         self.norm_type = norm_type  # an attribute, not in any group
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self, closure: Callable | None = None) -> Tensor | None:
+        loss = torch.enable_grad()(closure)() if closure else None
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.stack([torch.linalg.vector_norm(g, self.norm_type) for g in grads]).norm()
         for group in self.param_groups:
@@ -209,12 +223,12 @@ class GlobalNorm(optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     p.sub_(p.grad / norm, alpha=group["lr"] / group["largest"])
+        return loss
 
 
 VIEWED = [
     (optim.ASGD, {**RATES, "lambd": [1e-4, 0.1, 0.0, 0.01], "alpha": [0.75, 0.5, 1.0, 0.1], "t0": [0, 5, 10, 1e6]}),
     (optim.Rprop, {**RATES, "etas": [(0.5, 1.2), (0.3, 1.5), (0.9, 1.1), (0.5, 2.0)], "maximize": [True, False] * 2}),
-    (optim.Adafactor, {**RATES, "weight_decay": [0.0, 0.1, 0.2, 0.3], "d": [1.0, 4.0, 2.0, 1.5]}),
     (SignAdam, RATES),
     (SubNAdam, {**RATES, "momentum_decay": [4e-3, 0.0, 0.1, 1.0]}),
     (GlobalNorm, {**RATES, "norm_type": [2.0, 1.0, math.inf, 3.0]}),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from optimizers import REST, GlobalNorm, M, create_alone, every_class, largest_difference, start, step_alone, step_batch
-from torch import optim
+from oracle import assert_same_parameters, batches, build
+from torch import Tensor, nn, optim
 
-from mbkit import MLP, ModelBatch
+from mbkit import MLP, ModelBatch, fit
 from mbkit.optim import OptimizerFactory
 
 
@@ -97,3 +100,80 @@ def test_a_state_with_other_groups_is_refused() -> None:
     _, batch, optimizer = start(optim.SGD, {"lr": 0.1}, in_groups=True)
     with pytest.raises(ValueError, match="4 models with 2 groups of parameters each, got one of 4 groups"):
         optimizer.load_state_dict(OptimizerFactory(optim.SGD).create_optimizer(batch).state_dict())
+
+
+# ---------------------------------------------------------------------- an optimizer over a part
+
+
+class Gan(nn.Module):
+    """A generator and a discriminator as one module; the input says which of the two losses is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.discriminator = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, noise: Tensor, real: Tensor | None = None) -> Tensor:
+        fake = self.generator(noise)
+        if real is None:
+            return -self.discriminator(fake).mean()
+        return self.discriminator(fake.detach()).mean() - self.discriminator(real).mean()
+
+
+def play(model: Any, critic: Any, maker: Any, noise: Tensor, real: Tensor) -> None:
+    """A step of each: the generator's loss leaves gradients in the discriminator, which must not stay there."""
+    critic.zero_grad()
+    model(noise, real).sum().backward()
+    critic.step()
+    maker.zero_grad()
+    model(noise).sum().backward()
+    maker.step()
+
+
+@pytest.mark.parametrize("cls", [optim.Adam, optim.Rprop, optim.Adafactor])
+@pytest.mark.parametrize(
+    "part", ["discriminator", "discriminator.*", ["discriminator.0", lambda name, p: "discriminator" in name]]
+)
+def test_a_gan_is_one_module_with_two_optimizers(cls: type, part: Any) -> None:
+    torch.manual_seed(0)
+    models = [Gan().double() for _ in range(3)]
+    batch, rates, factory = ModelBatch(models), [0.1, 0.01, 0.03], OptimizerFactory(cls)
+    optimizers = [factory.create_optimizer(batch, params=own, lr=rates) for own in (part, "generator")]
+    data = [(torch.randn(6, 2).double(), torch.randn(6, 3).double()) for _ in range(5)]
+    for noise, real in data:
+        play(batch, *optimizers, noise, real)
+    optimizers[1].zero_grad()
+    cleared = {name: p.grad is None for name, p in batch.named_parameters()}
+    assert cleared == {name: name.startswith("generator") for name in cleared}
+    for model, lr in zip(models, rates, strict=True):
+        lone = [cls(own.parameters(), lr=lr) for own in (model.discriminator, model.generator)]
+        for noise, real in data:
+            play(model, *lone, noise, real)
+    assert_same_parameters(batch.models, models)
+    lone = optimizers[0].unstack(1)
+    held = lone.param_groups[0]["params"]
+    assert all(p is q for p, q in zip(held, lone.model.discriminator.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_fit_trains_the_part_and_clips_by_each_steps_own_gradients(chunk_size: int | None) -> None:
+    data = batches(own=False)
+    lone = build("mlp")
+    batch, before = ModelBatch(lone), ModelBatch(lone)
+    optimizer = OptimizerFactory(optim.SGD).create_optimizer(batch, params="2", lr=0.1)
+    with pytest.raises(ValueError, match="No parameter is called '3'"):
+        OptimizerFactory(optim.SGD).create_optimizer(batch, params="3")
+    with pytest.raises(ValueError, match="Expected parameters to train, got none by <lambda>"):
+        OptimizerFactory(optim.SGD).create_optimizer(batch, params=lambda name, p: False)
+    fit(batch, optimizer, data, nn.functional.mse_loss, max_norm=0.1, chunk_size=chunk_size, progress=False)
+    for model in lone:
+        one = optim.SGD(model[2].parameters(), lr=0.1)
+        for x, y in data:
+            model.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            one.step()
+    assert_same_parameters(batch.models, lone)
+    assert torch.equal(batch.stacked_params["0.weight"], before.stacked_params["0.weight"])
+    small = batch.select([2, 0])
+    assert optimizer.select([2, 0], small).parameter_names == ["2.weight", "2.bias"]

@@ -136,26 +136,10 @@ class Scheduled(optim.SGD):
 def test_what_a_lone_optimizer_writes_into_its_own_groups_stays() -> None:
     batch = ModelBatch([nn.Linear(2, 1) for _ in range(3)])
     optimizer = OptimizerFactory(Scheduled).create_optimizer(batch, lr=None)
-    for lone in optimizer.lone:
-        lone.train()
+    optimizer.train()
     batch(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     assert [group["training"] for group in optimizer.param_groups] == [True] * 3
     optimizer.param_groups[1]["lr"] = 0.5
     optimizer.step()
     assert [lone.param_groups[0]["lr"] for lone in optimizer.lone] == [0.1, 0.5, 0.1]
-
-
-class Sharpness(optim.SGD):
-    """Evaluates its closure in the middle of a step, as SAM does."""
-
-    def step(self, closure: Callable | None = None) -> None:
-        super().step(torch.enable_grad()(closure))
-
-
-def test_a_class_that_needs_a_closure_is_told_apart() -> None:
-    batch = ModelBatch([nn.Linear(2, 1) for _ in range(3)])
-    optimizer = OptimizerFactory(Sharpness).create_optimizer(batch, lr=0.1)
-    batch(torch.ones(1, 2)).sum().backward()
-    with pytest.raises(TypeError, match=r"Sharpness needs a closure .* make one optimizer per model"):
-        optimizer.step()
