@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..common.checks import check_inputs, check_numbers, check_output, open_mappings
 from ..common.functions import at_hand
+from ..common.objects import tensors_of
 from ..vmap import (
     BatchingError,
     Failure,
@@ -75,7 +76,8 @@ def call_models(
         method: the dotted name of the method or submodule to call; "" for the models themselves.
 
     Returns:
-        The model's own nested output, or what `in_turn` returns, each tensor `[M, ...]`.
+        The model's own nested output, or what `in_turn` returns, each tensor `[M, ...]`. Numbers that differ between
+        the models are a `PerModel`, other values (and what cannot be taken apart, such as a file) a `PerModelValue`.
     """
     check_numbers(tree_leaves(open_mappings((args, kwargs))), context.template)
     with held(context):
@@ -114,7 +116,7 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn
     if isinstance(output, Failure):  # the user's own error, so what the calls have changed before it stays, as alone
         slow.difference_update(reasons)
         raise _named(output.error, context.num_models) from output.error
-    made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    made = tensors_of(output)
     context.returned = list(map(weakref.ref, made))
     watch_backward(
         [*made, *context.attributes], (*before.values(), *tree_leaves((args, kwargs))), context.num_models, bool(slow)
@@ -167,6 +169,8 @@ def _keeps(hook: Any) -> bool:
 def _next_slower(error: Exception, slow: set[str], method: str) -> str | None:
     """Return the path of the layer to run model by model after an error; None if there is no wider one to try."""
     paths = [vars(module)["mbkit_path"] for module in running_modules(error.__traceback__)]
+    if not paths and isinstance(error, BatchingError):  # of what the model returned or kept
+        paths = [""]
     paths = [path or f"{method}()" for path in paths] if method else paths
     first = next((i for i, path in enumerate(paths) if path in slow), len(paths))
     return paths[first - 1] if first else None

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..vmap import PerModel, mark_rows, watch_backward
+from ..common.checks import cut
+from ..common.objects import flatten, tensors_of, unflatten
+from ..vmap import BatchingError, PerModel, PerModelValue, mark_rows, watch_backward
 from .call import NO_FAULT_OF_VMAP, PLAIN_ERRORS, at_once
 from .context import CallContext
 from .freeze import held
@@ -35,15 +36,17 @@ def call_losses(
 
     Args:
         context: supplies M and the streams.
-        outputs: nested tensors `[M, B, ...]`.
+        outputs: nested tensors `[M, B, ...]`; inside objects as well.
         targets: nested tensors `[B, ...]` or `[M, B, ...]`.
         loss_fn: from one model's outputs and targets to one number.
         forms: which of the two forms the targets have.
         settings: keyword arguments for `loss_fn`, of these M models.
     """
     settings = settings or LossSettings(None, loss_fn, context.num_models)
-    in_dims = _in_dims(outputs, targets, forms, settings, context.num_models)
-    leaves, spec = tree_flatten((outputs, targets, settings.values))
+    made, outputs_spec = flatten(outputs)
+    in_dims = _in_dims(made, targets, forms, settings, context.num_models)
+    flat = (made, outputs_spec), flatten(targets), flatten(settings.values)
+    leaves = [leaf for own, _ in flat for leaf in own]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     kept, code = kept_by(context, loss_fn), loss_code(loss_fn)
 
@@ -51,8 +54,11 @@ def call_losses(
         remaining = iter(own)
         mine = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         if m is not None:
-            mine = [leaf.values[m] if isinstance(leaf, PerModel) else leaf for leaf in mine]
-        my_outputs, my_targets, keywords = tree_unflatten(mine, spec)
+            mine = [leaf.values[m] if type(leaf) in (PerModel, PerModelValue) else leaf for leaf in mine]
+        elif any(type(leaf) is PerModelValue for leaf in mine):
+            raise BatchingError("the models' outputs hold values that differ and are no numbers")
+        remaining = iter(mine)
+        my_outputs, my_targets, keywords = (unflatten([next(remaining) for _ in own], spec) for own, spec in flat)
         with kept.under_vmap() if mode is not None else nullcontext():
             return (one_number(loss_fn(my_outputs, my_targets, **keywords)),)
 
@@ -61,7 +67,8 @@ def call_losses(
         undo, losses, reason = context.streams.remember(), None, ""
         if code not in context.slow_losses:
             try:
-                rules = replace(context, per_model_settings=True) if settings.differ else context
+                differ = settings.differ or any(type(leaf) is PerModel for leaf in made)
+                rules = replace(context, per_model_settings=True) if differ else context
                 losses = at_once(rules, one_model, tensors, in_dims)[0]
             except NO_FAULT_OF_VMAP:
                 raise
@@ -97,18 +104,20 @@ def loss_code(loss_fn: Callable) -> Any:
 
 
 def _in_dims(
-    outputs: Any, targets: Any, forms: TargetForms, settings: LossSettings, num_models: int
+    outputs: list[Any], targets: Any, forms: TargetForms, settings: LossSettings, num_models: int
 ) -> list[int | None]:
     """Return for each tensor of outputs, targets and settings 0, where it has a row for each model, or None.
+
+    Args:
+        outputs: the leaves of what the batch returned.
+        targets, forms, settings, num_models: of the loss.
 
     Raises:
         TypeError, ValueError: outputs that are not made of tensors, or not of M models'.
     """
-    made = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    made = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
     if not made:
-        raise TypeError(
-            f"Expected outputs made of tensors, got {type(outputs).__name__}: pass what the batch returned."
-        )
+        raise TypeError(f"Expected outputs made of tensors, got {cut(repr(outputs))}: pass what the batch returned.")
     for tensor in made:
         if tensor.dim() == 0 or tensor.shape[0] != num_models:
             raise ValueError(
@@ -118,7 +127,7 @@ def _in_dims(
         settings.check_outputs(tensor.shape)
     dims = [0 for _ in made] + [None if shared else 0 for shared in forms.of(targets, made[0].shape, num_models)]
     for name, value in settings.values.items():
-        dims += [0 if name in settings.rows else None for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        dims += [0 if name in settings.rows else None for _ in tensors_of(value)]
     return dims
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..common.objects import flatten, tensors_of, unflatten
 
 __all__ = ["TargetForms", "targets_at"]
 
@@ -53,7 +54,7 @@ class TargetForms:
         Raises:
             ValueError: targets that fit neither form, or both.
         """
-        tensors = [leaf for leaf in tree_flatten(targets)[0] if isinstance(leaf, Tensor)]
+        tensors = tensors_of(targets)
         if self._found is None or len(self._found) != len(tensors):
             found = [self._shared if self._shared is not None else _is_shared(t, outputs, num_models) for t in tensors]
             self._found = tuple(found)
@@ -75,9 +76,9 @@ def targets_at(targets: Any, forms: Sequence[bool], models: int | slice) -> Any:
         forms: which of the two each of them is, from `TargetForms.of`.
         models: a model's number, or a slice of them.
     """
-    leaves, spec = tree_flatten(targets)
+    leaves, spec = flatten(targets)
     shared = iter(forms)
-    return tree_unflatten([t if not isinstance(t, Tensor) or next(shared) else t[models] for t in leaves], spec)
+    return unflatten([t if not isinstance(t, Tensor) or next(shared) else t[models] for t in leaves], spec)
 
 
 def _is_shared(target: Tensor, outputs: Sequence[int], num_models: int) -> bool:

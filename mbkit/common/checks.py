@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, register_pytree_node, tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import register_pytree_node, tree_leaves
+
+from .objects import flatten
 
 __all__ = [
-    "check_inputs", "check_numbers", "check_output", "check_seeds", "did_you_mean", "flag", "list_of_models",
+    "check_inputs", "check_numbers", "check_output", "check_seeds", "cut", "did_you_mean", "flag", "list_of_models",
     "memory_of", "model_numbers", "open_mappings", "per_model", "whole_number",
 ]  # fmt: skip
 
@@ -169,23 +171,26 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 
 def check_output(output: Any, template: nn.Module) -> None:
-    """Refuse what a model returned, unless it is made of tensors.
+    """Refuse what a model returned, if there is no tensor in it.
 
     Raises:
-        TypeError: anything else than a tensor or None in it, or no tensor at all.
+        TypeError: there is none.
     """
-    if isinstance(output, Tensor):
-        return
-    leaves, _ = tree_flatten_with_path(output)
-    for path, leaf in leaves:
-        if leaf is not None and not isinstance(leaf, Tensor):
-            where = f" at {keystr(path)}" if path else ""
-            raise TypeError(
-                f"Expected {type(template).__name__} to return tensors (or nested lists, tuples and dicts of them), "
-                f"got {type(leaf).__name__}{where}: return a tensor, or None."
-            )
-    if all(leaf is None for _, leaf in leaves):
-        raise TypeError(f"Expected {type(template).__name__} to return at least one tensor, got {output!r}.")
+    if not isinstance(output, Tensor) and not any(isinstance(leaf, Tensor) for leaf in flatten(output)[0]):
+        raise TypeError(
+            f"Expected {type(template).__name__} to return at least one tensor (alone, or in tuples, lists, dicts and "
+            f"objects), got {cut(repr(output))}: return a tensor."
+        )
+
+
+def cut(text: str, length: int = 80) -> str:
+    """Return a text, or its beginning where it is too long for an error.
+
+    Example:
+        >>> cut("abcdef", 4)
+        'abc…'
+    """
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def flag(value: Any, name: str) -> bool:

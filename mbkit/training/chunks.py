@@ -87,7 +87,7 @@ class Chunks:
                 return out
 
             return call_models(context_of(self.batch), *arguments(x), shared_input, plainly)
-        return join_outputs([out for *_, out in self._calls(x, shared_input)])
+        return join_outputs([(out, chunk.num_models) for _, chunk, out in self._calls(x, shared_input)])
 
     def backward(self, x: Any, y: Any, options: StepOptions) -> tuple[Tensor, Any]:
         """Add up the gradients of all models; return the losses [M] and the outputs, detached."""
@@ -106,7 +106,8 @@ class Chunks:
             else:
                 parts = []
                 for models, chunk, out in self._calls(x, batch.shared_input, options.loss_fn):
-                    parts.append((self._losses(chunk, out, y, options, models), detach(out)))
+                    losses = self._losses(chunk, out, y, options, models)
+                    parts.append(((losses, detach(out)), chunk.num_models))
                     if chunk is not context:
                         gradients.take(chunk.template.parameters(), models)
                 losses, outputs = join_outputs(parts)

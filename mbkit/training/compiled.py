@@ -28,6 +28,7 @@ from ..batch.call import attempt
 from ..batch.clip import clip_by_norm_, norm_limits
 from ..batch.context import context_of
 from ..batch.loss import call_losses
+from ..common.objects import flatten, unflatten
 from ..optim.hyperparameters import Hyperparameters
 from ..vmap import LayoutMatters, copy_module, read_state, tensors_in
 from .compilable import CannotCompile, check_memory, check_module, check_step
@@ -204,7 +205,9 @@ class _Program:
     def __call__(self, kept: list[Tensor], leaves: list) -> tuple[Tensor, Any]:
         with torch.no_grad():
             losses, *outputs = self._run(*self._arguments(kept, leaves, self._step.batch.streams))
-        return losses, tree_unflatten(outputs[: self._output_spec.num_leaves], self._output_spec)
+        made = iter(outputs)
+        leaves = [next(made) if leaf is Tensor else leaf for leaf in self._output_leaves]
+        return losses, unflatten(leaves, self._output_spec)
 
     def _arguments(self, kept: list[Tensor], leaves: list, streams: Any) -> list[Tensor]:
         """Return the graph's arguments: for each lot of parameters its states and columns; then the rest."""
@@ -282,8 +285,9 @@ class _Program:
             rule.update(mine, [reached[i] for i in places], states, Hyperparameters(columns, flags, mine))
         self._reached, self.sources = list(reached), None
         self._masks = [(_form(t)[:4], rates) for t, rates in draws.wanted]
-        flat, self._output_spec = tree_flatten(outputs)
-        return [losses.detach(), *(t.detach() for t in flat)]
+        leaves, self._output_spec = flatten(outputs)
+        self._output_leaves = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return [losses.detach(), *(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor))]
 
 
 def _fill(names: Mapping[str, Tensor], tensors: Iterator[Tensor]) -> dict[str, Tensor]:

@@ -7,19 +7,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..batch.context import CallContext
-from ..vmap import BatchingError, PerModelValue, models_with_gradient, note_models_with_gradient, write_state
+from ..common.checks import cut
+from ..common.objects import flatten, unflatten
+from ..vmap import BatchingError, PerModel, PerModelValue, models_with_gradient, note_models_with_gradient, write_state
 
 __all__ = ["Gradients", "join_outputs", "keep_state"]
 
 
-def join_outputs(outputs: list[Any]) -> Any:
-    """Return nested tensors `[M, ...]` from those of each chunk."""
-    if len(outputs) == 1:
-        return outputs[0]
-    return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
+def join_outputs(parts: list[tuple[Any, int]]) -> Any:
+    """Return nested tensors `[M, ...]` from those of each chunk, given with the number of its models."""
+    if len(parts) == 1:
+        return parts[0][0]
+    flat, sizes = [flatten(part) for part, _ in parts], [size for _, size in parts]
+    if any(spec != flat[0][1] for _, spec in flat):
+        raise BatchingError("the outputs have another structure in one chunk of models than in the next")
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    return unflatten([_joined(column, sizes, "the output", PerModel) for column in columns], flat[0][1])
+
+
+def _joined(column: tuple, sizes: list[int], what: str, numbers: type = PerModelValue) -> Any:
+    """Return what stands for the values of several chunks; of numbers that differ, a `numbers` of them."""
+    if all(isinstance(leaf, Tensor) for leaf in column):
+        return torch.cat(column)
+    if all(leaf is column[0] for leaf in column):
+        return column[0]
+    if any(isinstance(leaf, Tensor) for leaf in column):
+        raise BatchingError(f"{what} is a tensor in one chunk of models and another value in the next")
+    each = [v.values if type(v) in (PerModel, PerModelValue) else [v] * n for v, n in zip(column, sizes, strict=True)]
+    values = [value for own in each for value in own]
+    if all(value is values[0] or value == values[0] for value in values):
+        return values[0]
+    return (numbers if all(isinstance(value, (int, float)) for value in values) else PerModelValue)(values)
 
 
 class Gradients:
@@ -80,16 +101,14 @@ def keep_state(context: CallContext, before: dict, after: list[dict], sizes: lis
     fresh: dict[int, Tensor] = {}
 
     def join(key: tuple, name: str, column: tuple) -> Any:
-        if all(isinstance(leaf, Tensor) for leaf in column):
-            whole = torch.cat(column)
+        whole = _joined(column, sizes, f"'{name}'")
+        if isinstance(whole, Tensor):
             fresh[id(whole)] = whole
-            return whole
-        if all(leaf is column[0] or leaf == column[0] for leaf in column):
-            return column[0]
-        if key[1] != "__dict__" or any(isinstance(leaf, Tensor) for leaf in column):
-            raise BatchingError(f"'{name}' is {column[0]!r} in one chunk of models and another value in the next")
-        own = [v.values if isinstance(v, PerModelValue) else [v] * n for v, n in zip(column, sizes, strict=True)]
-        return PerModelValue([value for values in own for value in values])
+        elif isinstance(whole, PerModelValue) and key[1] != "__dict__":
+            raise BatchingError(
+                f"'{name}' is {cut(repr(column[0]))} in one chunk of models and another value in the next"
+            )
+        return whole
 
     state = dict(before)
     for key in changed:

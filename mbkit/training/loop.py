@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_map
 
 from ..common.checks import open_mappings, whole_number
+from ..common.objects import map_tensors, tensors_of
 
 __all__ = [
     "Pairs", "arguments", "call", "check_run", "check_schedule", "count_steps", "detach", "first_tensor", "goes_on",
@@ -203,18 +204,18 @@ def arguments(inputs: Any) -> tuple[tuple, dict]:
 
 
 def first_tensor(tree: Any) -> Tensor | None:
-    """Return the first tensor in nested tuples, lists and dicts, or None."""
-    return next((leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)), None)
+    """Return the first tensor in a nested value, or None."""
+    return next(iter(tensors_of(tree)), None)
 
 
 def part(tree: Any, m: int) -> Any:
     """Return `tree` with model m's slice of every tensor in it."""
-    return tree_map_only(Tensor, lambda tensor: tensor[m], tree)
+    return map_tensors(lambda tensor: tensor[m], tree)
 
 
 def detach(tree: Any) -> Any:
     """Return `tree` with every tensor in it cut off from its graph."""
-    return tree.detach() if isinstance(tree, Tensor) else tree_map_only(Tensor, Tensor.detach, tree)
+    return map_tensors(Tensor.detach, tree)
 
 
 def count_steps(batches: Any, walks: int) -> int | None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..common.objects import tensors_of
+
 __all__ = ["MadeBytes", "saved_bytes"]
 
 
@@ -33,7 +35,7 @@ def saved_bytes(outputs: Any, given: Any) -> int:
 
 def _nodes(outputs: Any) -> Iterator[Any]:
     """Yield each node of the graph below the outputs once."""
-    waiting = [t.grad_fn for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn is not None]
+    waiting = [t.grad_fn for t in tensors_of(outputs) if t.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()

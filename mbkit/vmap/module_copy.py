@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from ..common.checks import cut
+from ..common.objects import Opened, flatten, tensors_of, unflatten
 from .differing import Differing
 from .errors import PATH, BatchingError
 from .per_model import PerModel
@@ -41,6 +43,13 @@ _ALL, _NEW = slice(None), object()
 
 class Placeholder(int):
     """Stands for the i-th new tensor of a call until the M of it are stacked."""
+
+
+class Unfinished(NamedTuple):
+    """A value with placeholders among its leaves."""
+
+    leaves: list[Any]
+    spec: Any
 
 
 def copy_module(root: nn.Module, own: dict[int, Tensor], m: int | slice = _ALL, *, alone: bool = False) -> nn.Module:
@@ -171,10 +180,11 @@ def merge(states: Sequence[State], before: State, whole: bool = False) -> tuple[
             keep a value of its own there.
 
     Returns:
-        The state, with `Placeholder(i)` where the i-th new tensor belongs, and the list of new tensors.
+        The state, `Unfinished` where new tensors belong, and the list of new tensors.
 
     Raises:
-        BatchingError: values that differ where only one can stand.
+        BatchingError: values that differ where only one can stand; an object in the output that cannot be taken apart,
+            where one stands for all models.
     """
     known = set(map(id, tensors_in(before)))
     fresh: list[tuple[Tensor, ...]] = []
@@ -191,7 +201,9 @@ def merge(states: Sequence[State], before: State, whole: bool = False) -> tuple[
             return first
         if whole and key[1] == "__dict__" and key[2] != "training":
             return PerModelValue([v.values[m] if isinstance(v, PerModelValue) else v for m, v in enumerate(column)])
-        told = [f"a tensor {list(v.shape)}" if isinstance(v, Tensor) else repr(v) for v in column]
+        if whole and key == OUTPUT and not any(tensors_of(leaf) for leaf in column):
+            return (PerModel if all(isinstance(leaf, (int, float)) for leaf in column) else PerModelValue)(column)
+        told = [f"a tensor {list(v.shape)}" if isinstance(v, Tensor) else cut(repr(v)) for v in column]
         other = next((m for m, text in enumerate(told) if text != told[0]), len(told) - 1)
         raise BatchingError(
             f"{dotted(key)} is {told[0]} for model 0 and {told[other]} for model {other}, but has to be alike"
@@ -203,10 +215,13 @@ def merge(states: Sequence[State], before: State, whole: bool = False) -> tuple[
         if key in before and all(value is before[key] for value in values):
             merged[key] = before[key]
             continue
-        flat = [tree_flatten(value) for value in values]
-        if all(spec == flat[0][1] for _, spec in flat):
+        flat = [(flatten if key == OUTPUT else tree_flatten)(value) for value in values]
+        spec = flat[0][1]
+        if key == OUTPUT and len(states) == 1 and not whole and type(spec) is Opened and spec.closed:
+            raise BatchingError(f"it returns a {spec.closed}, which cannot be one object for all models")
+        if all(other == spec for _, other in flat):
             columns = zip(*(leaves for leaves, _ in flat), strict=True)
-            merged[key] = tree_unflatten([settle(key, column) for column in columns], flat[0][1])
+            merged[key] = Unfinished([settle(key, column) for column in columns], spec)
         else:
             merged[key] = settle(key, tuple(values))
     return merged, fresh
@@ -221,9 +236,9 @@ def materialize(merged: Mapping[Key, Any], tensors: Sequence[Tensor]) -> tuple[A
     filled, plain = {}, []
     for key, value in merged.items():
         filled[key] = value
-        places = [] if is_leaf(value) else [leaf for leaf in tree_leaves(value) if isinstance(leaf, Placeholder)]
-        if places:
-            filled[key] = tree_map(lambda leaf: tensors[leaf] if isinstance(leaf, Placeholder) else leaf, value)
-        if key[1] == "__dict__":
-            plain += [tensors[place] for place in places]
+        if type(value) is Unfinished:
+            new = [tensors[leaf] if type(leaf) is Placeholder else leaf for leaf in value.leaves]
+            filled[key] = unflatten(new, value.spec)
+            if key[1] == "__dict__":
+                plain += [tensors[leaf] for leaf in value.leaves if type(leaf) is Placeholder]
     return filled.pop(OUTPUT), filled, plain

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..common.objects import PerModelValue
 from .errors import PATH, BatchingError
 
 __all__ = [
@@ -21,24 +23,11 @@ Key = tuple[str, str, str]  # module path, "_parameters", "_buffers" or "__dict_
 OUTPUT: Key = ("", "output", "output")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_TORCH = set(vars(nn.Module())) | {PATH}
-PLAIN = (int, float, bool, str, type(None))
+PLAIN = (int, float, bool, str, type(None), complex, bytes, torch.Size, torch.dtype, torch.device)
 
 
 class OnStack(partial):
     """Stands on a module that holds stacks, in place of a method that would take them for one model's tensors."""
-
-
-class PerModelValue:
-    """M values of a plain attribute that cannot be stacked, such as numbers that the models computed themselves."""
-
-    def __init__(self, values: Sequence[Any]) -> None:
-        self.values = list(values)
-
-    @classmethod
-    def where(cls, flags: Sequence[bool], yes: Any, no: Any) -> PerModelValue:
-        """Return M values: from `yes` where the flag is set, else from `no`; either may be one value for all."""
-        columns = [v.values if isinstance(v, PerModelValue) else [v] * len(flags) for v in (yes, no)]
-        return cls([a if flag else b for flag, a, b in zip(flags, *columns, strict=True)])
 
 
 class State(dict[Key, Any]):
@@ -105,7 +94,7 @@ def own_attributes(module: nn.Module) -> list[str]:
 
 
 def is_leaf(value: Any) -> bool:
-    """Say whether a value is a tensor or a plain number or text."""
+    """Say whether a value is a tensor or a plain number, text or the like."""
     return isinstance(value, Tensor) or type(value) in PLAIN
 
 
