@@ -116,13 +116,13 @@ def run_benchmark(
     configs = [{name: values[m] for name, values in settings.items()} for m in range(num_models)]
     built = build_models(lambda: model(len(data.classes)), seeds)
     given = [each.to(device, dtype) for each in built], optimizer_cls, configs, seeds
-    first = next(iter(_blocks(batches, 1, 1, 1, device)))
+    first = next(iter(_blocks(batches, 1, 1, 1, given[0][0])))
     for name in SIDES:  # what is loaded once in a process does not count as memory of either side
         BASELINES[name](given[0][:1], optimizer_cls, configs[:1], seeds[:1]).run(first)
     sides: dict[str, Side] = {}
     memory, sizes = {}, []
     with Progress(len(SIDES) * steps, "benchmark", progress) as bar:
-        for turn, block in enumerate(_blocks(batches, epochs, steps, warmup, device)):
+        for turn, block in enumerate(_blocks(batches, epochs, steps, warmup, given[0][0])):
             sizes += [len(y) for _, y in block]
             for name in SIDES if turn % 2 == 0 else reversed(SIDES):
                 if turn == 0:  # built here, so that its state counts as memory
@@ -171,9 +171,9 @@ def _difference(alone: Side, batched: Side) -> Tensor:
     return torch.tensor(gaps).amax(1)
 
 
-def _blocks(batches: Any, epochs: int, steps: int, warmup: int, device: torch.device) -> Iterator[_Block]:
+def _blocks(batches: Any, epochs: int, steps: int, warmup: int, model: nn.Module) -> Iterator[_Block]:
     """Cut the walk into the warm-up and then blocks of equal size."""
-    pairs = itertools.chain.from_iterable(walk(batches, epoch, device) for epoch in range(epochs))
+    pairs = itertools.chain.from_iterable(walk(batches, epoch, model) for epoch in range(epochs))
     pairs = itertools.islice(pairs, steps)
     block = list(itertools.islice(pairs, warmup or BLOCK))
     while block:

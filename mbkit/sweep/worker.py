@@ -238,7 +238,7 @@ def _scores(task: Task, batch: Any, valid: Any, shared: bool, settings: Any, los
         elif task.score == "loss":
             total, count = 0, 0
             extra = {"loss_settings": settings} if settings else {}
-            for x, y in walk(valid, 0, next(batch.parameters()).device):
+            for x, y in walk(valid, 0, batch):
                 args, kwargs = arguments(x)
                 outputs = batch(*args, shared_input=shared, **kwargs)
                 forms = None if shared else False

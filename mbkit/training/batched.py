@@ -64,7 +64,10 @@ def fit(
         optimizer: from OptimizerFactory, or anything with zero_grad() and step() over the batch's parameters.
         batches: an iterable of (inputs, targets), walked through once per epoch; its set_epoch(e), or its sampler's, is
             called first. Inputs and targets are [B, ...], or [M, B, ...] as the batch expects; a tuple of inputs is
-            spread over the model's arguments, a dict over their names. Tensors are moved to the models' device.
+            spread over the model's arguments, a dict over their names. Tensors are moved to the models' device. Also
+            (input, another, targets); a dict whose labels, label, targets, target or y are the targets, which the model
+            gets as well if it takes an argument of that name (`loss_fn=lambda out, y: out.loss`); and an object with
+            such an attribute, which the model gets as a whole.
         loss_fn: one model's outputs and targets to one number.
         epochs: how many times to walk through the batches.
         loss_settings: keyword arguments of loss_fn, as in ModelBatch.compute_loss: each one value for all models, or
@@ -207,10 +210,10 @@ def _steps(
     run = Stepper(batch, optimizer, options)
 
     def steps() -> Iterator[Step]:
-        device, positioned = next(batch.parameters()).device, isinstance(batches, PositionedBatches)
+        positioned = isinstance(batches, PositionedBatches)
         schedules, numbers = [schedule] if schedule else [], range(first_epoch, first_epoch + epochs)
         at_end = batches.at_end if positioned else None
-        each = rounds(batches, numbers, device, scheduler_every, lambda: schedules, at_end)
+        each = rounds(batches, numbers, batch, scheduler_every, lambda: schedules, at_end)
         for index, (epoch, x, y, due) in enumerate(each):
             if not batch.training:
                 batch.train()

@@ -1,16 +1,18 @@
-"""Share of right answers: counted for a batch while training, and over a whole data set."""
+"""How good models are: the share of right answers in a batch while training; that, or any metric, over a data set."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..batch.targets import TargetForms, targets_at
 from .chunks import Chunks
-from .loop import call, check_batches, part, walk
+from .loop import Pairs, call, check_batches, first_tensor, part, walk
 
 __all__ = ["batch_accuracy", "count_correct", "evaluate"]
 
@@ -56,9 +58,14 @@ def batch_accuracy(outputs: Any, targets: Any) -> Tensor | None:
 
 
 def evaluate(
-    models: nn.Module | Sequence[nn.Module], batches: Iterable[tuple[Any, Any]], *, shared_input: bool | None = None
+    models: nn.Module | Sequence[nn.Module],
+    batches: Pairs,
+    *,
+    metric: Callable[[Any, Any], Any] | Any = None,
+    shared_input: bool | None = None,
+    shared_targets: bool | None = None,
 ) -> Tensor:
-    """Return each model's accuracy over `batches`, in eval mode and without gradients.
+    """Return each model's accuracy, or another metric, over `batches`, in eval mode and without gradients.
 
     A ModelBatch is called in chunks of models where all at once would not fit into half of the free memory, or where
     they are no faster on a CPU.
@@ -67,22 +74,30 @@ def evaluate(
 
     Args:
         models: a ModelBatch, one module, or a list of M modules.
-        batches: an iterable of (inputs, labels); it is walked through once.
+        batches: an iterable of (inputs, labels), or of what `fit` takes; it is walked through once.
+        metric: instead of the accuracy. A function of one model's outputs and targets returns one number, whose mean is
+            taken over the batches, each with the weight of its size; or a tuple (total, count), for a mean that is
+            the sum of the totals over that of the counts. An object with update(outputs, targets) and compute(), such
+            as torchmetrics has, is copied for each model.
         shared_input: False where inputs are [M, B, ...]. By default a ModelBatch's own setting, else True. With True,
             models that were trained on data of their own are measured on one test set.
+        shared_targets: for a metric, as in ModelBatch.compute_loss, where the targets' shape could mean both.
 
     Returns:
-        [M] of float64 on the CPU, from 0 to 1; [1] for one module.
+        [M] of float64 on the CPU; [1] for one module. An accuracy is from 0 to 1.
 
     Raises:
-        TypeError: something else than modules, or batches that are no pairs.
-        ValueError: no batch, no model, or outputs and labels for which accuracy is not defined.
+        TypeError: something else than modules, batches that `fit` would not take, or a metric that cannot be called.
+        ValueError: no batch, no model, outputs and labels for which accuracy is not defined, or a metric that returns
+            several numbers.
 
     Example:
         >>> always_first = nn.Linear(2, 2)
         >>> _ = nn.init.zeros_(always_first.weight), nn.init.constant_(always_first.bias[:1], 1.0)
         >>> evaluate(always_first, [(torch.randn(4, 2), torch.tensor([0, 0, 0, 1]))])
         tensor([0.7500], dtype=torch.float64)
+        >>> evaluate(always_first, [(torch.zeros(4, 2), torch.zeros(4, 2))], metric=nn.functional.mse_loss)
+        tensor([0.5000], dtype=torch.float64)
     """
     chunks = Chunks(models) if hasattr(models, "num_models") else None
     modules = [models] if isinstance(models, nn.Module) else list(models)
@@ -93,23 +108,67 @@ def evaluate(
     check_batches(batches, 1)
     own = getattr(models, "shared_input", True)
     shared = own if shared_input is None else shared_input
-    weight = next((p for p in modules[0].parameters()), torch.empty(0))
+    tallies = _tallies(metric, models.num_models if chunks is not None else len(modules))
+    forms = TargetForms(shared_targets)
     correct, counted = 0, 0
     with torch.no_grad(), _eval_mode(modules):
-        for x, y in walk(batches, 0, weight.device):
+        for x, y in walk(batches, 0, modules[0]):
             if chunks is not None:
                 outputs = chunks.call(x, shared)
             else:
                 answers = [call(module, x if shared else part(x, m)) for m, module in enumerate(modules)]
+            if tallies:
+                each = answers if chunks is None else [part(outputs, m) for m in range(len(tallies))]
+                first = first_tensor(each[0])
+                known = forms.of(y, (len(each), *(() if first is None else first.shape)), len(each))
+                for m, (tally, own) in enumerate(zip(tallies, each, strict=True)):
+                    tally.update(own, targets_at(y, known, m))
+                continue
+            if chunks is None:
                 outputs = torch.stack(answers) if all(isinstance(a, Tensor) for a in answers) else None
             counts = count_correct(outputs, y)
             if counts is None:
                 raise ValueError(
                     "Expected outputs [B, K] of one float tensor and whole-numbered labels [B], got outputs "
-                    f"{_describe(outputs)} and labels {_describe(y)}: measure this model in a loop of your own."
+                    f"{_describe(outputs)} and labels {_describe(y)}: pass metric=, a function of one model's outputs "
+                    "and targets."
                 )
             correct, counted = correct + counts[0], counted + counts[1]
+    if tallies:
+        return torch.tensor([float(tally.compute()) for tally in tallies], dtype=torch.float64)
     return correct.double().cpu() / counted.double().cpu()
+
+
+class _Mean:
+    """The mean over batches of what a function of one model's outputs and targets returns."""
+
+    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
+        self.function, self.total, self.count = function, 0.0, 0.0
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        value, first = self.function(outputs, targets), first_tensor(outputs)
+        rows = 1 if first is None or first.ndim == 0 else len(first)
+        try:
+            total, count = map(float, value) if isinstance(value, tuple) else (float(value) * rows, rows)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"Expected a metric that returns one number, or (total, count), got {value!r}: average it."
+            ) from error
+        self.total, self.count = self.total + total, self.count + count
+
+    def compute(self) -> float:
+        return self.total / self.count if self.count else float("nan")
+
+
+def _tallies(metric: Any, num_models: int) -> list[Any]:
+    """Return what adds up each model's measurements; nothing without a metric."""
+    if metric is None:
+        return []
+    if all(callable(getattr(metric, verb, None)) for verb in ("update", "compute")):
+        return [copy.deepcopy(metric) for _ in range(num_models)]
+    if not callable(metric):
+        raise TypeError(f"Expected metric(outputs, targets), got {metric!r}: pass e.g. nn.functional.mse_loss.")
+    return [_Mean(metric) for _ in range(num_models)]
 
 
 def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:

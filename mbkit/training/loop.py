@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_map
 
+from ..batch.context import context_of
 from ..common.checks import open_mappings, whole_number
 from ..common.objects import map_tensors, tensors_of
 
 __all__ = [
     "Pairs", "arguments", "call", "check_run", "check_schedule", "count_steps", "detach", "first_tensor", "goes_on",
-    "make_schedule", "part", "rounds", "walk",
+    "make_schedule", "part", "rounds", "split", "walk",
 ]  # fmt: skip
 
-Pairs = Iterable[tuple[Any, Any]]  # (inputs, targets)
+Pairs = Iterable[Any]  # (inputs, targets), or whatever `split` takes apart
+_TARGETS = ("labels", "label", "targets", "target", "y")
 
 
 def check_run(batches: Any, loss_fn: Any, epochs: Any, scheduler_every: str, walks: int) -> None:
@@ -90,19 +93,20 @@ def check_batches(batches: Any, walks: int) -> None:
         )
 
 
-def walk(batches: Pairs, epoch: int, device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """Yield one epoch's (inputs, targets) with their tensors on `device`.
+def walk(batches: Pairs, epoch: int, model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Yield one epoch's (inputs, targets) with their tensors on the model's device.
 
     Args:
-        batches: an iterable of pairs; where it, its `sampler` or its `batch_sampler` has set_epoch(epoch), as a
-            DistributedSampler has, that is called first.
+        batches: an iterable of what `split` takes apart; where it, its `sampler` or its `batch_sampler` has
+            set_epoch(epoch), as a DistributedSampler has, that is called first.
         epoch: the epoch's number, from 0.
-        device: where the models are.
+        model: one of the models, or a batch of them.
 
     Raises:
-        TypeError: an item that is no pair.
+        TypeError: an item of which it cannot be told what the targets are.
         ValueError: no batch at all.
     """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def move(tree: Any) -> Any:  # a PackedSequence is no tensor, but it can be moved
         open_mappings(tree)
@@ -116,13 +120,7 @@ def walk(batches: Pairs, epoch: int, device: torch.device) -> Iterator[tuple[Any
     empty = not getattr(batches, "resumed", False)  # after a run was saved with the epoch's last batch
     for item in batches:
         empty = False
-        if not isinstance(item, (tuple, list)) or len(item) != 2:
-            got = f"a {type(item).__name__}" + (f" of {len(item)}" if isinstance(item, (tuple, list)) else "")
-            raise TypeError(
-                f"Expected each batch to be a pair (inputs, targets), got {got}: give a model with several inputs "
-                "((input, another), targets)."
-            )
-        yield move(item[0]), move(item[1])
+        yield split(move(item), model)
     if empty:
         raise ValueError(
             f"Expected at least one batch in epoch {epoch}, got none: use a smaller batch size (a loader with "
@@ -130,10 +128,55 @@ def walk(batches: Pairs, epoch: int, device: torch.device) -> Iterator[tuple[Any
         )
 
 
+def split(batch: Any, model: nn.Module) -> tuple[Any, Any]:
+    """Return a batch's inputs and its targets.
+
+    A tuple or list ends with the targets; where several inputs are before them, these are the model's arguments. Of a
+    dict, or another mapping, the targets are what is called labels, label, targets, target or y. The rest are the
+    model's arguments by their names, and so are the targets where the model takes them itself, as Hugging Face's
+    models do. An object with an attribute of such a name, a graph say, is the input as a whole.
+
+    Args:
+        batch: what one step gets.
+        model: one of the models, or a batch of them, of which the arguments' names are read.
+
+    Raises:
+        TypeError: none of these.
+
+    Example:
+        >>> split((1, 2, 3), nn.Identity()), split({"input": 1, "label": 2}, nn.Identity())
+        (((1, 2), 3), ({'input': 1}, 2))
+    """
+    several = type(batch) in (tuple, list) and len(batch) > 2
+    if several or (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        *inputs, targets = batch
+        return tuple(inputs) if several else inputs[0], targets
+    has = batch.__contains__ if isinstance(batch, Mapping) else lambda name: getattr(batch, name, None) is not None
+    names = [name for name in _TARGETS if has(name)]
+    if len(names) == 1 and not isinstance(batch, Mapping):
+        return batch, getattr(batch, names[0])
+    if len(names) == 1:
+        is_input = _takes(model, names[0])
+        return {name: value for name, value in batch.items() if is_input or name != names[0]}, batch[names[0]]
+    got = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+    held = f" with {' and '.join(names)}" if names else f" of {', '.join(batch)}" if isinstance(batch, Mapping) else ""
+    raise TypeError(
+        f"Expected each batch to be a pair (inputs, targets), got {got}{held}: give a model with several inputs "
+        f"(input, another, targets), or a dict in which one of {', '.join(_TARGETS)} is the targets."
+    )
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Say whether a model's forward takes an argument of this name."""
+    forward = (context_of(model).template if hasattr(model, "stacked_params") else model).forward
+    parameters = inspect.signature(forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def rounds(
     batches: Pairs,
     epochs: Iterable[int],
-    device: torch.device,
+    model: nn.Module,
     every: str,
     schedules: Callable[[], Iterable[Any]],
     at_end: Callable[[], None] | None = None,
@@ -143,7 +186,7 @@ def rounds(
     Where the batches don't know their number, a scheduler's step of an epoch is made here, once the epoch is over.
 
     Args:
-        batches, device: as for `walk`. epochs: the epochs' numbers.
+        batches, model: as for `walk`. epochs: the epochs' numbers.
         every: "epoch" or "step", the schedulers' rhythm.
         schedules: returns the schedulers of the models that still train.
         at_end: called when an epoch is over and its schedulers' steps are made.
@@ -153,7 +196,7 @@ def rounds(
     """
     for epoch in epochs:
         count, done = count_steps(batches, 1), 0
-        for x, y in walk(batches, epoch, device):
+        for x, y in walk(batches, epoch, model):
             done += 1
             yield epoch, x, y, every == "step" or done == count
         due = list(schedules()) if every == "epoch" and done != count else []

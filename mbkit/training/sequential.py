@@ -91,7 +91,6 @@ def fit_alone(
     seeds = check_seeds(seeds, num_models)
     each = zip(models, seeds, configs, norms, schedulers, strict=True)
     lones = [LoneTrainer(model, seed, optimizer_cls, *rest) for model, seed, *rest in each]
-    device = next((p.device for model in models for p in model.parameters()), torch.device("cpu"))
     forms = TargetForms(shared_targets)
     settings = LossSettings(loss_settings, loss_fn, num_models)
     losses = [loss_of_model(loss_fn, m, num_models, forms, settings) for m in range(num_models)]
@@ -102,7 +101,7 @@ def fit_alone(
         def schedules() -> list[Any]:
             return [lones[m].schedule for m in going if lones[m].schedule]
 
-        each = rounds(batches, range(epochs), device, scheduler_every, schedules)
+        each = rounds(batches, range(epochs), models[0], scheduler_every, schedules)
         for index, (epoch, *pair, due) in enumerate(each):
             for m in in_turn(list(going)):
                 lone, (x, y) = lones[m], fresh(pair) if len(going) > 1 else pair

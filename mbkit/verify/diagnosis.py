@@ -132,8 +132,7 @@ def diagnose(
     """
     models, configs, seeds = check_arguments(models, configs, batches, loss_fn, steps, seeds)
     recipe = BatchRecipe(optimizer_cls, max_norm, scheduler, shared_input, shared_targets, build)
-    device = next(models[0].parameters()).device
-    data = list(itertools.islice(endless(batches, device), max(steps, 2)))  # experiments make two steps
+    data = list(itertools.islice(endless(batches, models[0]), max(steps, 2)))  # experiments make two steps
     case = Case(recipe, models, configs, seeds, data, loss_fn, dtype)
     for experiment in EXPERIMENTS if case.finite else READINGS:
         found = experiment(case)

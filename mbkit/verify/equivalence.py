@@ -83,13 +83,13 @@ def compare(
         True
     """
     models, configs, seeds = check_arguments(models, configs, batches, loss_fn, steps, seeds)
-    num_models, device = len(models), next(models[0].parameters()).device
+    num_models = len(models)
     norms = [None] * num_models if max_norm is None else norm_limits(max_norm, num_models)
     recipe = BatchRecipe(optimizer_cls, max_norm, scheduler, shared_input, shared_targets, build)
     subject = recipe([copy.deepcopy(model) for model in models], configs, seeds)
-    pairs = ((pair, pair) for pair in endless(batches, device))
+    pairs = ((pair, pair) for pair in endless(batches, models[0]))
     if hasattr(subject, "walk"):  # the batch has an order of its own
-        pairs = zip(endless(batches, device), endless(subject.walk(batches), device), strict=False)
+        pairs = zip(endless(batches, models[0]), endless(subject.walk(batches), models[0]), strict=False)
     settings = zip(models, seeds, configs, norms, strict=True)
     crowd = [_Crowd(model, seed, optimizer_cls, config, norm, scheduler) for model, seed, config, norm in settings]
     forms, rows = TargetForms(shared_targets), []
@@ -246,10 +246,10 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
-def endless(batches: Any, device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """Yield (inputs, targets) on `device`, epoch after epoch."""
+def endless(batches: Any, model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Yield (inputs, targets) on the model's device, epoch after epoch."""
     for epoch in itertools.count():
-        yield from walk(batches, epoch, device)
+        yield from walk(batches, epoch, model)
 
 
 def _relative(ways: Sequence[Tensor], reference: Sequence[Tensor]) -> list[float]:

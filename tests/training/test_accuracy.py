@@ -207,3 +207,58 @@ def test_inside_one_autocast_the_weights_are_those_of_now():
         model(x).sum().backward()  # casts made without gradients must not be used again
     assert model.weight.grad is not None
     assert model.bias.grad is not None
+
+
+class RSquared:
+    """A metric that is no mean over batches, in torchmetrics' form."""
+
+    def __init__(self):
+        self.seen = []
+
+    def update(self, outputs, targets):
+        self.seen.append((outputs, targets))
+
+    def compute(self):
+        out, y = (torch.cat(column) for column in zip(*self.seen, strict=True))
+        return 1 - (out - y).square().sum() / (y - y.mean(0)).square().sum()
+
+
+def share_of_positive(outputs, targets):
+    positive = targets > 0
+    return ((outputs > 0) & positive).sum(), positive.sum()
+
+
+METRICS = {
+    "a mean": (nn.functional.mse_loss, lambda out, y: nn.functional.mse_loss(out, y)),
+    "a python number": (lambda out, y: (out - y).abs().mean().item(), lambda out, y: (out - y).abs().mean()),
+    "total and count": (share_of_positive, lambda out, y: ((out > 0) & (y > 0)).sum() / (y > 0).sum().double()),
+    "an object": (RSquared(), lambda out, y: 1 - (out - y).square().sum() / (y - y.mean(0)).square().sum()),
+}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("wrap", [lambda models, _: models, ModelBatch], ids=["list", "batch"])
+@pytest.mark.parametrize("name", METRICS)
+def test_any_metric(name, wrap, shared):
+    metric, over_all = METRICS[name]
+    models = [net().double() for _ in range(M)]
+    lead = () if shared else (M,)
+    pairs = [(torch.randn(*lead, n, 4).double(), torch.randn(*lead, n, K).double()) for n in (B, B, 3)]
+    got = evaluate(wrap(models, shared), pairs, metric=metric, shared_input=shared)
+    expected = []
+    for m, model in enumerate(models):
+        own = pairs if shared else [(x[m], y[m]) for x, y in pairs]
+        with torch.no_grad():
+            out = torch.cat([model.eval()(x) for x, _ in own])
+        expected.append(over_all(out, torch.cat([y for _, y in own])).item())
+        model.train()
+    assert got.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("metric", "error", "text"),
+    [(3, TypeError, "Expected metric"), (lambda out, y: out, ValueError, "returns one number, or .total, count., got")],
+)
+def test_what_is_no_metric(metric, error, text):
+    with pytest.raises(error, match=text):
+        evaluate(nn.Linear(4, K), [(torch.randn(B, 4), torch.zeros(B))], metric=metric)

@@ -1,5 +1,9 @@
 """What fit and fit_alone refuse, and what they only seem to have to."""
 
+import copy
+from collections import UserDict
+from types import SimpleNamespace
+
 import pytest
 import torch
 from oracle import (
@@ -12,6 +16,7 @@ from oracle import (
     points,
     trained_alone,
 )
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
@@ -48,7 +53,9 @@ REFUSED_BY_BOTH = {
     "a used-up iterator": (TypeError, "used up", lambda: {"batches": iter(points()), "epochs": 2}),
     "a generator": (TypeError, "used up", lambda: {"batches": (pair for pair in points()), "epochs": 2}),
     "no pairs": (TypeError, r"pair \(inputs, targets\), got a Tensor", lambda: {"batches": torch.randn(3, 2)}),
-    "three things": (TypeError, "got a tuple of 3", lambda: {"batches": [(1, 2, 3)]}),
+    "one thing": (TypeError, r"got a list of 1: give .* \(input, another, targets\)", lambda: {"batches": [[1]]}),
+    "no targets": (TypeError, "got a dict of x: .* one of labels, label", lambda: {"batches": [{"x": 1}]}),
+    "two targets": (TypeError, "got a dict with labels and y", lambda: {"batches": [{"x": 1, "y": 2, "labels": 3}]}),
     "no loss": (TypeError, "loss_fn", lambda: {"loss_fn": None}),
     "another rhythm": (ValueError, "scheduler_every", lambda: {"scheduler_every": "batch"}),
     "no scheduler": (TypeError, "callable that makes", lambda: {"scheduler": 0.1}),
@@ -161,3 +168,73 @@ def test_a_loader_that_starts_again_by_itself_is_accepted():
     expected = trained_alone(models, pairs * 2, loss_fn=cross_entropy, configs=CONFIGS)
     fit_alone(models, SGD, CONFIGS, Again(), cross_entropy, 2, seeds=SEEDS)
     assert_same_parameters(models, expected)
+
+
+# ------------------------------------------------------------------ what a batch may look like
+class Masked(nn.Module):
+    """Takes a mask, or the targets, as the libraries' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x, mask=None):
+        return self.fc(x if mask is None else x * mask)
+
+
+class OwnLoss(Masked):
+    def forward(self, x, mask=None, labels=None):
+        out = super().forward(x, mask)
+        return {"loss": None if labels is None else cross_entropy(out, labels), "logits": out}
+
+
+class OfAnything(OwnLoss):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class OfGraphs(Masked):
+    def forward(self, graph):
+        return super().forward(graph.x, graph.mask)
+
+
+def _own(out, y):
+    return out["loss"]
+
+
+def _logits(out, y):
+    return cross_entropy(out["logits"], y)
+
+
+# How a batch of x, mask and y looks -> (the model, the batch, the loss).
+BATCHES = {
+    "a triple": (Masked, lambda x, mask, y: (x, mask, y), cross_entropy),
+    "a list": (Masked, lambda x, mask, y: [x, mask, y], cross_entropy),
+    "a pair with a tuple": (Masked, lambda x, mask, y: ((x, mask), y), cross_entropy),
+    "a dict": (Masked, lambda x, mask, y: {"x": x, "y": y, "mask": mask}, cross_entropy),
+    "a mapping": (Masked, lambda x, mask, y: UserDict(x=x, target=y, mask=mask), cross_entropy),
+    "its own loss": (OwnLoss, lambda x, mask, y: {"x": x, "mask": mask, "labels": y}, _own),
+    "its own loss, wrapped": (OfAnything, lambda x, mask, y: UserDict(x=x, mask=mask, labels=y), _own),
+    "its loss not used": (OwnLoss, lambda x, mask, y: {"x": x, "mask": mask, "labels": y}, _logits),
+    "an object": (OfGraphs, lambda x, mask, y: SimpleNamespace(x=x, mask=mask, y=y), cross_entropy),
+}
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2, 1])
+@pytest.mark.parametrize("form", BATCHES)
+def test_what_a_batch_may_look_like(form, chunk_size):
+    make, formed, loss_fn = BATCHES[form]
+    models = [make() for _ in range(M)]
+    parts = [(x, torch.rand(len(x), 1), y) for x, y in points()]
+    batch, optimizer = batched(models)
+    fit(batch, optimizer, [formed(*each) for each in parts], loss_fn, chunk_size=chunk_size)
+    lone = copy.deepcopy(models)
+    fit_alone(lone, SGD, CONFIGS, [formed(*each) for each in parts], loss_fn)
+    for model, config in zip(models, CONFIGS, strict=True):
+        own = SGD(model.parameters(), **config)
+        for x, mask, y in parts:
+            own.zero_grad()
+            cross_entropy(model.fc(x * mask), y).backward()
+            own.step()
+    assert_same_parameters(list(batch), models)
+    assert_same_parameters(lone, models)
