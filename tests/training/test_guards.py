@@ -397,23 +397,6 @@ def test_tracing_leaves_no_trace(graphs, change):
     assert not graphs
 
 
-@pytest.mark.parametrize("generator", [random, np.random])
-def test_each_model_draws_as_alone_after_a_traced_call(graphs, generator):
-    """Python's and numpy's generators draw for each model; tracing has drawn for none."""
-    torch.manual_seed(0)
-    models, data = [nn.Linear(3, 2).double() for _ in range(M)], batches(3)
-    batch = ModelBatch(models, seeds=range(M))
-    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        history = fit(batch, optimizer, data, draw_of(generator), compile=True, chunk_size=None, progress=False)
-    assert "uncompiled" in "".join(str(w.message) for w in caught)
-    for m, model in enumerate(models):
-        generator.seed(m)
-        losses = train_alone([model], data, loss_fn=draw_of(generator), seeds=None, configs={"lr": RATES[m]})
-        torch.testing.assert_close(history.loss[:, m : m + 1], losses, rtol=1e-9, atol=1e-12)
-
-
 @functools.cache
 def table(size: int) -> Tensor:
     return torch.arange(size, dtype=torch.float64) + 1

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 import warnings
 from collections import UserDict
 from collections.abc import Callable
@@ -57,13 +56,6 @@ class Momentum(Net):
         return super().forward(x) + self.follows(x)
 
 
-class Drops(Net):
-    """Drops its hidden layer by Python's generator."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if random.random() < 0.5 else self.out(nn.functional.pad(x, (0, 1)))
-
-
 class Jacobian(Net):
     """Returns its derivative by torch.func."""
 
@@ -105,7 +97,6 @@ class Smoothed:
 
 HABITS: dict[str, tuple[type[nn.Module], Any, bool]] = {  # the model, what makes its loss, own inputs in a Mapping
     "data assigned": (Momentum, lambda: mse_loss, False),
-    "Python's generator": (Drops, lambda: mse_loss, False),
     "torch.func": (Jacobian, lambda: mse_loss, False),
     "a count in forward": (Counts, lambda: mse_loss, False),
     "a count in the loss": (Net, Annealed, False),

@@ -103,6 +103,7 @@ def test_the_dtypes_and_values_that_it_has_alone(name, shared):
             if b.is_floating_point() or b.is_complex():
                 assert_within_the_noise(a, b, c, size, f"output {i} of model {m}")
         size = largest(expected.grads[m].values())
+        assert got.grads[m].keys() == expected.grads[m].keys()
         for key, b in expected.grads[m].items():
             a = got.grads[m][key]
             assert a.dtype == b.dtype
