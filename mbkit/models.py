@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .common.machine import free_memory
 from .common.random_streams import seeded
 
-__all__ = ["GPT", "MLP", "LSTMClassifier", "LeNet5", "ResNet", "TinyMLP", "build_models", "init_small_normal_"]
+__all__ = ["GPT", "MLP", "LSTMClassifier", "LeNet5", "ResNet", "TinyMLP", "build_models"]
 
 
 class MLP(nn.Module):
@@ -57,7 +57,9 @@ class TinyMLP(MLP):
 
     def __init__(self, sizes: Sequence[int] = (8, 4, 2)) -> None:
         super().__init__(sizes)
-        init_small_normal_(self)
+        for layer in self.layers:
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
 
 
 class LeNet5(nn.Module):
@@ -233,18 +235,3 @@ def build_models(build: Callable[[], nn.Module], seeds: Sequence[int]) -> list[n
                         f"got {len(seeds):,}: train fewer."
                     )
     return models
-
-
-def init_small_normal_(model: nn.Module, std: float = 0.01) -> nn.Module:
-    """Draw each linear layer's weights from N(0, std²) in module order, set its biases to zero, return the model.
-
-    Example:
-        >>> init_small_normal_(nn.Linear(3, 2)).bias.tolist()
-        [0.0, 0.0]
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    return model

@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from mbkit.data import demo_points
-from mbkit.models import MLP, LeNet5, TinyMLP, init_small_normal_
+from mbkit.models import MLP, LeNet5, TinyMLP
 
 
 def plain_tiny_mlp() -> nn.Module:
@@ -25,25 +22,6 @@ def test_tiny_mlp_takes_the_demos_share_of_random_numbers():
     torch.manual_seed(7)
     got = [*(p.detach() for _ in range(2) for p in TinyMLP().parameters()), torch.rand(3)]
     assert all(a.equal(b) for a, b in zip(got, expected, strict=True))
-
-
-def test_the_published_sequential_accuracies():
-    """The demo's first row, by plain PyTorch on our points and networks: 49.3 %, 67.3 %, 80.7 %."""
-    torch.manual_seed(42)
-    loader = DataLoader(TensorDataset(*demo_points()), batch_size=20, shuffle=True)
-    models = [TinyMLP() for _ in range(3)]
-    accuracies = []
-    for model, lr in zip(models, [0.001, 0.01, 0.1], strict=True):
-        optimizer, correct, seen = torch.optim.Adam(model.parameters(), lr=lr), 0, 0
-        for _ in range(3):
-            for x, y in loader:
-                optimizer.zero_grad()
-                outputs = model(x)
-                correct, seen = correct + (outputs.argmax(1) == y).sum().item(), seen + len(y)
-                F.cross_entropy(outputs, y).backward()
-                optimizer.step()
-        accuracies.append(f"{100 * correct / seen:.1f}")
-    assert accuracies == ["49.3", "67.3", "80.7"]
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
@@ -95,10 +73,3 @@ def test_at_rate_0_nothing_is_drawn():
     before = torch.get_rng_state()
     model(x)
     assert torch.get_rng_state().equal(before)
-
-
-def test_small_normal_leaves_other_layers_alone():
-    model = nn.Sequential(nn.Linear(50, 50, bias=False), nn.LayerNorm(50))
-    assert init_small_normal_(model, std=0.5) is model
-    assert 0.4 < model[0].weight.std() < 0.6
-    assert model[1].weight.eq(1).all()
