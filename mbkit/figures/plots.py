@@ -54,9 +54,7 @@ def accuracy(outcome: Any, axes: Axes | None = None) -> Picture:
     return axes.figure
 
 
-def differences(
-    named: Mapping[str, Tensor], title: str = "", quantity: str = "parameter", axes: Axes | None = None
-) -> Picture:
+def differences(named: Mapping[str, Tensor], title: str = "", axes: Axes | None = None) -> Picture:
     """Draw how differences grow, step by step, on a logarithmic axis that is always the same and ends below in zero.
 
     A gray band shows what rounding explains: up to 1e-5 in float32, up to 1e-13 in float64.
@@ -64,7 +62,6 @@ def differences(
     Args:
         named: label to [steps], the largest absolute difference after each step; its dtype is the models'.
         title: over the axes.
-        quantity: of what the differences are, for the axis label.
         axes: where to draw; a picture of its own where absent.
     """
     axes = axes or Picture(8.0, 3.4).subplots()
@@ -81,7 +78,7 @@ def differences(
         axes.axhspan(10.0 ** (low - 1), 10.0**top, color=GRAY, alpha=0.13, linewidth=0)
         axes.text(0.995, 10.0**top, "rounding", transform=axes.get_yaxis_transform(), ha="right", va="top", fontsize=8)
     ticks = range(low, high + 1, 2 if low > -12 else 3)
-    axes.set(yscale="log", xlabel="step", ylabel=f"largest {quantity} difference")
+    axes.set(yscale="log", xlabel="step", ylabel="largest parameter difference")
     axes.set_ylim(10.0 ** (low - 0.5), 10.0 ** (high + 0.5))
     axes.minorticks_off()
     axes.xaxis.get_major_locator().set_params(integer=True)
