@@ -23,6 +23,7 @@ from ..common.functions import at_hand
 from ..common.objects import tensors_of
 from ..vmap import (
     BatchingError,
+    ClosedOutput,
     Failure,
     LayoutMatters,
     ModuleCopy,
@@ -169,7 +170,7 @@ def _keeps(hook: Any) -> bool:
 def _next_slower(error: Exception, slow: set[str], method: str) -> str | None:
     """Return the path of the layer to run model by model after an error; None if there is no wider one to try."""
     paths = [vars(module)["mbkit_path"] for module in running_modules(error.__traceback__)]
-    if not paths and isinstance(error, BatchingError):  # of what the model returned or kept
+    if not paths and isinstance(error, ClosedOutput):
         paths = [""]
     paths = [path or f"{method}()" for path in paths] if method else paths
     first = next((i for i, path in enumerate(paths) if path in slow), len(paths))

@@ -5,7 +5,7 @@ of layers. `in_turn` is the way of last resort: exact whatever is called, at the
 """
 
 from . import rules
-from .errors import BatchingError, call_named, module_path, running_modules
+from .errors import BatchingError, ClosedOutput, call_named, module_path, running_modules
 from .gradients import mark_rows, models_with_gradient, note_models_with_gradient, separate_gradients, watch_backward
 from .in_turn import Failure, call_in_turn, loop_inside
 from .layout import LayoutMatters, is_folded
@@ -22,6 +22,7 @@ __all__ = [
     "HOOKS",
     "OUTPUT",
     "BatchingError",
+    "ClosedOutput",
     "Failure",
     "LayoutMatters",
     "ModuleCopy",

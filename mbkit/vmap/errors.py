@@ -8,11 +8,15 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["PATH", "BatchingError", "call_named", "module_path", "running_modules"]
+__all__ = ["PATH", "BatchingError", "ClosedOutput", "call_named", "module_path", "running_modules"]
 
 
 class BatchingError(RuntimeError):
     """A layer cannot do for M models at once what it does for one; the message names the layer and the way out."""
+
+
+class ClosedOutput(BatchingError):
+    """A model returns an object that cannot be taken apart, and one for all models would not be each model's own."""
 
 
 PATH = "mbkit_path"  # on a module copy: the dotted path of the module that it copies

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from ..common.checks import cut
 from ..common.objects import Opened, flatten, tensors_of, unflatten
 from .differing import Differing
-from .errors import PATH, BatchingError
+from .errors import PATH, BatchingError, ClosedOutput
 from .per_model import PerModel
 from .state import (
     HOOKS,
@@ -183,8 +183,8 @@ def merge(states: Sequence[State], before: State, whole: bool = False) -> tuple[
         The state, `Unfinished` where new tensors belong, and the list of new tensors.
 
     Raises:
-        BatchingError: values that differ where only one can stand; an object in the output that cannot be taken apart,
-            where one stands for all models.
+        BatchingError: values that differ where only one can stand.
+        ClosedOutput: an object in the output that cannot be taken apart, where one would stand for all models.
     """
     known = set(map(id, tensors_in(before)))
     fresh: list[tuple[Tensor, ...]] = []
@@ -218,7 +218,7 @@ def merge(states: Sequence[State], before: State, whole: bool = False) -> tuple[
         flat = [(flatten if key == OUTPUT else tree_flatten)(value) for value in values]
         spec = flat[0][1]
         if key == OUTPUT and len(states) == 1 and not whole and type(spec) is Opened and spec.closed:
-            raise BatchingError(f"it returns a {spec.closed}, which cannot be one object for all models")
+            raise ClosedOutput(f"it returns a {spec.closed}, which cannot be one object for all models")
         if all(other == spec for _, other in flat):
             columns = zip(*(leaves for leaves, _ in flat), strict=True)
             merged[key] = Unfinished([settle(key, column) for column in columns], spec)
