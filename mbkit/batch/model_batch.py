@@ -16,6 +16,7 @@ from .clip import clip_by_norm_, norm_limits
 from .context import CallContext, context_of, model_numbers
 from .each_model import CanApply, reset_each_model
 from .freeze import CanFreeze
+from .habits import notice_mixing
 from .loss import call_losses
 from .loss_settings import LossSettings
 from .methods import CanCall, stand_for_parts
@@ -112,6 +113,14 @@ class ModelBatch(CanCall, CanFreeze, CanApply, CanSelect, CanSave, nn.Module):
     def seeds(self) -> list[int]:
         """The whole numbers from which the models' random streams started, one per model."""
         return list(self.streams.seeds)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Return an iterator over the parameters `[M, ...]`.
+
+        Warns where torch's `clip_grad_norm_` or an optimizer that works by norms walks over them: it mixes the models.
+        """
+        notice_mixing(self.num_models)
+        yield from super().parameters(recurse)
 
     @property
     def stacked_params(self) -> dict[str, nn.Parameter]:

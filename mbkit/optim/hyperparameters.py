@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-__all__ = ["ALL", "SWITCHES", "Columns", "Group", "Hyperparameters", "ModelGroup", "cut", "numbers_of", "plain"]
+__all__ = [
+    "ALL", "SWITCHES", "Columns", "Group", "Hyperparameters", "ModelGroup", "ModelGroups", "cut", "numbers_of", "plain",
+]  # fmt: skip
 
 SWITCHES = ("foreach", "fused", "capturable", "differentiable")
 """Arguments of torch.optim's classes that choose an implementation, not an update."""
@@ -50,6 +55,33 @@ class Group(MutableMapping, dict):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[dict]]:
         return dict, (dict(self),)
+
+
+class ModelGroups(list):
+    """`param_groups` of M models, which says what a scheduler does that is made for one model and sees all.
+
+    Args:
+        groups: of all models.
+        num_models: M.
+    """
+
+    def __init__(self, groups: Iterable[Group], num_models: int) -> None:
+        super().__init__(groups)
+        self._num_models = num_models
+
+    def __len__(self) -> int:
+        reader = sys._getframe(1)
+        if self._num_models > 1 and isinstance(reader.f_locals.get("self"), ReduceLROnPlateau):
+            warnings.warn(
+                f"ReduceLROnPlateau gets one number and lowers the rates of all {self._num_models} models together. "
+                "OptimizerFactory.create_lr_scheduler(optimizer, ReduceLROnPlateau, {...}) makes one for each, and its "
+                "step(losses) takes the M losses.",
+                stacklevel=3,
+            )
+        return super().__len__()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[list]]:
+        return list, (list(self),)
 
 
 class ModelGroup(Group):

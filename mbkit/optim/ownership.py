@@ -9,18 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..batch.habits import warn_of_norms
 from ..common.random_streams import random_state
 from .base import BatchOptimizer
 from .schedulers import ModelOptimizer
 
 __all__ = ["check_scheduler", "check_trains"]
-
-# Classes whose update of one number depends on others in its tensor, by a norm, a mean, a product of matrices.
-_OVER_TENSORS = set(
-    """adafactor adalomo came dadaptadagrad dadaptadam dadaptlion dadaptsgd distributedshampoo fromage fusedlamb
-    fusedlars fusednovograd galoreadamw lamb larc lars lbfgs muon muonwithauxadam novograd nvlamb nvnovograd prodigy
-    shampoo singledevicemuon singledevicemuonwithauxadam sm3 soap""".split()
-)
 
 
 def check_trains(optimizer: Any, batch: nn.Module) -> None:
@@ -43,12 +37,7 @@ def check_trains(optimizer: Any, batch: nn.Module) -> None:
     if any(id(param) in mine for group in groups for param in group["params"]):
         if isinstance(optimizer, BatchOptimizer):
             return
-        if any(cls.__name__.lower() in _OVER_TENSORS for cls in type(optimizer).__mro__):
-            warnings.warn(
-                f"{name} takes norms or means over whole tensors, and the batch's are [{batch.num_models}, ...]: it "
-                f"mixes the models. {create}...) trains each as alone.",
-                stacklevel=3,
-            )
+        warn_of_norms(optimizer, batch.num_models, stacklevel=4)
         if not all(group["params"] for group in groups):
             warnings.warn(
                 f"{name} has a group without parameters. If they were chosen by their dimensions: the batch's have one "

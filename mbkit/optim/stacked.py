@@ -12,7 +12,7 @@ from ..batch.freeze import rows_where
 from ..vmap import models_with_gradient
 from .base import BatchOptimizer, construct, lone_shapes, parameters_of
 from .fused import can_fuse, fused_adam_, prefers_kernel
-from .hyperparameters import ALL, Columns, cut
+from .hyperparameters import ALL, Columns, ModelGroups, cut
 from .rules import RULES, Rule, known_hyperparameters, ruled_class
 
 __all__ = ["StackedOptimizer"]
@@ -63,7 +63,8 @@ class StackedOptimizer(BatchOptimizer):
 
     def _watch_groups(self) -> None:
         self.columns = self._columns_of(self.param_groups)
-        self.param_groups = [group for own in zip(*(c.groups for c in self.columns), strict=True) for group in own]
+        groups = [group for own in zip(*(c.groups for c in self.columns), strict=True) for group in own]
+        self.param_groups = ModelGroups(groups, self.num_models)
 
     def _columns_of(self, groups: Sequence[dict[str, Any]]) -> list[Columns]:
         """Return the columns of M models for each of their G groups."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import BatchOptimizer, construct, parameters_of
-from .hyperparameters import Group, numbers_of, plain
+from .hyperparameters import Group, ModelGroups, numbers_of, plain
 from .lone_calls import CanCallEach, place_of
 
 __all__ = ["ViewsOptimizer"]
@@ -47,7 +47,8 @@ class ViewsOptimizer(CanCallEach, BatchOptimizer):
 
     def _watch_groups(self) -> None:
         params, size = [group["params"] for group in self.param_groups], len(self._names)
-        self.param_groups = [_LoneGroup(self.lone, *divmod(i, size), own) for i, own in enumerate(params)]
+        groups = [_LoneGroup(self.lone, *divmod(i, size), own) for i, own in enumerate(params)]
+        self.param_groups = ModelGroups(groups, self.num_models)
 
     def _update(self, closure: Callable[[], Any] | None) -> Any:
         self._check_current()

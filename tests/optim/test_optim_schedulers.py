@@ -82,6 +82,7 @@ ON = [
 
 
 @pytest.mark.parametrize("selected", [False, True], ids=["all", "then two"])
+@pytest.mark.filterwarnings("ignore:ReduceLROnPlateau gets one number")
 @pytest.mark.parametrize(("name", "cls"), ON)
 def test_one_scheduler_over_all_models(name: str, cls: type, selected: bool) -> None:
     make, rates, numbers = SCHEDULERS[name], set(), list(range(M))

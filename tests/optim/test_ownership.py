@@ -88,7 +88,8 @@ def test_a_scheduler_of_one_model_is_the_optimizers_own():
 @pytest.mark.parametrize("per_model", [False, True])
 def test_plateaus_are_told_the_right_call(per_model):
     batch, optimizer = start()
-    scheduler = sched.ReduceLROnPlateau(optimizer)
+    with pytest.warns(UserWarning, match="lowers the rates of all 4 models together.* makes one for each"):
+        scheduler = sched.ReduceLROnPlateau(optimizer)
     if per_model:
         scheduler = OptimizerFactory.create_lr_scheduler(optimizer, sched.ReduceLROnPlateau, {})
     with pytest.raises(TypeError, match=r"create_lr_scheduler\(optimizer, ReduceLROnPlateau, .*schedulers\.step\("):
@@ -106,15 +107,39 @@ class OwnLamb(Lamb):
 OVER_TENSORS = [optim.Adafactor, Lamb, OwnLamb] + ([optim.Muon] if hasattr(optim, "Muon") else [])
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("cls", OVER_TENSORS)
-def test_norms_over_whole_tensors_are_warned_of(cls):
-    models = [nn.Linear(3, 2, bias=False).double() for _ in range(4)]
-    batch = ModelBatch(models)
-    matrices = [nn.Parameter(batch.weight[0].detach().clone())]  # Muon takes nothing else
-    plain = cls(matrices, lr=0.1) if cls is getattr(optim, "Muon", None) else cls(batch.parameters(), lr=0.1)
-    plain.param_groups[0]["params"][:] = batch.parameters()
-    with pytest.warns(UserWarning, match=rf"{cls.__name__} takes norms or means .* OptimizerFactory\({cls.__name__}\)"):
-        train_steps(batch, plain, batches(own=False), MSE)
+def test_norms_over_whole_tensors_are_warned_of(cls, at_once):
+    """Where it is made of `batch.parameters()`; or else, where the tensors come some other way, when it trains."""
+    batch = ModelBatch([nn.Linear(3, 2, bias=False).double() for _ in range(4)])
+    said = rf"{cls.__name__} takes norms or means .* OptimizerFactory\({cls.__name__}\)"
+    if cls is getattr(optim, "Muon", None) or not at_once:
+        plain = cls([nn.Parameter(batch.weight[0].detach().clone())], lr=0.1)  # Muon takes nothing but matrices
+        plain.param_groups[0]["params"][:] = list(batch.parameters())
+        with pytest.warns(UserWarning, match=said):
+            train_steps(batch, plain, batches(own=False), MSE)
+    else:
+        with pytest.warns(UserWarning, match=said) as told:
+            plain = cls(batch.parameters(), lr=0.1)
+        assert told[0].filename == __file__
+    train_steps(batch, plain, batches(own=False), MSE)  # it is said once
+
+
+def test_torchs_functions_that_mix_the_models_are_warned_of():
+    batch = ModelBatch(build())
+    batch(torch.ones(2, 3).double()).sum().backward()
+    for mixes, instead in (
+        (lambda: nn.utils.clip_grad_norm_(batch.parameters(), 1.0), r"batch\.clip_grad_norm_\(max_norm\)"),
+        (lambda: nn.utils.parameters_to_vector(batch.parameters()), r"for model in batch"),
+    ):
+        with pytest.warns(UserWarning, match=rf"all 4 models .*{instead}") as told:
+            mixes()
+        assert told[0].filename == __file__
+    nn.utils.clip_grad_value_(batch.parameters(), 1.0)
+    optim.Adam(batch.parameters())
+    one = ModelBatch(build(1))
+    one(torch.ones(2, 3).double()).sum().backward()
+    nn.utils.clip_grad_norm_(one.parameters(), 1.0)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])

@@ -120,6 +120,7 @@ def _on_meta():
     return [model.to("meta") for model in classifiers()]
 
 
+@pytest.mark.filterwarnings("ignore:ReduceLROnPlateau gets one number")
 @pytest.mark.parametrize("case", [*REFUSED_BY_BOTH, *REFUSED_BY_FIT])
 def test_fit_refuses(case):
     error, text, changes = (REFUSED_BY_BOTH | REFUSED_BY_FIT)[case]
