@@ -37,6 +37,7 @@ def sweep(
     folder: str | Path | None = None,
     rungs: Sequence[int] = (1,),
     reduction_factor: int | None = 3,
+    patience: int | None = None,
     models_per_batch: int = 64,
     groups: Any = None,
     seeds: Sequence[int] | None = None,
@@ -79,6 +80,7 @@ def sweep(
         folder: where everything is kept; without it, in a temporary one that goes with the result.
         rungs: epochs after which trials are judged, ascending; the last number is how long the best are trained.
         reduction_factor: one in so many goes on from each rung to the next, at least one; None: all of them.
+        patience: drop trials whose score has not improved for so many rungs.
         models_per_batch: how many trials are trained together. Configurations whose models are not alike are put in
             different batches. It is part of the sweep: another number gives other roundings.
         groups: trials that are ranked by the mean of their scores and go on together: the name or a tuple of names in
@@ -124,6 +126,8 @@ def sweep(
     whole_number(max_retries, "max_retries", least=0)
     if reduction_factor is not None:
         whole_number(reduction_factor, "reduction_factor", least=2)
+    if patience is not None:
+        whole_number(patience, "patience")
     if isinstance(score, str) and score not in ("accuracy", "loss"):
         raise ValueError(f"Expected score 'accuracy', 'loss' or a function, got {score!r}.")
     router = Router(build, optimizer_cls)
@@ -141,7 +145,7 @@ def sweep(
     options["shared_targets"] = shared_targets
     asked: dict[str, Any] = {
         "configs": configs, "seeds": seeds, "groups": labels, "rungs": rungs, "reduction_factor": reduction_factor,
-        "models_per_batch": models_per_batch, "optimizer": optimizer_cls, "build": build,
+        "patience": patience, "models_per_batch": models_per_batch, "optimizer": optimizer_cls, "build": build,
         "loss": loss_fn, "score": score, "scheduler": scheduler, "chunk_size": chunk_size, **options,
     }  # fmt: skip
     asked = plain_json(asked)
@@ -163,7 +167,7 @@ def sweep(
             going = list(range(len(configs)))
             for rung in range(len(rungs)):
                 run.train(rung, going, executor, workers)
-                going = promoted(trials, going, labels, rung, reduction_factor)
+                going = promoted(trials, going, labels, rung, reduction_factor, patience)
                 if not going:
                     break
     return SweepResult(trials, task, parts, labels, router)

@@ -214,8 +214,8 @@ def test_all_nan_and_ties_go_by_number() -> None:
     assert tied.best.number == 0
 
 
-def test_a_trial_counts_by_the_best_of_its_rungs_and_a_score_may_be_a_function() -> None:
-    courses = {0: [1, 2, 3, 4, 5], 1: [3, 2, 1, 0, 0], 2: [1, 5, 4, 4, 4], 3: [2, 2, 2, 2, 2]}
+def test_patience_stops_each_trial_by_its_own_course() -> None:
+    courses = {0: [1, 2, 3, 4, 5], 1: [3, 2, 1, 0, 0], 2: [1, 5, 4, 4, 6], 3: [2, 2, 2, 2, 2]}
     asked = iter(range(5))
 
     def score(batch: Any, valid: Any) -> list[float]:
@@ -223,8 +223,8 @@ def test_a_trial_counts_by_the_best_of_its_rungs_and_a_score_may_be_a_function()
         return [courses[seed][rung] for seed in batch.seeds]
 
     result = standard(None, configs=grid(lr=[0.1] * 4), build=partial(Net, 4), seeds=range(4), rungs=(1, 2, 3, 4, 5),
-                      reduction_factor=None, score=score, valid=None, models_per_batch=4)  # fmt: skip
-    assert [trial.epochs for trial in result.trials] == [5] * 4
+                      reduction_factor=None, patience=2, score=score, valid=None, models_per_batch=4)  # fmt: skip
+    assert [trial.epochs for trial in result.trials] == [5, 3, 4, 3]
     assert [trial.score for trial in result.trials] == [5, 3, 5, 2]
     assert result.best.number == 0
     model, _ = alone(partial(Net, 4), 2, lone_optimizer(torch.optim.Adam, {"lr": 0.1}), 2)
