@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,7 @@ def train_alone(
     configs: Any = MOMENTUM,
     schedule: Any = None,
     every: int = 1,
+    autocast: torch.dtype | None = None,
 ) -> Tensor:
     """Train each model as if there were no other, in place, by the plainest loop; return the losses `[steps, M]`.
 
@@ -168,6 +170,7 @@ def train_alone(
         max_norm, configs, schedule: one for all models or a list of M; a schedule is made from the optimizer.
         seeds: model m trains after `torch.manual_seed(seeds[m])`, and likewise for Python's and NumPy's generators.
         every: after how many steps the schedule is stepped.
+        autocast: the dtype in which forward and loss run, with backward and update outside.
     """
 
     def each(value: Any) -> list[Any]:
@@ -185,7 +188,8 @@ def train_alone(
             model.train()
         for step, (x, y) in enumerate(data):
             model.zero_grad()
-            loss = loss_fn(model(x[m] if own else x), y[m] if own else y)
+            with nullcontext() if autocast is None else torch.autocast(x.device.type, autocast):
+                loss = loss_fn(model(x[m] if own else x), y[m] if own else y)
             losses[step, m] = loss.detach()
             if optimizer is not None:
                 loss.backward()

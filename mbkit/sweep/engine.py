@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..common.checks import check_seeds, whole_number
 from ..common.progress import Progress
+from ..vmap import check_autocast
 from .configs import Parts, Router, cut, find_kinds, group_labels
 from .executors import run_jobs
 from .folder import batch_file, locked, plain_json, settle
@@ -47,6 +48,7 @@ def sweep(
     on_nonfinite: str | None = None,
     shared_targets: bool | None = None,
     chunk_size: int | str | None = "auto",
+    autocast: torch.dtype | None = None,
     device: Any = None,
     executor: Any = None,
     max_retries: int = 3,
@@ -87,7 +89,8 @@ def sweep(
             which they differ (`"data_fold"`), or a label for each trial.
         seeds: one per trial; 0, 1, 2 … by default.
         scheduler: a callable that makes an lr scheduler of one model's optimizer; each trial has its own.
-        scheduler_every, max_norm, on_nonfinite, shared_targets, chunk_size: as for `fit`.
+        scheduler_every, max_norm, on_nonfinite, shared_targets, chunk_size, autocast: as for `fit`. Scores are computed
+            without autocast.
         device: where to train; by default where `build` puts the models.
         executor: None to train in this process; any `concurrent.futures.Executor` whose workers see the folder, such as
             Dask's `client.get_executor(pure=False)`; or a Dask Client. Dask replaces workers that die; a pool of
@@ -123,6 +126,7 @@ def sweep(
         raise ValueError("Expected at least one configuration, got none: see grid and sample.")
     rungs = _check_rungs(rungs)
     whole_number(models_per_batch, "models_per_batch")
+    check_autocast(autocast)
     whole_number(max_retries, "max_retries", least=0)
     if reduction_factor is not None:
         whole_number(reduction_factor, "reduction_factor", least=2)
@@ -142,11 +146,12 @@ def sweep(
     seeds = check_seeds(seeds, len(configs))
     labels = group_labels(groups, configs)
     options = {"scheduler_every": scheduler_every, "on_nonfinite": on_nonfinite, "max_norm": max_norm}
-    options["shared_targets"] = shared_targets
+    options |= {"shared_targets": shared_targets, "autocast": autocast}
     asked: dict[str, Any] = {
         "configs": configs, "seeds": seeds, "groups": labels, "rungs": rungs, "reduction_factor": reduction_factor,
         "patience": patience, "models_per_batch": models_per_batch, "optimizer": optimizer_cls, "build": build,
         "loss": loss_fn, "score": score, "scheduler": scheduler, "chunk_size": chunk_size, **options,
+        "autocast": autocast and str(autocast),
     }  # fmt: skip
     asked = plain_json(asked)
     home = Path(tempfile.mkdtemp(prefix="mbkit-sweep-") if folder is None else folder).absolute()

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..vmap import BatchingError
+from ..vmap import BatchingError, autocast_off
 
 __all__ = ["backward_pass", "is_main_thread"]
 
@@ -37,7 +37,8 @@ def backward_pass(losses: Tensor, is_shared: bool = True) -> None:
     watched = is_shared and losses.device.type == "cpu" and is_main_thread()
     before = torch.default_generator.get_state() if watched else None
     try:
-        losses.sum().backward()
+        with autocast_off(losses.device.type):
+            losses.sum().backward()
     except RuntimeError as error:
         if "vmap: called random operation" in str(error):  # an autograd.Function's backward with a vmap rule
             raise BatchingError(_DRAWN) from error

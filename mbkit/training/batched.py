@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..batch.context import context_of
@@ -42,6 +43,7 @@ def fit(
     on_nonfinite: str | None = None,
     chunk_size: int | str | None = "auto",
     compile: bool = False,
+    autocast: torch.dtype | None = None,
     callback: Callable[[Step], bool | None] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | str = "epoch",
@@ -88,6 +90,8 @@ def fit(
         compile: make each step as one function compiled by torch.compile: after half a minute of compilation at most
             far ahead for small models, and ahead for convolutional ones. Where that cannot be, or would not fit into
             memory without chunks, a warning says why and the steps run uncompiled.
+        autocast: torch.bfloat16 to run forward and loss under torch.autocast, backward and update outside it. float16,
+            which needs a scaler, is refused: write that loop yourself, with `mbkit.GradScaler`.
         callback: called with each Step; returning False ends the training. The scheduler's step has been made by then
             (that of an epoch only if the batches know their number). To stop single models, it calls `batch.freeze`.
         checkpoint: a folder to save the run in, and to take it up again from. checkpoint_every: "epoch", or a number of
@@ -128,7 +132,8 @@ def fit(
     _check_batch(batch)
     whole_number(epochs, "epochs")
     total, saver = count_steps(batches, epochs), None
-    options = StepOptions(loss_fn, max_norm, shared_targets, on_nonfinite, chunk_size, compile, loss_settings)
+    how = {"chunk_size": chunk_size, "compile": compile, "autocast": autocast}
+    options = StepOptions(loss_fn, max_norm, shared_targets, on_nonfinite, loss_settings=loss_settings, **how)
     if checkpoint is not None:
         check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
         whole_number(first_epoch, "first_epoch", least=0)
@@ -167,8 +172,8 @@ def train_steps(
 ) -> Iterator[Step]:
     """Train as `fit` does, but yield a Step after each update: the caller can pause between them.
 
-    Args: as for `fit`; `options` are max_norm, shared_targets, on_nonfinite, chunk_size, compile, loss_settings. All
-        are checked at once, training starts with the first `next`.
+    Args: as for `fit`; `options` are max_norm, shared_targets, on_nonfinite, chunk_size, compile, loss_settings,
+        autocast. All are checked at once, training starts with the first `next`.
 
     Example:
         >>> import torch

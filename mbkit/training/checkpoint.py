@@ -180,6 +180,7 @@ class Checkpoint(PositionedBatches):
             **settings,
             "max_norm": repr(options.max_norm),
             "on_nonfinite": options.on_nonfinite,
+            "autocast": options.autocast and str(options.autocast),
             "loss_settings": _of_loss(options, batch.num_models),
             "len(batches)": count_steps(batches, 1),
             "hyperparameters": repr(getattr(optimizer, "configs", getattr(optimizer, "defaults", None))),

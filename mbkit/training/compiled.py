@@ -30,7 +30,7 @@ from ..batch.context import context_of
 from ..batch.loss import call_losses
 from ..common.objects import flatten, unflatten
 from ..optim.hyperparameters import Hyperparameters
-from ..vmap import LayoutMatters, copy_module, read_state, tensors_in
+from ..vmap import LayoutMatters, autocast_off, copy_module, read_state, tensors_in
 from .compilable import CannotCompile, check_memory, check_module, check_step
 from .graph_passes import improve
 from .guards import Guards
@@ -136,9 +136,10 @@ class CompiledStep:
         """Return what the graph takes for granted: when it changes, another graph is needed."""
         forms = tuple(_form(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
         numbers = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-        modes = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype())
+        modes = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+        modes.append(torch.get_default_dtype())
         flags = tuple(columns.on(name) for columns in self.optimizer.columns for name in columns.names)
-        return forms, modes, flags, self._form, repr((spec, numbers))  # a number may have no hash
+        return forms, *modes, flags, self._form, repr((spec, numbers))  # a number may have no hash
 
 
 def _form(tensor: Tensor) -> tuple:
@@ -199,11 +200,13 @@ class _Program:
             self._trace(self._arguments(self._kept, leaves, blank))  # learns what is drawn and what is reached
             operands = self._arguments(self._kept, leaves, blank)
             options = {"triton.cudagraphs": self._kept[0].is_cuda}
-            self._run = torch._inductor.compile(self._trace(operands), operands, options=options)
+            graph = self._trace(operands)
+            with autocast_off(self._kept[0].device.type):  # its casts are in the graph
+                self._run = torch._inductor.compile(graph, operands, options=options)
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def __call__(self, kept: list[Tensor], leaves: list) -> tuple[Tensor, Any]:
-        with torch.no_grad():
+        with torch.no_grad(), autocast_off(kept[0].device.type):
             losses, *outputs = self._run(*self._arguments(kept, leaves, self._step.batch.streams))
         made = iter(outputs)
         leaves = [next(made) if leaf is Tensor else leaf for leaf in self._output_leaves]
@@ -273,16 +276,17 @@ class _Program:
             for path, _, name in before.keys() ^ after.keys() | {k for k in after if after[k] is not before.get(k)}:
                 raise CannotCompile(f"a call assigns '{path}.{name}' anew".replace("'.", "'"))
             losses = call_losses(context, outputs, y, step.options.loss_fn, step.options.forms, step.settings)
-            trained = [i for i, t in enumerate(self._kept) if t.requires_grad]
-            grads = torch.autograd.grad(losses.sum(), [own[i] for i in trained], allow_unused=True)
-        reached = {i: grad for i, grad in zip(trained, grads, strict=True) if grad is not None}
-        if step.options.max_norm is not None:
-            clip_by_norm_(list(reached.values()), norm_limits(step.options.max_norm, whole.num_models), 2.0)
-        place = {id(self._kept[i]): i for i in reached}
-        for params, states, columns, flags in lots:
-            places = [place[id(p)] for p in params]
-            mine = [kept[i] for i in places]
-            rule.update(mine, [reached[i] for i in places], states, Hyperparameters(columns, flags, mine))
+            total, trained = losses.sum(), [i for i, t in enumerate(self._kept) if t.requires_grad]
+        with autocast_off(losses.device.type):
+            grads = torch.autograd.grad(total, [own[i] for i in trained], allow_unused=True)
+            reached = {i: grad for i, grad in zip(trained, grads, strict=True) if grad is not None}
+            if step.options.max_norm is not None:
+                clip_by_norm_(list(reached.values()), norm_limits(step.options.max_norm, whole.num_models), 2.0)
+            place = {id(self._kept[i]): i for i in reached}
+            for params, states, columns, flags in lots:
+                places = [place[id(p)] for p in params]
+                mine = [kept[i] for i in places]
+                rule.update(mine, [reached[i] for i in places], states, Hyperparameters(columns, flags, mine))
         self._reached, self.sources = list(reached), None
         self._masks = [(_form(t)[:4], rates) for t, rates in draws.wanted]
         leaves, self._output_spec = flatten(outputs)

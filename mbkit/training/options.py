@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..batch.loss_settings import LossSettings
 from ..batch.targets import TargetForms
+from ..vmap import check_autocast
 
 __all__ = ["StepOptions"]
 
@@ -23,7 +25,7 @@ class StepOptions:
 
     Raises:
         TypeError, ValueError: `chunk_size` is not "auto", None or a positive whole number; `shared_targets` is not
-            True, False or None; `compile` is not True or False.
+            True, False or None; `compile` is not True or False; `autocast` is not torch.bfloat16 or None.
 
     Example:
         >>> from torch import nn
@@ -39,6 +41,7 @@ class StepOptions:
     chunk_size: int | str | None = "auto"
     compile: bool = False
     loss_settings: Mapping[str, Any] | None = None
+    autocast: torch.dtype | None = None
     forms: TargetForms = field(init=False, repr=False)
 
     def settings_of(self, num_models: int) -> LossSettings | None:
@@ -51,6 +54,7 @@ class StepOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "forms", TargetForms.made_of(self.shared_targets))
+        check_autocast(self.autocast)
         if not isinstance(self.compile, bool):
             raise TypeError(f"Expected compile True or False, got {self.compile!r}: choose one of them.")
         size = self.chunk_size

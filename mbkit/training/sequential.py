@@ -15,6 +15,7 @@ from ..batch.loss_settings import LossSettings
 from ..batch.targets import TargetForms, targets_at
 from ..common.checks import check_seeds, list_of_models, per_model
 from ..common.random_streams import OwnDraws, in_turn
+from ..vmap import autocast_off, autocast_to
 from .evaluation import batch_accuracy
 from .history import History, Step
 from .loop import Pairs, call, check_run, count_steps, detach, first_tensor, make_schedule, part, rounds
@@ -38,6 +39,7 @@ def fit_alone(
     scheduler: Any = None,
     scheduler_every: str = "epoch",
     max_norm: float | Sequence[float] | None = None,
+    autocast: torch.dtype | None = None,
     callback: Callable[[Step], bool | None] | None = None,
     progress: bool = True,
 ) -> History:
@@ -52,7 +54,7 @@ def fit_alone(
         models: M modules, trained in place.
         optimizer_cls: a class of torch.optim.
         configs: its keyword arguments, one dict for all models or a list of M.
-        batches, loss_fn, epochs, scheduler_every, progress: as for `fit`.
+        batches, loss_fn, epochs, scheduler_every, autocast, progress: as for `fit`.
         seeds: one per model; drawn from torch's global generator, as ModelBatch draws them, when absent.
         shared_input: False where inputs are [M, B, ...] and model m gets inputs[m].
         shared_targets: False where targets are [M, B, ...]; told by their shape when absent.
@@ -94,7 +96,7 @@ def fit_alone(
     forms = TargetForms(shared_targets)
     settings = LossSettings(loss_settings, loss_fn, num_models)
     losses = [loss_of_model(loss_fn, m, num_models, forms, settings) for m in range(num_models)]
-    total = count_steps(batches, epochs * num_models)
+    total, precision = count_steps(batches, epochs * num_models), autocast_to(autocast, models[0])
     with Recording(num_models, total, alone=True, progress=progress) as run:
         going = list(range(num_models))
 
@@ -105,7 +107,7 @@ def fit_alone(
         for index, (epoch, *pair, due) in enumerate(each):
             for m in in_turn(list(going)):
                 lone, (x, y) = lones[m], fresh(pair) if len(going) > 1 else pair
-                with whole_update(), lone.draws.current():
+                with whole_update(), lone.draws.current(), precision:
                     start = time.perf_counter()
                     loss, outputs = lone.update(x if shared_input else part(x, m), y, losses[m])
                     seconds = time.perf_counter() - start
@@ -187,10 +189,11 @@ def lone_step(
     optimizer.zero_grad()
     outputs = call(model, x)
     loss = loss_fn(outputs, y)
-    loss.backward()
-    if max_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    optimizer.step()
+    with autocast_off(loss.device.type):
+        loss.backward()
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
     torch.clear_autocast_cache()
     return loss.detach(), detach(outputs)
 

@@ -16,6 +16,7 @@ from ..batch.clip import norm_limits
 from ..batch.freeze import stop_nonfinite
 from ..common.machine import tune_malloc
 from ..optim.base import BatchOptimizer
+from ..vmap import autocast_off, autocast_to
 from .chunks import Chunks
 from .options import StepOptions
 
@@ -49,11 +50,12 @@ def make_update(optimizer: Any, chunks: Chunks, x: Any, y: Any, options: StepOpt
     if isinstance(optimizer, BatchOptimizer) and len(optimizer.parameter_names) < len(chunks.batch.stacked_params):
         chunks.batch.zero_grad()  # else what it does not train adds up from step to step, and clipping would count it
     losses, outputs = chunks.backward(x, y, options)
-    if options.on_nonfinite is not None:
-        stop_nonfinite(chunks.batch, losses, options.on_nonfinite)
-    if options.max_norm is not None:
-        chunks.batch.clip_grad_norm_(options.max_norm)
-    optimizer.step()
+    with autocast_off(losses.device.type):
+        if options.on_nonfinite is not None:
+            stop_nonfinite(chunks.batch, losses, options.on_nonfinite)
+        if options.max_norm is not None:
+            chunks.batch.clip_grad_norm_(options.max_norm)
+        optimizer.step()
     return losses, outputs
 
 
@@ -83,7 +85,7 @@ class Stepper:
         # One model by itself is a chunk of one, whose size needs no choice.
         lone = batch.num_models == 1 or (options.chunk_size == "auto" and weight.is_cpu and _is_wide(batch))
         self._chunks = Chunks(batch, 1 if lone else size)
-        self._compiled = None
+        self._compiled, self._precision = None, autocast_to(options.autocast, batch)
         if options.compile:
             from .compiled import CompiledStep  # its imports take a second, and few runs need them
 
@@ -99,14 +101,15 @@ class Stepper:
 
     def step(self, x: Any, y: Any) -> tuple[Tensor, Any]:
         """Make one update of all models; return the losses [M] and the outputs from before it, detached."""
-        if self._compiled is not None:
-            made = self._compiled.attempt(x, y)
-            if made is not None:
-                self.how = "compiled"
-                return made
-            reason, self._compiled = self._compiled.reason, None
-            warnings.warn(f"compile=True: the steps run uncompiled, because {reason}.", stacklevel=5)
-        made = make_update(self.optimizer, self._chunks, x, y, self.options)
+        with self._precision:
+            if self._compiled is not None:
+                made = self._compiled.attempt(x, y)
+                if made is not None:
+                    self.how = "compiled"
+                    return made
+                reason, self._compiled = self._compiled.reason, None
+                warnings.warn(f"compile=True: the steps run uncompiled, because {reason}.", stacklevel=5)
+            made = make_update(self.optimizer, self._chunks, x, y, self.options)
         self.how = self._chunks.how
         return made
 

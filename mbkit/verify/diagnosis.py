@@ -16,6 +16,7 @@ from ..common.random_streams import seeded
 from ..common.tables import html_table, printable
 from ..data.load import demo_points
 from ..models import MLP
+from ..vmap import autocast_to
 from . import isolation_checks as isolation
 from . import model_checks as each
 from .equivalence import check_arguments, compare, endless
@@ -98,6 +99,7 @@ def diagnose(
     shared_targets: bool | None = None,
     max_norm: Any = None,
     scheduler: Callable[[Any], Any] | None = None,
+    autocast: torch.dtype | None = None,
     build: Recipe | None = None,
     dtype: torch.dtype | None = torch.float64,
 ) -> Diagnosis:
@@ -108,12 +110,13 @@ def diagnose(
     reads parameters, gradients and optimizer states. Then both are trained side by side, as by `compare`.
 
     Args:
-        models, optimizer_cls, configs, batches, loss_fn, seeds, shared_input, shared_targets, max_norm, scheduler: as
-            for `compare`.
+        models, optimizer_cls, configs, batches, loss_fn, seeds, shared_input, shared_targets, max_norm, scheduler,
+            autocast: as for `compare`.
         steps: how many updates are compared side by side.
         build: makes (batch, optimizer), or a `verify.subject.Subject`, from M models, M configs and M seeds: your own
             batch, seen from outside. A `ModelBatch` and mbkit's optimizer where absent.
-        dtype: of the experiments, so that rounding cannot look like a fault; None for the models' own.
+        dtype: of the experiments, so that rounding cannot look like a fault; None for the models' own. autocast leaves
+            float64 alone, so by default it is used side by side only.
 
     Returns:
         A Diagnosis, which shows itself in a notebook and prints in a terminal.
@@ -133,15 +136,16 @@ def diagnose(
     models, configs, seeds = check_arguments(models, configs, batches, loss_fn, steps, seeds)
     recipe = BatchRecipe(optimizer_cls, max_norm, scheduler, shared_input, shared_targets, build)
     data = list(itertools.islice(endless(batches, models[0]), max(steps, 2)))  # experiments make two steps
-    case = Case(recipe, models, configs, seeds, data, loss_fn, dtype)
-    for experiment in EXPERIMENTS if case.finite else READINGS:
-        found = experiment(case)
-        case.findings |= {one.suspect: one for one in (found if isinstance(found, list) else [found])}
+    with autocast_to(autocast, models[0]):
+        case = Case(recipe, models, configs, seeds, data, loss_fn, dtype)
+        for experiment in EXPERIMENTS if case.finite else READINGS:
+            found = experiment(case)
+            case.findings |= {one.suspect: one for one in (found if isinstance(found, list) else [found])}
     findings = {name: finding(name, None, "the models' gradients are no numbers alone either") for name in FAULTS}
     findings |= case.findings
     report = compare(
         models, optimizer_cls, configs, data, loss_fn, steps, seeds, shared_input=shared_input, max_norm=max_norm,
-        scheduler=scheduler, shared_targets=shared_targets, build=recipe,
+        scheduler=scheduler, shared_targets=shared_targets, autocast=autocast, build=recipe,
     )  # fmt: skip
     findings["rounding"] = _rounding(report, any(f.verdict == "guilty" for f in findings.values()))
     return Diagnosis({name: findings[name] for name in (*FAULTS, "rounding")}, report)

@@ -19,14 +19,18 @@ from ..batch.targets import TargetForms
 from ..common.checks import check_seeds, list_of_models
 from ..training.loop import check_run, part, walk
 from ..training.sequential import LoneTrainer, check_configs, fresh, in_turn, loss_of_model, refuse_meta
+from ..vmap import autocast_to
 from .measure import gap
 from .report import EquivalenceReport
 from .subject import BatchRecipe, Recipe
 
 __all__ = ["EquivalenceReport", "Precision", "check_arguments", "compare", "endless"]
 
-# What a lone model is compared with to see how far rounding goes: itself, in another way.
-NOISE = ("channels_last", "last bit")
+# What a lone model is compared with to see how far rounding goes: itself, in another way. "last bits down" is for
+# coarse numbers, whose start is moved by four last bits up and down: there, rounding often turns the sign of the
+# smallest gradients, which Adam makes a whole step of, and one of the two shows it.
+NOISE = ("channels_last", "last bit", "last bits down")
+COARSE_MOVE = 4
 # What is allowed whatever the noise floor is, per dtype: relative to the way that the parameters have come.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -44,6 +48,7 @@ def compare(
     shared_targets: bool | None = None,
     max_norm: Any = None,
     scheduler: Callable[[Any], Any] | None = None,
+    autocast: torch.dtype | None = None,
     build: Recipe | None = None,
 ) -> EquivalenceReport:
     """Train copies of the models in a batch and alone, on the same batches, and report how far apart they get.
@@ -51,7 +56,8 @@ def compare(
     The models are trained in lockstep, each lone one from its own random state, so nothing but the present
     parameters is kept. A lone model is also compared with itself in channels_last memory (where the model can be run
     so, and nothing random is drawn in memory order), and with its start moved by the last bit of the least precise
-    numbers that it computes with, such as bfloat16 under `torch.autocast`: that is the noise floor.
+    numbers that it computes with, such as bfloat16 under `torch.autocast` (there by four last bits, up and down): that
+    is the noise floor.
 
     Args:
         models: M modules; they are not changed.
@@ -65,6 +71,7 @@ def compare(
         shared_targets: False where targets are `[M, B, ...]`; told by their shape when absent.
         max_norm: clip each model's gradient to this norm; one number or one per model.
         scheduler: a callable that makes an lr scheduler from an optimizer; it is stepped after each step.
+        autocast: torch.bfloat16 to train both under torch.autocast, as `fit` does; a step of `build` runs whole in it.
         build: makes (batch, optimizer), or any `verify.subject.Subject`, from M models, M configs and M seeds. It puts
             another batch or optimizer to the test: one of your own, or one of `mbkit.verify.faults`.
 
@@ -95,15 +102,16 @@ def compare(
     forms, rows = TargetForms(shared_targets), []
     loss_fns = [loss_of_model(loss_fn, m, num_models, forms) for m in range(num_models)]
     for pair, fed in itertools.islice(pairs, steps):
-        for m in in_turn(range(-1, num_models)):
-            if m < 0:
-                torch.clear_autocast_cache()  # a batch that others wrote must not see casts of an earlier step either
-                losses = subject.step(*fresh(fed), loss_fn)
-                continue
-            x, y = pair
-            x = x if shared_input else part(x, m)
-            loss = None if losses is None else losses[m]
-            rows.append(crowd[m].step(x, y, loss_fns[m], subject.parameters(m), loss))
+        with autocast_to(autocast, models[0]):
+            for m in in_turn(range(-1, num_models)):
+                if m < 0:
+                    torch.clear_autocast_cache()  # a batch that others wrote must not see casts of an earlier step
+                    losses = subject.step(*fresh(fed), loss_fn)
+                    continue
+                x, y = pair
+                x = x if shared_input else part(x, m)
+                loss = None if losses is None else losses[m]
+                rows.append(crowd[m].step(x, y, loss_fns[m], subject.parameters(m), loss))
 
     names = [name for name in rows[0] if all(name in row for row in rows)]
     # A random mask is drawn in memory order: in another format it is another mask, and tells nothing of rounding.
@@ -152,7 +160,8 @@ class _Crowd:
             expected, _ = self.alone.step(*fresh((x, y)), loss_fn)
         if first:
             self.precision = coarser(self.precision, precision.coarsest)
-            self._others = {kind: _Lone(kind, self._model, *self._how, last=self.precision) for kind in NOISE}
+            kinds = NOISE[:2] if self.precision in TOLERANCE else NOISE
+            self._others = {kind: _Lone(kind, self._model, *self._how, last=self.precision) for kind in kinds}
         reference = self.alone.ways(self.alone.parameters)
         numbers = [mine[name].detach() for name in self.alone.names]
         largest = [gap(a, b).flatten() for a, b in zip(numbers, self.alone.parameters, strict=True)]
@@ -183,9 +192,10 @@ class _Lone(LoneTrainer):
         self.kind, model = kind, copy.deepcopy(model).train()
         if kind == "channels_last":
             model.to(memory_format=torch.channels_last)
-        if kind == "last bit":
+        if kind in NOISE[1:]:
+            move = 1 if last in TOLERANCE else COARSE_MOVE if kind == "last bit" else -COARSE_MOVE
             for p in model.parameters():
-                _move(p.detach(), torch.finfo(coarser(p.dtype.to_real(), last)).eps)
+                _move(p.detach(), move * torch.finfo(coarser(p.dtype.to_real(), last)).eps)
         super().__init__(model, *how)
         self.names = [name for name, _ in model.named_parameters()]
         self._start = [p.clone() for p in self.parameters]
@@ -235,11 +245,11 @@ def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _move(p: Tensor, eps: float) -> None:
-    """Move every number up by its last bit, in place; of complex ones both parts."""
+def _move(p: Tensor, share: float) -> None:
+    """Move every number up by a share of its size, in place; of complex ones both parts."""
     p = torch.view_as_real(p) if p.is_complex() else p
     if p.is_floating_point():
-        p.add_(p.abs(), alpha=eps)
+        p.add_(p.abs(), alpha=share)
 
 
 def _wide(tensor: Tensor) -> Tensor:

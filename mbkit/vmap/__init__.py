@@ -5,6 +5,7 @@ of layers. `in_turn` is the way of last resort: exact whatever is called, at the
 """
 
 from . import rules
+from .autocast import autocast_off, autocast_to, check_autocast
 from .errors import BatchingError, ClosedOutput, call_named, module_path, running_modules
 from .gradients import mark_rows, models_with_gradient, note_models_with_gradient, separate_gradients, watch_backward
 from .in_turn import Failure, call_in_turn, loop_inside
@@ -36,8 +37,11 @@ __all__ = [
     "Streams",
     "as_one_model_sees",
     "as_stacked",
+    "autocast_off",
+    "autocast_to",
     "call_in_turn",
     "call_named",
+    "check_autocast",
     "copy_module",
     "has_grad_hooks",
     "is_folded",

@@ -11,15 +11,15 @@ takes the other path, whose output is float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["call_cast"]
+__all__ = ["autocast_off", "autocast_to", "call_cast", "check_autocast"]
 
 # Operators that run in the low precision; all others that torch registers for autocast run in float32.
 _LOW = """_addmm_activation _convolution _native_multi_head_attention addbmm addmm addmv addr baddbmm bmm chain_matmul
@@ -64,7 +64,7 @@ def call_cast(device: str, run: Callable[..., Any], function: Callable, args: tu
         return run(function, args, kwargs)
     low = torch.get_autocast_dtype(device)
     if policy == "mixed":
-        with _off(device):
+        with autocast_off(device):
             return _mixed(run, function, args, kwargs, low)
     dtype = low if policy == "low" else torch.float32
 
@@ -73,7 +73,7 @@ def call_cast(device: str, run: Callable[..., Any], function: Callable, args: tu
         return t.to(dtype) if right_place else t
 
     args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
-    with _off(device):
+    with autocast_off(device):
         return run(function, args, kwargs)
 
 
@@ -86,10 +86,34 @@ def _mixed(run: Callable[..., Any], function: Callable, args: tuple, kwargs: dic
     return tree_map_only(Tensor, lambda t: t.to(low), run(function, args, kwargs))
 
 
+def check_autocast(dtype: Any) -> None:
+    """Refuse what models cannot be trained in by `torch.autocast` alone (TypeError, ValueError); None is allowed."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"Expected autocast as a dtype or None, got {dtype!r}: pass torch.bfloat16.")
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(
+            f"Expected autocast as torch.bfloat16 or None, got {dtype}: float16 needs a scaler of the losses, so "
+            "write that loop yourself, with torch.autocast and mbkit.GradScaler."
+        )
+
+
+def autocast_to(dtype: torch.dtype | None, model: nn.Module) -> AbstractContextManager:
+    """Return a block under `torch.autocast` of a model's device, to enter as often as you like; for None, of no effect.
+
+    Raises:
+        TypeError, ValueError: as `check_autocast`.
+    """
+    check_autocast(dtype)
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    return nullcontext() if dtype is None else torch.autocast(kind, dtype)
+
+
 @contextmanager
-def _off(device: str) -> Iterator[None]:
+def autocast_off(device: str) -> Iterator[None]:
+    """Switch autocast off for a device type, if it is on: what follows the loss runs outside it, as torch advises."""
+    was = torch.is_autocast_enabled(device)
     torch.set_autocast_enabled(device, False)
     try:
         yield
     finally:
-        torch.set_autocast_enabled(device, True)
+        torch.set_autocast_enabled(device, was)

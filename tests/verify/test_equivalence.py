@@ -197,14 +197,15 @@ class CastsItself(nn.Module):
             return self.inner(x)
 
 
-@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("where", ["around", "inside", "by argument"])
 @pytest.mark.parametrize("kind", ["mlp", "convolution"])
-def test_under_autocast_its_rounding_is_no_difference_and_faults_are_one(kind, inside):
-    models = [CastsItself(kind) for _ in range(M)] if inside else build_models(torch.float32, kind)
+def test_under_autocast_its_rounding_is_no_difference_and_faults_are_one(kind, where):
+    models = [CastsItself(kind) for _ in range(M)] if where == "inside" else build_models(torch.float32, kind)
     arguments = models, torch.optim.SGD, CONFIGS, build_data(torch.float32, kind), F.cross_entropy, STEPS, range(M)
-    with nullcontext() if inside else torch.autocast("cpu", torch.bfloat16):
-        report = compare(*arguments)
-        stale = compare(*arguments, build=plant(BatchRecipe(torch.optim.SGD), "stale-gradients"))
+    how = {"autocast": torch.bfloat16} if where == "by argument" else {}
+    with torch.autocast("cpu", torch.bfloat16) if where == "around" else nullcontext():
+        report = compare(*arguments, **how)
+        stale = compare(*arguments, **how, build=plant(BatchRecipe(torch.optim.SGD), "stale-gradients"))
     report.assert_equivalent()
     assert report.tolerance == 1e-2
     assert stale.verdict.startswith("DIFFERENT: from step 2 on")
