@@ -43,7 +43,8 @@ def stack_models(
     for path, owner in models[0].named_modules():
         for kind in ("_parameters", "_buffers", "__dict__"):
             for name, tensor in getattr(owner, kind).items():
-                if not isinstance(tensor, Tensor) or id(tensor) in replaced:
+                differs = kind == "__dict__" and name in settings.get(path, ())
+                if not isinstance(tensor, Tensor) or id(tensor) in replaced or differs:
                     continue
                 own = [getattr(modules[path], kind)[name] for modules in sources]
                 plain = kind == "__dict__" and id(tensor) not in buffers
@@ -62,7 +63,7 @@ def stack_models(
     memos: list[dict[int, Any]] = [{} for _ in models]  # what one model has in several places stays one object
     for path, own in settings.items():
         for name, values in own.items():
-            numbers = all(isinstance(value, (int, float)) for value in values)
+            numbers = all(isinstance(value, float) for value in values)
             copies = [copy.deepcopy(value, memo) for value, memo in zip(values, memos, strict=True)]
             vars(template.get_submodule(path))[name] = PerModel(copies) if numbers else PerModelValue(copies)
     return template, attributes

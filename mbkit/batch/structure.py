@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..common.functions import at_hand
 
@@ -87,6 +88,9 @@ def _open(value: Any) -> tuple[Any, list[Any]]:
         return None, list(value)
     if isinstance(value, weakref.ReferenceType):
         return None, [value()]
+    if isinstance(value, RemovableHandle):  # which hook it is of how many, whatever the numbers that torch counts by
+        hooks = value.hooks_dict_ref() or {}
+        return list(hooks).index(value.id) if value.id in hooks else None, [list(hooks.values())]
     if inspect.ismethod(value):
         return None, [value.__func__, value.__self__]
     if inspect.isfunction(value):

@@ -6,13 +6,14 @@ import operator
 import re
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..common.checks import did_you_mean, list_of_models, memory_of
+from ..vmap import Absent
 from .stack import may_keep
 from .structure import Comparison, Names, refuse_circles, refuse_references
 
@@ -22,6 +23,8 @@ Settings = dict[str, dict[str, list[Any]]]  # module path -> attribute -> one va
 
 _COMPARED = {"_parameters", "_buffers", "_modules", "training"}  # by `_facts`
 _HOOKS = {name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))}
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN += (type, FunctionType, BuiltinFunctionType, ModuleType)
 _REBUILT = {"_flat_weights", "_flat_weight_refs"}  # what torch's RNNs derive from their parameters
 
 
@@ -58,7 +61,7 @@ def check_models(models: Iterable[nn.Module]) -> tuple[list[nn.Module], Settings
             _compare_attributes(m, path, others[path], module, compared, settings)
     values = [_modules(model) for model in models] if settings else []
     return models, {
-        path: {name: [_setting(getattr(modules_m[path], name)) for modules_m in values] for name in names}
+        path: {name: _column([vars(modules_m[path]).get(name, Absent) for modules_m in values]) for name in names}
         for path, names in settings.items()
     }
 
@@ -217,7 +220,7 @@ def _compare_attributes(
             alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
         else:
             alike = compared.same(a, b)
-            if not alike and _may_differ(a, b):
+            if not alike and (_may_differ(a, b) or _is_own(module, name, a, b, compared)):
                 alike = settings.setdefault(path, {})[name] = True
         if not alike:
             _refuse(m, what, *_contrast(a, b))
@@ -238,18 +241,35 @@ def _may_differ(a: Any, b: Any) -> bool:
 
 
 def _is_plain(value: Any, seen: set[int]) -> bool:
-    """Say whether a value, and all that it holds, is a number, a text, a type, or an object or list of such."""
-    if isinstance(value, (bool, int, float, complex, str, bytes, type, type(None), torch.dtype)) or id(value) in seen:
+    """Say whether nothing that a value holds is a tensor or a module, whose place is another one."""
+    if isinstance(value, _PLAIN) or id(value) in seen or type(value).__module__ in ("typing", "types"):
         return True
     seen.add(id(value))
     if isinstance(value, (dict, list, tuple, set)):
         return all(_is_plain(one, seen) for one in (value.values() if isinstance(value, dict) else value))
-    of_torch = isinstance(value, (Tensor, nn.Module)) or callable(value) or isinstance(value, ModuleType)
-    return hasattr(value, "__dict__") and not of_torch and _is_plain(vars(value), seen)
+    held = getattr(value, "__dict__", None)
+    return isinstance(held, dict) and not isinstance(value, (Tensor, nn.Module)) and _is_plain(held, seen)
 
 
-def _setting(value: Any) -> Any:
-    return float(value) if isinstance(value, int) else value
+def _is_own(module: nn.Module, name: str, a: Any, b: Any, compared: Comparison) -> bool:
+    """Say whether an attribute of the user's own class may differ: a whole number, a text, or what a call fills in.
+
+    Calls fill in flags and tables where nothing was. All models at once cannot read such an attribute, so a layer that
+    does runs model by model.
+    """
+    if type(module).__module__.startswith("torch.") or hasattr(type(module), name):
+        return False
+    filled = [value for value in (a, b) if value is not None and value is not False]
+    if len(filled) == 1:
+        known = compared.names_a.keys() | compared.names_b.keys()
+        return filled[0] is True or (isinstance(filled[0], Tensor) and filled[0].is_leaf and id(filled[0]) not in known)
+    return {type(a), type(b)} in ({int}, {str})
+
+
+def _column(values: list[Any]) -> list[Any]:
+    """Return M values of a setting, as floats where one of them is."""
+    is_number = any(isinstance(value, float) for value in values)
+    return [float(value) if is_number else value for value in values]
 
 
 def _refuse(m: int, what: str, got: Any, expected: Any) -> None:

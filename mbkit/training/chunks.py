@@ -176,7 +176,7 @@ class Chunks:
             return
         if not shared_input:
             check_inputs(tree_leaves(inputs), self.num_models)
-        before, after, sizes, stop = read_state(whole.template), [], [], 0
+        before, after, sizes, changed, stop = read_state(whole.template), [], [], set(), 0
         self.how = "in chunks"  # the first call chooses the size
         if self.size is not None:
             short = ", because memory is short" if self._memory_is_short else ""
@@ -190,9 +190,10 @@ class Chunks:
                     args, kwargs = inputs if shared_input else tree_map_only(Tensor, partial(_rows, models), inputs)
                     yield models, chunk, self._measured(chunk, args, kwargs, shared_input)
                     now = read_state(chunk.template)
-                    after.append({key: value for key, value in now.items() if value is not given.get(key)})
+                    after.append(now)
+                    changed |= {key for key, value in now.items() if value is not given.get(key)}
                     sizes.append(chunk.num_models)
-        keep_state(whole, before, after, sizes)
+        keep_state(whole, before, after, sizes, changed)
 
     def _measured(self, chunk: CallContext, args: tuple, kwargs: dict, shared_input: bool) -> Any:
         """Call a chunk; choose the size by the bytes of the first one."""

@@ -34,11 +34,13 @@ def _joined(column: tuple, sizes: list[int], what: str, numbers: type = PerModel
         return torch.cat(column)
     if all(leaf is column[0] for leaf in column):
         return column[0]
-    if any(isinstance(leaf, Tensor) for leaf in column):
+    if any(isinstance(leaf, Tensor) for leaf in column) and not any(isinstance(v, PerModelValue) for v in column):
         raise BatchingError(f"{what} is a tensor in one chunk of models and another value in the next")
-    each = [v.values if type(v) in (PerModel, PerModelValue) else [v] * n for v, n in zip(column, sizes, strict=True)]
-    values = [value for own in each for value in own]
-    if all(value is values[0] or value == values[0] for value in values):
+    values: list[Any] = []
+    for value, size in zip(column, sizes, strict=True):
+        is_own = type(value) in (PerModel, PerModelValue)
+        values += value.values if is_own else value if isinstance(value, Tensor) else [value] * size
+    if all(v is values[0] or (not isinstance(v, Tensor) and v == values[0]) for v in values):
         return values[0]
     return (numbers if all(isinstance(value, (int, float)) for value in values) else PerModelValue)(values)
 
@@ -95,9 +97,13 @@ class Gradients:
             note_models_with_gradient(parameter.grad, [flag for part in flags for flag in part])
 
 
-def keep_state(context: CallContext, before: dict, after: list[dict], sizes: list[int]) -> None:
-    """Put together what the calls of chunks of `sizes` models assigned anew, and keep it in the batch."""
-    changed = {key for state in after for key in state}
+def keep_state(context: CallContext, before: dict, after: list[dict], sizes: list[int], changed: set[tuple]) -> None:
+    """Put together what the calls of chunks of `sizes` models assigned anew, and keep it in the batch.
+
+    Args:
+        before, after: the batch's state before the calls, and each chunk's after its own.
+        changed: what one of the calls has assigned.
+    """
     fresh: dict[int, Tensor] = {}
 
     def join(key: tuple, name: str, column: tuple) -> Any:

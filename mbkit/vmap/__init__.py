@@ -15,13 +15,14 @@ from .module_copy import ModuleCopy, copy_module, materialize, merge
 from .per_model import PerModel
 from .registry import Pass
 from .snapshot import has_grad_hooks, place, version
-from .state import HOOKS, OUTPUT, OnStack, PerModelValue, State, read_state, tensors_in, write_state
+from .state import HOOKS, OUTPUT, Absent, OnStack, PerModelValue, State, read_state, tensors_in, write_state
 from .streams import SharedDraw, Streams
 from .unwrap import as_one_model_sees, as_stacked, stack_alike
 
 __all__ = [
     "HOOKS",
     "OUTPUT",
+    "Absent",
     "BatchingError",
     "ClosedOutput",
     "Failure",

@@ -10,10 +10,12 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from .errors import BatchingError
 from .per_model import PerModel, agreed
 
-__all__ = ["Differing"]
+__all__ = ["Differing", "Guarded", "can_be_opened"]
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _OPENED = (dict, list)
@@ -76,17 +78,45 @@ class Differing:
     __hash__ = None
 
 
+class Guarded(dict):
+    """A module copy's parameters, where torch looks for what is no attribute: to look for a name that differs raises.
+
+    Args:
+        parameters: of one model.
+        differing: attributes that have another value in each model, by their names.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any], differing: Mapping[str, Sequence[Any]]) -> None:
+        super().__init__(parameters)
+        self._differing = differing
+
+    def __contains__(self, name: Any) -> bool:
+        if name in self._differing:
+            _read(list(self._differing[name]), name)
+        return super().__contains__(name)
+
+
+def can_be_opened(values: Sequence[Any]) -> bool:
+    """Say whether values are objects or dicts of one type, of which single entries can be read."""
+    first = values[0]
+    kept = type(first) in _OPENED or (
+        hasattr(first, "__dict__") and not isinstance(first, Tensor) and not callable(first)
+    )
+    return kept and all(type(value) is type(first) for value in values)
+
+
 def _read(values: list[Any], name: str) -> Any:
     first = values[0]
     if all(value is first for value in values):
         return first
     if all(type(value) is type(first) for value in values):
-        if type(first) in _OPENED or (hasattr(first, "__dict__") and not callable(first)):
+        if can_be_opened(values):
             return Differing(values, name)
         if type(first) in _SIMPLE and all(value == first for value in values):
             return first
         if isinstance(first, tuple) and len({len(value) for value in values}) == 1:
-            return type(first)(_read(list(column), name) for column in zip(*values, strict=True))
+            parts = [_read(list(column), name) for column in zip(*values, strict=True)]
+            return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     if {type(value) for value in values} in ({float}, {float, int}):
         return PerModel(values)
     m = next(m for m, value in enumerate(values) if value is not first and (type(value), value) != (type(first), first))

@@ -16,13 +16,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from ..common.checks import cut
 from ..common.objects import Opened, flatten, tensors_of, unflatten
-from .differing import Differing
+from .differing import Differing, Guarded, can_be_opened
 from .errors import PATH, BatchingError, ClosedOutput
 from .per_model import PerModel
 from .state import (
     HOOKS,
     OUTPUT,
     PLAIN,
+    Absent,
     Key,
     OnStack,
     PerModelValue,
@@ -74,6 +75,7 @@ class ModuleCopy:
         self._before, self._own, self._m = before, own, m
         self._picked: list[Any] = []  # values that are the model's own
         self._given: dict[Key, Any] = {}  # before the call: leaves as they are, else leaves, structure, held inside
+        self._missing: list[Key] = []  # attributes of the module that the copy is without
         self._origins: dict[int, Tensor] = {}  # from the id of a tensor in the copy to the one in the module
         self._copies = {id(module): object.__new__(type(module)) for module in before.modules.values()}
         for path, module in before.modules.items():
@@ -83,11 +85,17 @@ class ModuleCopy:
                 mine.setdefault(PATH, path)
             mine["_modules"] = {name: self._copies.get(id(child), child) for name, child in module._modules.items()}
             settings = {name: self._pick(v, name) for name, v in mine.items() if isinstance(v, _PER_MODEL)}
+            hidden = {name: vars(module)[name].values for name in settings if self._must_hide(module, name)}
             mine.update(settings)
+            for name in [name for name, value in settings.items() if name in hidden or value is Absent]:
+                self._missing.append((path, "__dict__", name))
+                del mine[name]
             for store in ("_parameters", "_buffers"):
                 mine[store] = {name: t if t is None else self._tensor(t) for name, t in mine[store].items()}
                 self._given.update({(path, store, name): t for name, t in mine[store].items()})
-            for name in own_attributes(module):
+            if hidden:
+                mine["_parameters"] = Guarded(mine["_parameters"], hidden)
+            for name in filter(mine.__contains__, own_attributes(module)):
                 if name not in settings and not isinstance(mine[name], PLAIN):
                     mine[name] = tree_map(self._follow, mine[name])
                 self._given[path, "__dict__", name] = mine[name]
@@ -117,6 +125,12 @@ class ModuleCopy:
         if self._m == _ALL and isinstance(value, PerModelValue):
             return Differing(value.values, name)
         return type(value)(value.values[self._m])
+
+    def _must_hide(self, module: nn.Module, name: str) -> bool:
+        """Say whether all models at once must not read an attribute, for it has no form that stands for all of them."""
+        value = vars(module)[name]
+        at_once = self._m == _ALL and isinstance(value, PerModelValue) and not hasattr(type(module), name)
+        return at_once and not can_be_opened(value.values)
 
     def _shared_inside(self, leaves: list) -> list:
         """Return what objects that are not the model's own hold."""
@@ -166,6 +180,8 @@ class ModuleCopy:
         for path, module in after.modules.items():  # a method may put layers into another mode
             if path in self._before.modules and module.training != self._before.modules[path].training:
                 after[path, "__dict__", "training"] = module.training
+        for key in filter(self._before.__contains__, self._missing):
+            after.setdefault(key, self._before[key])
         after[OUTPUT] = output
         return after
 

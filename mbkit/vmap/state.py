@@ -14,8 +14,8 @@ from ..common.objects import PerModelValue
 from .errors import PATH, BatchingError
 
 __all__ = [
-    "HOOKS", "OUTPUT", "PLAIN", "Key", "OnStack", "PerModelValue", "State", "dotted", "is_leaf", "own_attributes",
-    "read_state", "tensors_in", "write_state",
+    "HOOKS", "OUTPUT", "PLAIN", "Absent", "Key", "OnStack", "PerModelValue", "State", "dotted", "is_leaf",
+    "own_attributes", "read_state", "tensors_in", "write_state",
 ]  # fmt: skip
 
 Key = tuple[str, str, str]  # module path, "_parameters", "_buffers" or "__dict__", name
@@ -28,6 +28,10 @@ PLAIN = (int, float, bool, str, type(None), complex, bytes, torch.Size, torch.dt
 
 class OnStack(partial):
     """Stands on a module that holds stacks, in place of a method that would take them for one model's tensors."""
+
+
+class Absent:
+    """Stands for an attribute that a model does not have."""
 
 
 class State(dict[Key, Any]):

@@ -106,3 +106,51 @@ def test_the_faster_way_is_chosen(make, count, fused, monkeypatch):
     assert bool(seen) == fused
     if fused:
         assert torch.equal(outputs[1], models[1](x)[0])
+
+
+class Packed(nn.Module):
+    """Packs sequences of several lengths, as is the custom, or gets them packed."""
+
+    def __init__(self, kind: str, sort: bool) -> None:
+        super().__init__()
+        self.first, self.sort = nn.Linear(WIDTH, WIDTH), sort
+        self.rnn = KINDS[kind](batch_first=True, num_layers=2, bidirectional=True)
+        self.last = nn.Linear(2 * H, 3)
+
+    def forward(self, x, lengths=None):
+        packed = x
+        if lengths is not None:
+            packed = nn.utils.rnn.pack_padded_sequence(self.first(x), lengths, True, enforce_sorted=not self.sort)
+        out, total = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True, padding_value=0.5)
+        return self.last(out).sum(1) / total[:, None]
+
+
+@pytest.mark.filterwarnings("ignore:'rnn' .* runs model by model")
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("kind", "sort"), [("LSTM", True), ("GRU", False)])
+def test_packed_sequences(kind, sort, own):
+    """Packing, padding and what is around them run for all models at once, where the lengths are one for all."""
+    models = [Packed(kind, sort).double() for _ in range(M)]
+    lengths = torch.tensor([2, T, 1, T - 1] if sort else [T, T, 2, 1])
+    x = torch.randn(*([M] if own else []), 4, T, WIDTH, dtype=torch.float64)
+    batch = ModelBatch(models, shared_input=not own)
+    got = batch(x, lengths.expand(M, 4) if own else lengths)
+    assert batch.model_by_model == ({"rnn"} if own else set())
+    got.square().sum().backward()
+    for m, model in enumerate(models):
+        expected = model(x[m] if own else x, lengths)
+        close(got[m], expected, 1e-12)
+        expected.square().sum().backward()
+        for name, p in model.named_parameters():
+            close(batch.stacked_params[name].grad[m], p.grad, 1e-10, name)
+
+
+def test_a_packed_sequence_is_an_input():
+    models = [Packed("GRU", True).double() for _ in range(M)]
+    lengths, x = torch.tensor([2, T, 1, T - 1]), torch.randn(4, T, WIDTH, dtype=torch.float64)
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, True, enforce_sorted=False)
+    batch = ModelBatch(models)
+    got = batch(packed)
+    assert batch.model_by_model == set()
+    for m, model in enumerate(models):
+        close(got[m], model(packed), 1e-12)

@@ -6,9 +6,10 @@ What a call reads and cannot be routed runs model by model, and each model is st
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Union
 
 import pytest
 import torch
@@ -87,13 +88,8 @@ USES: dict[str, tuple[Callable[[Net, Tensor], Tensor], bool]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*model by model", "ignore:compile=True")
-@pytest.mark.usefixtures("graphs")
-@pytest.mark.parametrize("road", ROADS)
-@pytest.mark.parametrize("use", USES)
-def test_each_model_by_its_own(use: str, road: str) -> None:
-    run, at_once = USES[use]
-    models = [Net(m, run).double() for m in range(M)]
+def trained_both_ways(models: list[nn.Module], road: str) -> ModelBatch:
+    """Train a batch of the models, and the models alone; compare."""
     batch = ModelBatch(copy.deepcopy(models), seeds=SEEDS)
     kind = {"dtype": torch.float64}
     data = [(torch.randn(5, 4, **kind), torch.randn(5, 2, **kind)) for _ in range(STEPS)]
@@ -101,6 +97,17 @@ def test_each_model_by_its_own(use: str, road: str) -> None:
     fit(batch, optimizer, data, nn.functional.mse_loss, progress=False, **ROADS[road])
     train_alone(models, data, seeds=SEEDS, configs={"lr": RATE})
     assert_same_parameters(list(batch), models, 1e-11)
+    return batch
+
+
+@pytest.mark.filterwarnings("ignore:.*model by model", "ignore:compile=True")
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("use", USES)
+def test_each_model_by_its_own(use: str, road: str) -> None:
+    run, at_once = USES[use]
+    models = [Net(m, run).double() for m in range(M)]
+    batch = trained_both_ways(models, road)
     if road == "at once":
         assert (batch.model_by_model == set()) == at_once
     for lone, model in zip(batch, models, strict=True):  # what is taken out has its own again
@@ -142,3 +149,77 @@ def test_no_number_for_all_is_read_from_one_that_differs():
         with pytest.raises(BatchingError):
             read(number)
     assert isinstance(number, float)
+
+
+# ------------------------------------------------------------------ what stands there, and what calls have filled in
+class Signature(NamedTuple):
+    names: dict[str, Any]
+    returns: Any
+
+
+class Inspector:
+    """Looks up what a class's functions take, and remembers it: the first one in a process has more to look up."""
+
+    def __init__(self, first: bool) -> None:
+        self.sources = {"forward": "def forward"} if first else {}
+        self.signatures = {"scaled": Signature({"x": Union[Tensor, int], "by": list[int]}, inspect.signature)}  # noqa: UP007 - as typing makes them
+
+    def taken(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {name: given[name] for name in self.signatures.get("scaled").names if name in given}
+
+
+class Lazy(nn.Module):
+    """Notes its name, and keeps what calls have filled in: a table, a flag, an attribute that was not there."""
+
+    def __init__(self, m: int, read: str = "") -> None:
+        super().__init__()
+        self.fc, self.index, self.name, self.read = nn.Linear(4, 2).double(), m, f"net {m}", read
+        self.table, self.looked_up = None, Inspector(m == 0)
+        self._handle = self.fc.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(**self.looked_up.taken({"input": x})) if self.read == "signature" else self.fc(x)
+        if self.read == "table":
+            self.table = torch.full((2,), 3.0, dtype=x.dtype) if self.table is None else self.table
+            return y * self.table
+        if self.read == "flag" and not getattr(self, "_installed", False):
+            self._installed = True
+        return y * (1 + self.index) if self.read == "index" else y * len(self.name) if self.read == "name" else y
+
+
+@pytest.mark.filterwarnings("ignore:.*model by model")
+@pytest.mark.parametrize("road", ["at once", "chunks", "one by one"])
+@pytest.mark.parametrize("called", [[], [0], [1], [0, 1, 3]])
+@pytest.mark.parametrize("read", ["", "index", "name", "table", "flag"])
+def test_what_differs_matters_where_it_is_read(read: str, called: list[int], road: str) -> None:
+    models = [Lazy(m, read) for m in range(M)]
+    for m in called:
+        models[m](torch.ones(3, 4).double())
+    batch = trained_both_ways(models, road)
+    if road == "at once":
+        fast = read not in ("index", "name") and (read == "" or not called)
+        assert (batch.model_by_model == set()) == fast
+    for lone, model in zip(batch, models, strict=True):
+        assert (lone.index, lone.name, lone.__dict__.keys()) == (model.index, model.name, model.__dict__.keys())
+
+
+def test_what_differs_is_named_where_it_is_read() -> None:
+    with pytest.warns(UserWarning, match="model by model: .*it reads 'index', which is 0 for model 0 and 1 for"):
+        ModelBatch([Lazy(m, "index") for m in range(2)])(torch.ones(3, 4).double())
+
+
+def test_an_object_that_remembers_what_it_has_looked_up() -> None:
+    names = {"input": Union[Tensor, int], "by": list[int]}  # noqa: UP007 - as typing makes them
+    models = [Lazy(m, "signature") for m in range(M)]
+    for model in models:
+        model.looked_up.signatures["scaled"] = Signature(dict(names), inspect.signature)
+    batch, x = ModelBatch(models), torch.randn(3, 4).double()
+    torch.testing.assert_close(batch(x), torch.stack([model(x) for model in models]))
+    assert batch.model_by_model == set()
+
+
+def test_a_table_that_is_a_registered_tensor_is_refused() -> None:
+    models = [Lazy(m) for m in range(2)]
+    vars(models[1])["table"] = models[1].fc.bias
+    with pytest.raises(ValueError, match="another 'table'"):
+        ModelBatch(models)
