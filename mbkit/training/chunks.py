@@ -25,7 +25,7 @@ from ..batch.model_batch import ModelBatch
 from ..batch.targets import targets_at
 from ..common.checks import check_inputs, check_output, open_mappings
 from ..common.machine import free_memory
-from ..vmap import HOOKS, copy_module, has_grad_hooks, read_state
+from ..vmap import HOOKS, SharedObjects, copy_module, has_grad_hooks, read_state
 from .backward import backward_pass, is_main_thread
 from .gather import Gradients, join_outputs, keep_state
 from .loop import arguments, call, detach, first_tensor
@@ -177,6 +177,8 @@ class Chunks:
         if not shared_input:
             check_inputs(tree_leaves(inputs), self.num_models)
         before, after, sizes, changed, stop = read_state(whole.template), [], [], set(), 0
+        shared, assigned = SharedObjects(), []
+        shared.note(tree_leaves(list(before.values())))
         self.how = "in chunks"  # the first call chooses the size
         if self.size is not None:
             short = ", because memory is short" if self._memory_is_short else ""
@@ -189,10 +191,12 @@ class Chunks:
                     given = read_state(chunk.template)
                     args, kwargs = inputs if shared_input else tree_map_only(Tensor, partial(_rows, models), inputs)
                     yield models, chunk, self._measured(chunk, args, kwargs, shared_input)
+                    assigned.append(shared.take_back())
                     now = read_state(chunk.template)
                     after.append(now)
                     changed |= {key for key, value in now.items() if value is not given.get(key)}
                     sizes.append(chunk.num_models)
+        SharedObjects.keep(assigned)
         keep_state(whole, before, after, sizes, changed)
 
     def _measured(self, chunk: CallContext, args: tuple, kwargs: dict, shared_input: bool) -> Any:

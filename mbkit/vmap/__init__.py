@@ -14,6 +14,7 @@ from .mode import RuleMode
 from .module_copy import ModuleCopy, copy_module, materialize, merge
 from .per_model import PerModel
 from .registry import Pass
+from .shared_objects import SharedObjects
 from .snapshot import has_grad_hooks, place, version
 from .state import HOOKS, OUTPUT, Absent, OnStack, PerModelValue, State, read_state, tensors_in, write_state
 from .streams import SharedDraw, Streams
@@ -34,6 +35,7 @@ __all__ = [
     "PerModelValue",
     "RuleMode",
     "SharedDraw",
+    "SharedObjects",
     "State",
     "Streams",
     "as_one_model_sees",

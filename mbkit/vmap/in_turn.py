@@ -19,6 +19,7 @@ from .layout import check_order
 from .module_copy import ModuleCopy, materialize, merge
 from .per_model import PerModel
 from .registry import Pass
+from .shared_objects import SharedObjects
 from .snapshot import version
 from .state import OUTPUT, State, read_state, tensors_in, write_state
 from .unwrap import call_unwrapped, stack_alike
@@ -150,6 +151,8 @@ def call_in_turn(
                     tensor = tensor.data.clone()  # what has grown in place reaches into the next model's
                 columns[i].append(tensor)
             states.append(copies[-1].state_after(output, edited))
+        if not failures:
+            SharedObjects.keep([copied.assigned for copied in copies])
         for state in states if failures else ():
             state[OUTPUT] = None
         for i in moved:

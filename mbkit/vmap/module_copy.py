@@ -19,6 +19,7 @@ from ..common.objects import Opened, flatten, tensors_of, unflatten
 from .differing import Differing, Guarded, can_be_opened
 from .errors import PATH, BatchingError, ClosedOutput
 from .per_model import PerModel
+from .shared_objects import SharedObjects, is_object
 from .state import (
     HOOKS,
     OUTPUT,
@@ -37,7 +38,6 @@ from .state import (
 
 __all__ = ["ModuleCopy", "copy_module", "materialize", "merge"]
 
-_FOLLOWED = (Tensor, nn.Module, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
 _PER_MODEL = (PerModel, PerModelValue)
 _ALL, _NEW = slice(None), object()
 
@@ -69,12 +69,14 @@ class ModuleCopy:
 
     Attributes:
         module: the copy; None of a state without modules.
+        assigned: after one model's call, what it has assigned in shared objects; see `SharedObjects`.
     """
 
     def __init__(self, before: State, own: dict[int, Tensor], m: int | slice = _ALL, alone: bool = False) -> None:
         self._before, self._own, self._m = before, own, m
         self._picked: list[Any] = []  # values that are the model's own
         self._given: dict[Key, Any] = {}  # before the call: leaves as they are, else leaves, structure, held inside
+        self._shared, self.assigned = SharedObjects(), {}
         self._missing: list[Key] = []  # attributes of the module that the copy is without
         self._origins: dict[int, Tensor] = {}  # from the id of a tensor in the copy to the one in the module
         self._copies = {id(module): object.__new__(type(module)) for module in before.modules.values()}
@@ -134,8 +136,9 @@ class ModuleCopy:
 
     def _shared_inside(self, leaves: list) -> list:
         """Return what objects that are not the model's own hold."""
-        objects = (leaf for leaf in leaves if hasattr(leaf, "__dict__") and not isinstance(leaf, _FOLLOWED))
-        shared = [found for found in objects if not any(found is one for one in self._picked)]
+        shared = [leaf for leaf in leaves if is_object(leaf) and not any(leaf is one for one in self._picked)]
+        if isinstance(self._m, int):
+            self._shared.note(shared)
         return [leaf for found in shared for leaf in tree_leaves(vars(found))]
 
     def _tensor(self, tensor: Tensor) -> Tensor:
@@ -154,6 +157,7 @@ class ModuleCopy:
             BatchingError: the call kept something in an object that the models share. Under vmap all models make the
                 same of such an object, if it is no tensor.
         """
+        self.assigned = self._shared.take_back()
         origins = {i: t for i, t in self._origins.items() if i not in edited} if edited else self._origins
         after = read_state(self.module) if self.module is not None else State()
         for key, value in after.items():
@@ -167,7 +171,7 @@ class ModuleCopy:
             now = self._shared_inside(leaves)
             changed = [v for v in now if not any(v is w for w in inside)]
             alike = isinstance(self._m, slice) and not any(isinstance(v, Tensor) for v in changed)
-            if len(now) != len(inside) or (changed and not alike):
+            if (changed or len(now) != len(inside)) and not alike:
                 raise BatchingError(
                     f"'{dotted(key)}' holds an object that all models share, and a call keeps a value in it: "
                     "keep it in a buffer, an attribute, a list or a dict of the module instead"

@@ -9,6 +9,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Union
 
 import pytest
@@ -223,3 +224,36 @@ def test_a_table_that_is_a_registered_tensor_is_refused() -> None:
     vars(models[1])["table"] = models[1].fc.bias
     with pytest.raises(ValueError, match="another 'table'"):
         ModelBatch(models)
+
+
+class Noting(nn.Module):
+    """Notes in its configuration what its calls have found out, and how many there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.config = nn.Linear(4, 2).double(), SimpleNamespace(kind=None, calls=0, names=["a"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.config.calls += 1
+        if self.config.kind is None:
+            self.config.kind, self.config.first = "regression", self.config.calls
+        return self.fc(x) * self.config.calls + self.config.first
+
+
+@pytest.mark.parametrize("road", ["at once", "chunks", "one by one"])
+def test_what_calls_note_in_an_object_that_all_models_share(road: str) -> None:
+    models = [Noting() for _ in range(M)]
+    batch = trained_both_ways(models, road)
+    assert [vars(model.config) for model in batch] == [vars(model.config) for model in models]
+
+
+def test_notes_that_differ_are_refused() -> None:
+    class Measuring(Noting):
+        def forward(self, x: Tensor) -> Tensor:
+            self.config.kind = self.fc.weight.sum().item()
+            return self.fc(x)
+
+    batch = ModelBatch([Measuring() for _ in range(M)], model_by_model=[""])
+    with pytest.raises(BatchingError, match="differ between the models in an object that all of them share"):
+        batch(torch.ones(3, 4).double())
+    assert batch[0].config.kind is None
