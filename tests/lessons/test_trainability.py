@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import train_alone
 from PIL import Image
 
 from mbkit.figures import plots
@@ -17,15 +18,8 @@ def alone(first, second, steps, cls=torch.optim.SGD, seed=3, **hyperparameters):
         torch.manual_seed(seed)
         model = TwoLayers().double()
     groups = [{"params": [model.first], "lr": first}, {"params": [model.second], "lr": second}]
-    optimizer = cls(groups, **hyperparameters)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(X), Y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return torch.tensor(losses, dtype=torch.float32)  # as the map keeps them
+    how = {"seeds": None, "optimizer_cls": lambda _: cls(groups, **hyperparameters), "configs": {}}
+    return train_alone([model], [(X, Y)] * steps, loss_fn=F.mse_loss, **how)[:, 0].float()  # as the map keeps them
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from oracle import train_alone
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -87,23 +88,11 @@ def alone(
     """Train one trial by plain PyTorch; return the model, and the mean loss of its last epoch."""
     torch.manual_seed(seed)
     model = make()
-    optimizer = optimizer_of(model)
-    schedule = schedule_of(optimizer) if schedule_of else None
-    torch.manual_seed(seed)
-    model.train()
-    for _ in range(epochs):
-        losses = []
-        for x, y in data() if batches is None else batches:
-            optimizer.zero_grad()
-            loss = loss_fn(model(x), y)
-            loss.backward()
-            if max_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            optimizer.step()
-            losses.append(loss.item())
-        if schedule:
-            schedule.step()
-    return model, sum(losses) / len(losses)
+    batches = data() if batches is None else batches
+    pairs = [pair for _ in range(epochs) for pair in batches]
+    how = {"optimizer_cls": lambda _: optimizer_of(model), "configs": {}, "seeds": [seed], "max_norm": max_norm}
+    losses = train_alone([model], pairs, loss_fn=loss_fn, schedule=schedule_of, every=len(batches), **how)
+    return model, losses[-len(batches) :].mean().item()
 
 
 def valid_loss(model: nn.Module, loss_fn: Callable = nn.functional.cross_entropy) -> float:

@@ -104,7 +104,7 @@ def test_threads_have_a_process_each(tmp_path: Path, expected: str) -> None:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Give two real worker processes."""
     distributed = pytest.importorskip("distributed")
-    roots = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    roots = [*map(str, Path(__file__).parents[:3]), os.environ.get("PYTHONPATH", "")]
     before = dict(os.environ)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, roots))
     settings = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0"}

@@ -483,10 +483,6 @@ def test_ones_own_model_and_groups(show):
     torch.manual_seed(0)
     model = build()
     groups = [{"params": model[0].parameters(), "lr": 10.0}, {"params": model[2].parameters(), "lr": 0.01}]
-    optimizer = torch.optim.SGD(groups)
-    for step, (x, y) in enumerate(own()):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        torch.testing.assert_close(shown.outcome.loss[step, 0, 2], loss.detach(), rtol=1e-4, atol=1e-5)
+    how = {"seeds": None, "optimizer_cls": lambda _: torch.optim.SGD(groups), "configs": {}}
+    expected = train_alone([model], own(), loss_fn=F.cross_entropy, **how)[:, 0].float()
+    torch.testing.assert_close(shown.outcome.loss[:, 0, 2], expected, rtol=1e-4, atol=1e-5)
