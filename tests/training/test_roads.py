@@ -73,36 +73,7 @@ class Counts(Net):
         return super().forward(x) * self.calls
 
 
-class Annealed:
-    """A loss with a counter."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        self.calls += 1
-        return mse_loss(outputs, targets) + self.calls / 10 * outputs.pow(2).mean()
-
-
-class Smoothed:
-    """A loss with a running mean, which is each model's own."""
-
-    def __init__(self) -> None:
-        self.mean = torch.zeros((), dtype=torch.float64)
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        self.mean = 0.9 * self.mean + 0.1 * outputs.detach().mean()
-        return mse_loss(outputs, targets) * (1 + self.mean.abs())
-
-
-HABITS: dict[str, tuple[type[nn.Module], Any, bool]] = {  # the model, what makes its loss, own inputs in a Mapping
-    "data assigned": (Momentum, lambda: mse_loss, False),
-    "torch.func": (Jacobian, lambda: mse_loss, False),
-    "a count in forward": (Counts, lambda: mse_loss, False),
-    "a count in the loss": (Net, Annealed, False),
-    "a tensor in the loss": (Net, Smoothed, False),
-    "a mapping": (Net, lambda: mse_loss, True),
-}
+HABITS = {"data assigned": Momentum, "torch.func": Jacobian, "a count in forward": Counts, "own inputs, mapped": Net}
 
 
 def optimizer_of(batch: ModelBatch) -> Any:
@@ -139,10 +110,8 @@ def pairs_of(*lead: int) -> list[tuple[Tensor, ...]]:
 @pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("habit", HABITS)
 def test_every_road_gives_the_model_trained_alone(habit, road, num_models):
-    cls, make_loss, each = HABITS[habit]
-    models = [cls().double() for _ in range(num_models)]
-    pairs = pairs_of(num_models) if each else pairs_of()
-    check(models, pairs, lambda m: make_loss(), make_loss(), road, each)
+    models, each = [HABITS[habit]().double() for _ in range(num_models)], habit == "own inputs, mapped"
+    check(models, pairs_of(num_models) if each else pairs_of(), lambda m: mse_loss, mse_loss, road, each)
 
 
 def weighted(out: Tensor, y: Tensor, beta: float, weight: Tensor, scale: float = 1.0, power: float = 2.0) -> Tensor:
