@@ -51,6 +51,9 @@ PRIVATE = {
     "torch._fused_adam_": "the kernel behind torch.optim.Adam(fused=True), over tensors of M models; the class has one "
     "learning rate a group",
     "torch._fused_adamw_": "likewise",
+    "torch._is_all_true": "a compiled step sees what torch.distributions checks; all() is also what models branch on",
+    "torch._scaled_dot_product_attention_math": "attention's weights, to drop some by masks that are drawn before; the "
+    "public function draws them itself",
     "torch.nn.modules.dropout._DropoutNd": "every dropout layer; the public classes have no public parent",
     "torch.nn.modules.module._global_backward_hooks": "notice hooks on all modules; there is no public question",
     "torch.nn.modules.module._global_backward_pre_hooks": "likewise",

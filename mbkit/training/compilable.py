@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph
 from torch.utils._pytree import tree_leaves
@@ -14,7 +15,7 @@ from ..common.machine import free_memory
 from ..optim.stacked import StackedOptimizer
 from ..vmap import HOOKS, has_grad_hooks
 
-__all__ = ["CannotCompile", "check_memory", "check_module", "check_step"]
+__all__ = ["CannotCompile", "check_graph", "check_module", "check_step"]
 
 _SHARE = 0.5  # of the free memory that a step may take, as for chunks
 
@@ -47,11 +48,14 @@ def check_module(template: nn.Module) -> None:
             raise CannotCompile(f"'{path}' ({type(module).__name__}) has hooks")
 
 
-def check_memory(graph: Graph) -> None:
-    """Raise CannotCompile where what a traced step holds at its worst might not fit: it has no chunks.
+def check_graph(graph: Graph) -> None:
+    """Raise CannotCompile where a traced step draws random numbers, which are no model's own, or might not fit.
 
-    Inductor makes less of it than is traced, so this errs on the safe side.
+    It has no chunks. Inductor makes less of it than is traced, so this errs on the safe side.
     """
+    draws = [node for node in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())]
+    if any("attention" not in node.name for node in draws):  # which is tagged without dropout, too
+        raise CannotCompile("random numbers are drawn in a backward pass")
     given, sizes, first, last = set(), {}, {}, {}
     device = None
     for i, node in enumerate(graph.nodes):

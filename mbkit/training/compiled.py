@@ -1,7 +1,7 @@
 """One training step as one compiled function: forward, losses, backward, clipping and update.
 
 The step is traced with tensors that hold no numbers, through the very rules that the eager step goes through, and the
-graph of plain operators that comes out goes to inductor, the compiler behind `torch.compile`. Random masks are drawn
+graph of plain operators that comes out goes to inductor, the compiler behind `torch.compile`. Random numbers are drawn
 outside it, from the models' own streams, and passed in; so are the hyperparameters, which change without compiling
 again. What a graph cannot hold (a branch on a tensor's value, a layer that runs model by model, a hook, a tensor that a
 call assigns anew) raises `CannotCompile` before any parameter or count has changed.
@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice, zip_longest
 from typing import Any
@@ -30,8 +29,8 @@ from ..batch.context import context_of
 from ..batch.loss import call_losses
 from ..common.objects import flatten, unflatten
 from ..optim.hyperparameters import Hyperparameters
-from ..vmap import LayoutMatters, autocast_off, copy_module, read_state, tensors_in
-from .compilable import CannotCompile, check_memory, check_module, check_step
+from ..vmap import LayoutMatters, TracedStreams, autocast_off, copy_module, read_state, rows_like, tensors_in
+from .compilable import CannotCompile, check_graph, check_module, check_step
 from .graph_passes import improve
 from .guards import Guards
 from .loop import arguments
@@ -71,8 +70,10 @@ class CompiledStep:
     def attempt(self, x: Any, y: Any) -> tuple[Tensor, Any] | None:
         """Make one update; return the losses [M] and the outputs from before it, detached.
 
-        Where that cannot be, return None before anything is changed; `reason` says why.
+        Where that cannot be, return None before anything is changed; `reason` says why, and is empty where only this
+        step cannot be: an index is out of range, or a check of a distribution's fails, so that the eager step raises.
         """
+        self.reason = ""
         leaves, spec = tree_flatten((x, y))
         try:
             program = self._program(leaves, spec)
@@ -82,10 +83,11 @@ class CompiledStep:
         except Exception as error:  # from the model, from make_fx, from the compiler: the eager step tells which
             self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
             return None
-        losses, outputs = program(self._kept, leaves)
-        context_of(self.batch).latest_losses = losses
-        self.optimizer.note_step()
-        return losses, outputs
+        made = program(self._kept, leaves)
+        if made is not None:
+            context_of(self.batch).latest_losses = made[0]
+            self.optimizer.note_step()
+        return made
 
     def _program(self, leaves: list, spec: Any) -> _Program:
         """Return the graph for this step, compiled.
@@ -147,38 +149,6 @@ def _form(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-class _Draws:
-    """Stands for the models' streams while a step is traced: notes which masks are drawn, and hands out stand-ins.
-
-    Args:
-        ready: the stand-ins, in the order in which they are asked for; when they run out, new ones are made.
-    """
-
-    def __init__(self, ready: Iterator[Tensor]) -> None:
-        self._ready = ready
-        self.wanted: list[tuple[Tensor, tuple[float, ...]]] = []
-
-    def dropout_masks(self, like: Tensor, rates: Sequence[float]) -> Tensor:
-        strides = (like.numel(), *like.stride())
-        made = torch.empty_strided((len(rates), *like.shape), strides, dtype=like.dtype, device=like.device)
-        self.wanted.append((like, tuple(rates)))
-        return next(self._ready, made)
-
-    def remember(self) -> Callable[[], None]:
-        return lambda: None
-
-    def meet(self, caller: Any) -> None:
-        pass
-
-    def take_turns(self, *args: Any) -> Any:
-        raise CannotCompile("an operator runs model by model")
-
-    on = take_turns
-
-    def shared_draws_refused(self) -> Any:
-        return nullcontext()  # the guards refuse them
-
-
 class _Program:
     """One graph, compiled, with what it takes to call it.
 
@@ -193,11 +163,12 @@ class _Program:
         self._kept = tensors_in(read_state(self._template))
         self._reached: list[int] | None = None  # the kept tensors that the loss depends on and that are trained
         self._guards = step._guards  # which keeps alive what the key goes by
-        self._masks: list[tuple[tuple, tuple[float, ...]]] = []
+        self._draws: list[tuple] = []
+        self._assumes = False  # whether the graph takes conditions for true
         self.sources: list[Mapping[str, Tensor]] | None = None  # states and columns, until the batch changes
-        blank = _Draws(iter(()))
+        blank = TracedStreams(step.batch.num_models, iter(()))
         with torch.no_grad():
-            self._trace(self._arguments(self._kept, leaves, blank))  # learns what is drawn and what is reached
+            self._trace(self._arguments(self._kept, leaves, blank))  # learns what is drawn, assumed and reached
             operands = self._arguments(self._kept, leaves, blank)
             options = {"triton.cudagraphs": self._kept[0].is_cuda}
             graph = self._trace(operands)
@@ -205,9 +176,16 @@ class _Program:
                 self._run = torch._inductor.compile(graph, operands, options=options)
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-    def __call__(self, kept: list[Tensor], leaves: list) -> tuple[Tensor, Any]:
+    def __call__(self, kept: list[Tensor], leaves: list) -> tuple[Tensor, Any] | None:
+        """Make the step; return None, with nothing changed, where a condition that the graph takes for true is not."""
+        streams = self._step.batch.streams
+        undo = streams.remember() if self._assumes and self._draws else None
         with torch.no_grad(), autocast_off(kept[0].device.type):
-            losses, *outputs = self._run(*self._arguments(kept, leaves, self._step.batch.streams))
+            losses, *outputs = self._run(*self._arguments(kept, leaves, streams))
+        if self._assumes and not outputs.pop(0):
+            if undo is not None:
+                undo()
+            return None
         made = iter(outputs)
         leaves = [next(made) if leaf is Tensor else leaf for leaf in self._output_leaves]
         return losses, unflatten(leaves, self._output_spec)
@@ -215,11 +193,8 @@ class _Program:
     def _arguments(self, kept: list[Tensor], leaves: list, streams: Any) -> list[Tensor]:
         """Return the graph's arguments: for each lot of parameters its states and columns; then the rest."""
         lots = [tensor for each in self._sources(kept) for tensor in each.values()]
-        masks = [
-            streams.dropout_masks(torch.empty_strided(shape, stride, dtype=dtype, device=device), rates)
-            for (shape, stride, dtype, device), rates in self._masks
-        ]
-        return [*lots, *kept, *(leaf for leaf in leaves if isinstance(leaf, Tensor)), *masks]
+        drawn = [streams.fill(*draw) for draw in self._draws]
+        return [*lots, *kept, *(leaf for leaf in leaves if isinstance(leaf, Tensor)), *drawn]
 
     def _sources(self, kept: list[Tensor]) -> list[Mapping[str, Tensor]]:
         """Return where states and columns are: the dicts of the last step, unless others have taken their places."""
@@ -242,7 +217,8 @@ class _Program:
         except LayoutMatters:
             context_of(self._step.batch).folding = False
             return self._trace(operands)
-        check_memory(graph.graph)
+        self._draws = [(method, rows_like(like, 1)[0], *settings) for method, like, *settings in self._draws]
+        check_graph(graph.graph)
         improve(graph.graph)
         graph.graph.set_codegen(torch.fx.graph.CodeGen())  # flat arguments and results, which torch.compile can enter
         graph.recompile()
@@ -250,7 +226,10 @@ class _Program:
 
     def _step_of(self, *tensors: Tensor) -> list[Tensor]:
         """Make the step on stand-ins for its tensors; the operators are recorded."""
-        step, remaining = self._step, iter(tensors)
+        step, given = self._step, tensors
+        if self._assumes:  # edits are made to copies, which exist in no compiled step
+            tensors = [t.clone().requires_grad_(t.requires_grad) for t in given]
+        versions, remaining = [t._version for t in tensors], iter(tensors)
         whole, optimizer, rule = context_of(step.batch), step.optimizer, step.optimizer.rule
         lots = []
         for params, columns in optimizer.alike([self._kept[i] for i in self._reached or ()]):
@@ -258,7 +237,7 @@ class _Program:
             h = columns.at(params)
             lots.append((params, states, _fill(h.columns, remaining), h.flags))
         kept = list(islice(remaining, len(self._kept)))
-        draws = _Draws(remaining)
+        streams = TracedStreams(whole.num_models, remaining)
         mine = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         x, y = tree_unflatten(mine, self._spec)
 
@@ -268,7 +247,7 @@ class _Program:
         template = copy_module(self._template, twins)
         before = read_state(template)
         attributes = [twins[id(t)] for t in whole.attributes]
-        mine = {"template": template, "attributes": attributes, "streams": draws, "slow_losses": set()}
+        mine = {"template": template, "attributes": attributes, "streams": streams, "slow_losses": set()}
         context = replace(whole, **mine, traced=True)
         args, kwargs = arguments(x)
         with torch.enable_grad():
@@ -288,10 +267,18 @@ class _Program:
                 mine = [kept[i] for i in places]
                 rule.update(mine, [reached[i] for i in places], states, Hyperparameters(columns, flags, mine))
         self._reached, self.sources = list(reached), None
-        self._masks = [(_form(t)[:4], rates) for t, rates in draws.wanted]
         leaves, self._output_spec = flatten(outputs)
         self._output_leaves = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return [losses.detach(), *(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor))]
+        results = [losses.detach(), *(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor))]
+        if self._assumes:
+            hold = torch.stack([condition.all() for condition in streams.assumed]).all()
+            buffers = {id(t) for t, k in zip(kept, self._kept, strict=True) if not isinstance(k, nn.Parameter)}
+            for old, new, version in zip(given, tensors, versions, strict=True):
+                if new._version != version or id(new) in buffers:  # BatchNorm's kernels count no versions
+                    old.copy_(torch.where(hold, new, old))
+            results.insert(1, hold)
+        self._draws, self._assumes = streams.wanted, bool(streams.assumed)
+        return results
 
 
 def _fill(names: Mapping[str, Tensor], tensors: Iterator[Tensor]) -> dict[str, Tensor]:

@@ -107,8 +107,9 @@ class Stepper:
                 if made is not None:
                     self.how = "compiled"
                     return made
-                reason, self._compiled = self._compiled.reason, None
-                warnings.warn(f"compile=True: the steps run uncompiled, because {reason}.", stacklevel=5)
+                if self._compiled.reason:
+                    reason, self._compiled = self._compiled.reason, None
+                    warnings.warn(f"compile=True: the steps run uncompiled, because {reason}.", stacklevel=5)
             made = make_update(self.optimizer, self._chunks, x, y, self.options)
         self.how = self._chunks.how
         return made

@@ -17,7 +17,7 @@ from .registry import Pass
 from .shared_objects import SharedObjects
 from .snapshot import has_grad_hooks, place, version
 from .state import HOOKS, OUTPUT, Absent, OnStack, PerModelValue, State, read_state, tensors_in, write_state
-from .streams import SharedDraw, Streams
+from .streams import SharedDraw, Streams, TracedStreams, rows_like
 from .unwrap import as_one_model_sees, as_stacked, stack_alike
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "SharedObjects",
     "State",
     "Streams",
+    "TracedStreams",
     "as_one_model_sees",
     "as_stacked",
     "autocast_off",
@@ -57,6 +58,7 @@ __all__ = [
     "note_models_with_gradient",
     "place",
     "read_state",
+    "rows_like",
     "rules",
     "running_modules",
     "separate_gradients",

@@ -13,13 +13,30 @@ from torch import Tensor
 from ..common.python_random import PYTHON_GENERATORS, PythonGenerator, generator_marks, moved_generators
 from ..common.random_streams import GENERATOR
 from .errors import BatchingError
+from .per_model import PerModel
 
-__all__ = ["SharedDraw", "Streams"]
+__all__ = ["SharedDraw", "Streams", "TracedStreams", "rows_like"]
 
 
 def _named(generators: Collection[str]) -> str:
     names = {"random": "Python's random", "numpy.random": "numpy.random"}
     return " and ".join(name for key, name in names.items() if key in generators)
+
+
+def rows_like(like: Tensor, count: int) -> Tensor:
+    """Return `[count, ...]`, not filled, each row of which lies in memory as `like` does."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    strides = (span if like.numel() else 0, *like.stride())
+    return torch.empty_strided((count, *like.shape), strides, dtype=like.dtype, device=like.device)
+
+
+def _draw_mask(mask: Tensor, rate: float, generator: torch.Generator) -> None:
+    if rate == 0:
+        mask.fill_(1)  # torch draws nothing here, and nothing for a rate of 1
+    elif rate == 1:
+        mask.zero_()
+    else:
+        mask.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
 
 
 class SharedDraw(BatchingError):
@@ -159,23 +176,23 @@ class Streams:
         """Whether a call may have drawn from the streams."""
         return bool(self._whole._generators)
 
-    def dropout_masks(self, like: Tensor, rates: Sequence[float]) -> Tensor:
-        """Draw `[M, ...]`, one mask per model as torch draws it on a CPU: 0, or 1 / (1 - rate) where a number is kept.
+    def fill(self, method: Callable, like: Tensor, *settings: Any) -> Tensor:
+        """Draw `[M, ...]`, each model's numbers from its own stream.
 
         Args:
-            like: one model's activation, whose memory order decides which number meets which bit.
-            rates: M dropout rates.
+            method: fills a tensor, such as `Tensor.normal_`; gets the settings, and the stream as `generator`.
+            like: one model's tensor, whose memory order decides which number meets which bit.
+            settings: of the method; a `PerModel` gives each model its own.
         """
-        strides = (like.numel(), *like.stride())
-        noise = torch.empty_strided((len(rates), *like.shape), strides, dtype=like.dtype, device=like.device)
-        for mask, rate, generator in zip(noise, rates, self.on(like.device), strict=True):
-            if rate == 0:
-                mask.fill_(1)  # torch draws nothing here, and nothing for a rate of 1
-            elif rate == 1:
-                mask.zero_()
-            else:
-                mask.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
-        return noise
+        drawn = rows_like(like, len(self.seeds))
+        for m, (row, generator) in enumerate(zip(drawn, self.on(like.device), strict=True)):
+            own = [value.values[m] if isinstance(value, PerModel) else value for value in settings]
+            method(row, *own, generator=generator)
+        return drawn
+
+    def dropout_masks(self, like: Tensor, rates: Sequence[float]) -> Tensor:
+        """Draw a mask per rate, `[M, ...]`, as torch does on a CPU: 0, or 1 / (1 - rate) where a number is kept."""
+        return self.fill(_draw_mask, like, PerModel(rates))
 
     def remember(self) -> Callable[..., None]:
         """Return a function that puts the streams back where they are now: all, or those of the models it gets."""
@@ -211,3 +228,44 @@ class Streams:
     def __setstate__(self, saved: dict) -> None:
         self.__init__(saved["seeds"])
         self.load_state(saved["state"])
+
+
+class TracedStreams(Streams):
+    """Stands for the models' streams while a step is traced: notes what is drawn, and hands out stand-ins.
+
+    Args:
+        num_models: M.
+        ready: the stand-ins, in the order in which they are asked for; when they run out, new ones are made.
+
+    Attributes:
+        wanted: arguments of `Streams.fill` before each step.
+        assumed: conditions `[...]` that the graph takes for true.
+    """
+
+    def __init__(self, num_models: int, ready: Iterator[Tensor]) -> None:
+        self._num_models, self._ready = num_models, ready
+        self.wanted: list[tuple] = []
+        self.assumed: list[Tensor] = []
+
+    def fill(self, method: Callable, like: Tensor, *settings: Any) -> Tensor:
+        self.wanted.append((method, like, *settings))
+        ready = next(self._ready, None)
+        return rows_like(like, self._num_models) if ready is None else ready
+
+    def assume(self, condition: Tensor) -> bool:
+        self.assumed.append(condition.detach())
+        return True
+
+    def remember(self) -> Callable[[], None]:
+        return lambda: None
+
+    def meet(self, caller: Any) -> None:
+        pass
+
+    def take_turns(self, *args: Any) -> Any:
+        raise BatchingError("an operator runs model by model")
+
+    on = take_turns
+
+    def shared_draws_refused(self) -> Any:
+        return nullcontext()  # the guards refuse them

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..errors import BatchingError
 from ..per_model import agreed
-from ..registry import Pass, rule
+from ..registry import RULES_WHEN_TRACED, Pass, rule
 from ..unwrap import call_unwrapped, expanded, stack_alike
+
+__all__ = ["all_true"]
 
 
 def _methods(names: str) -> list[Any]:
@@ -26,6 +28,21 @@ def _value(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
 
     values = call_unwrapped(mode, run, args[:1])
     return agreed(values, f"what {operator.__name__.strip('_')}() reads from a tensor")
+
+
+@rule(torch._is_all_true, table=RULES_WHEN_TRACED)
+def _valid(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> bool:
+    """What torch.distributions asks before it raises."""
+    return all_true(mode, args[0])
+
+
+def all_true(mode: Pass, condition: Tensor) -> bool:
+    """Say whether a condition, which one model sees, holds for all models and all numbers.
+
+    A traced step has no numbers: it takes the condition for true, and asks when it runs.
+    """
+    ask = mode.streams.assume if mode.traced else lambda stack: bool(stack.all())
+    return call_unwrapped(mode, lambda stacks, _: ask(stacks[0]), [condition])
 
 
 @rule(Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.grad_fn.__get__)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..registry import Pass, rule
 from ..unwrap import call_unwrapped, expanded
+from .data_dependent import all_true
 
 
 @rule(torch.embedding)
@@ -18,13 +19,15 @@ def _embedding(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     if kwargs or sparse:
         return NotImplemented  # vmap's own error says that sparse gradients cannot be
 
+    rows = weight.shape[0]
+    if not all_true(mode, (indices >= 0) & (indices < rows)):
+        raise IndexError(f"index out of range: the embedding has {rows} rows")  # else model m would read m+1's
+
     def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
         weight, indices = expanded(mode, stacks, stacked)
-        rows = weight.shape[1]
-        if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < rows):
-            raise IndexError(f"index out of range: the embedding has {rows} rows")  # else model m would read m+1's
         start = torch.arange(mode.num_models, device=indices.device) * rows
-        flat = indices + start.view(-1, *[1] * (indices.dim() - 1))
+        within = indices.clamp(0, rows - 1) if mode.traced else indices  # a compiled step asks only when it has run
+        flat = within + start.view(-1, *[1] * (indices.dim() - 1))
         out = torch.embedding(weight.flatten(0, 1), flat, -1, by_frequency, False)
         if padding_idx >= 0:
             out = torch.where((indices == padding_idx).unsqueeze(-1), out.detach(), out)
