@@ -126,7 +126,12 @@ def _refuse_what_vmap_ignores(model: nn.Module) -> None:
             raise ValueError(f"{where} asks for sparse gradients, which cannot be stacked: build it with sparse=False.")
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{where} keeps extra state outside tensors, which cannot be stacked: use buffers.")
-        for name, value in _plain(module):
+        for name, value in (*_plain(module), *module._buffers.items()):
+            if isinstance(value, Tensor) and value.layout not in (torch.strided, torch.sparse_coo):
+                raise ValueError(
+                    f"{where} keeps in {name!r} a tensor of layout {value.layout}, which cannot be stacked: keep it as "
+                    "a COO tensor, .to_sparse_coo(), or pass it as an input."
+                )
             if isinstance(value, Tensor) and not value.is_leaf and not _recomputed(module, name):
                 raise ValueError(
                     f"{where} keeps in {name!r} a tensor that carries the gradient of an earlier computation: "

@@ -11,9 +11,10 @@ from . import (
     pooling,
     randomness,
     recurrent,
+    sparse,
 )
 
 __all__ = [
     "activations", "arithmetic", "convolution", "data_dependent", "embedding", "linear", "losses", "pooling",
-    "randomness", "recurrent",
+    "randomness", "recurrent", "sparse",
 ]  # fmt: skip
