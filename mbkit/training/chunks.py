@@ -178,7 +178,8 @@ class Chunks:
             check_inputs(tree_leaves(inputs), self.num_models)
         before, after, sizes, changed, stop = read_state(whole.template), [], [], set(), 0
         shared, assigned = SharedObjects(), []
-        shared.note(tree_leaves(list(before.values())))
+        for key, value in before.items():
+            shared.note(key[2], tree_leaves(value))
         self.how = "in chunks"  # the first call chooses the size
         if self.size is not None:
             short = ", because memory is short" if self._memory_is_short else ""

@@ -16,7 +16,7 @@ class BatchingError(RuntimeError):
 
 
 class ClosedOutput(BatchingError):
-    """A model returns an object that cannot be taken apart, and one for all models would not be each model's own."""
+    """A model returns or keeps an object that is not taken apart: one for all models is not each model's own."""
 
 
 PATH = "mbkit_path"  # on a module copy: the dotted path of the module that it copies

@@ -75,7 +75,7 @@ class ModuleCopy:
     def __init__(self, before: State, own: dict[int, Tensor], m: int | slice = _ALL, alone: bool = False) -> None:
         self._before, self._own, self._m = before, own, m
         self._picked: list[Any] = []  # values that are the model's own
-        self._given: dict[Key, Any] = {}  # before the call: leaves as they are, else leaves, structure, held inside
+        self._given: dict[Key, Any] = {}  # before the call: leaves as they are, else leaves and structure
         self._shared, self.assigned = SharedObjects(), {}
         self._missing: list[Key] = []  # attributes of the module that the copy is without
         self._origins: dict[int, Tensor] = {}  # from the id of a tensor in the copy to the one in the module
@@ -103,7 +103,9 @@ class ModuleCopy:
                 self._given[path, "__dict__", name] = mine[name]
                 if not is_leaf(mine[name]):
                     leaves, spec = tree_flatten(mine[name])
-                    self._given[path, "__dict__", name] = leaves, spec, self._shared_inside(leaves)
+                    self._given[path, "__dict__", name] = leaves, spec
+                    own = set(map(id, self._picked))
+                    self._shared.note(dotted((path, "", name)), [leaf for leaf in leaves if id(leaf) not in own])
             for hooks in HOOKS:
                 if any(isinstance(hook, (types.MethodType, PerModelValue)) for hook in mine[hooks].values()):
                     mine[hooks] = tree_map(self._follow, mine[hooks])
@@ -134,13 +136,6 @@ class ModuleCopy:
         at_once = self._m == _ALL and isinstance(value, PerModelValue) and not hasattr(type(module), name)
         return at_once and not can_be_opened(value.values)
 
-    def _shared_inside(self, leaves: list) -> list:
-        """Return what objects that are not the model's own hold."""
-        shared = [leaf for leaf in leaves if is_object(leaf) and not any(leaf is one for one in self._picked)]
-        if isinstance(self._m, int):
-            self._shared.note(shared)
-        return [leaf for found in shared for leaf in tree_leaves(vars(found))]
-
     def _tensor(self, tensor: Tensor) -> Tensor:
         mine = self._own.get(id(tensor), tensor)
         self._origins[id(mine)] = tensor
@@ -154,10 +149,12 @@ class ModuleCopy:
             edited: the ids of copies of constants that were edited in place, and so are constants no more.
 
         Raises:
-            BatchingError: the call kept something in an object that the models share. Under vmap all models make the
-                same of such an object, if it is no tensor.
+            BatchingError: the call kept something in an object that the models share; see `SharedObjects`.
         """
-        self.assigned = self._shared.take_back()
+        if isinstance(self._m, int):
+            self.assigned = self._shared.take_back()
+        else:
+            self._shared.refuse_tensors()
         origins = {i: t for i, t in self._origins.items() if i not in edited} if edited else self._origins
         after = read_state(self.module) if self.module is not None else State()
         for key, value in after.items():
@@ -167,15 +164,10 @@ class ModuleCopy:
                     after[key] = self._before[key]
                 continue
             leaves, spec = tree_flatten(value)
-            leaves_given, spec_given, inside = given if type(given) is tuple else ((given,), None, [])
-            now = self._shared_inside(leaves)
-            changed = [v for v in now if not any(v is w for w in inside)]
-            alike = isinstance(self._m, slice) and not any(isinstance(v, Tensor) for v in changed)
-            if (changed or len(now) != len(inside)) and not alike:
-                raise BatchingError(
-                    f"'{dotted(key)}' holds an object that all models share, and a call keeps a value in it: "
-                    "keep it in a buffer, an attribute, a list or a dict of the module instead"
-                )
+            leaves_given, spec_given = given if type(given) is tuple else ((given,), None)
+            made = [vars(leaf) for leaf in leaves if is_object(leaf) and leaf not in self._shared]
+            if isinstance(self._m, slice) and any(isinstance(v, Tensor) for v in tree_leaves(made)):
+                raise ClosedOutput(f"it keeps tensors in an object, in '{dotted(key)}', one for all models")
             pairs = zip(leaves, leaves_given, strict=True) if spec == spec_given else ()
             if spec == spec_given and all(a is b and id(a) not in edited for a, b in pairs):
                 after[key] = self._before[key]

@@ -257,3 +257,31 @@ def test_notes_that_differ_are_refused() -> None:
     with pytest.raises(BatchingError, match="differ between the models in an object that all of them share"):
         batch(torch.ones(3, 4).double())
     assert batch[0].config.kind is None
+
+
+class Drawn:
+    """What an augmentation has drawn, under a name."""
+
+    def __init__(self, name: str, data: Tensor) -> None:
+        self.name, self.data = name, data
+
+
+class Augmented(nn.Module):
+    """Keeps what it has drawn last, in objects that it makes anew in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drawn = nn.Linear(4, 2).double(), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.drawn = [Drawn("noise", torch.rand_like(x))]
+        return self.fc(x + self.drawn[0].data)
+
+
+@pytest.mark.filterwarnings("ignore:.*model by model")
+@pytest.mark.parametrize("road", ["at once", "chunks", "one by one"])
+def test_objects_that_calls_make_are_each_models_own(road: str) -> None:
+    models = [Augmented() for _ in range(M)]
+    batch = trained_both_ways(models, road)
+    for lone, model in zip(batch, models, strict=True):
+        assert torch.equal(lone.drawn[0].data, model.drawn[0].data)
