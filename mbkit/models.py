@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .common.machine import free_memory
 from .common.random_streams import seeded
 
-__all__ = ["GPT", "MLP", "LSTMClassifier", "LeNet5", "ResNet", "TinyMLP", "build_models"]
+__all__ = ["GPT", "MLP", "LSTMClassifier", "LeNet5", "ResNet", "TinyMLP", "build_models", "each_built"]
 
 
 class MLP(nn.Module):
@@ -221,17 +222,27 @@ def build_models(build: Callable[[], nn.Module], seeds: Sequence[int]) -> list[n
         >>> torch.equal(first.weight, again.weight), torch.equal(first.weight, second.weight)
         (True, False)
     """
-    models: list[nn.Module] = []
+    with closing(each_built(build, seeds)) as built:
+        models = list(itertools.islice(built, 1))
+        each = _COPIES * sum(t.nbytes for model in models for t in (*model.parameters(), *model.buffers()))
+        room = free_memory(torch.device("cpu")) // max(1, each)
+        if len(seeds) > room:
+            raise ValueError(
+                f"Expected at most {room:,} models of {each / _COPIES / 1e6:.3g} MB, as many as memory is for, "
+                f"got {len(seeds):,}: train fewer."
+            )
+        return [*models, *built]
+
+
+def each_built(build: Callable[[], nn.Module], seeds: Iterable[int]) -> Iterator[nn.Module]:
+    """Yield one model per seed, as `build_models` makes them; afterwards torch's generator is where it was."""
+    # Where there is no device, torch.manual_seed takes as long as a small model's weights, to remember the seed for it.
+    seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
     with seeded(0):
         for seed in seeds:
-            torch.default_generator.manual_seed(seed)
-            models.append(build())
-            if len(models) == 1:
-                each = _COPIES * sum(t.nbytes for t in (*models[0].parameters(), *models[0].buffers()))
-                room = free_memory(torch.device("cpu")) // max(1, each)
-                if len(seeds) > room:
-                    raise ValueError(
-                        f"Expected at most {room:,} models of {each / _COPIES / 1e6:.3g} MB, as many as memory is for, "
-                        f"got {len(seeds):,}: train fewer."
-                    )
-    return models
+            seed_all(seed)
+            model = build()
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"Expected a function that builds an nn.Module, got {type(model).__name__}: return it.")
+            yield model
+            del model

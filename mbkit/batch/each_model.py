@@ -64,7 +64,7 @@ def do_to_each_model(context: CallContext, function: Callable[[nn.Module], Any],
                 for m in turns:
                     lone.append(unstack_model(template, context.attributes, m))
                     function(lone[m].get_submodule(path))
-            changes = list(_changes(template, stack_models(*check_models(lone))[0]))
+            changes = list(_changes(template, stack_models(*check_models(lone)).template))
         except BaseException:
             undo()
             raise

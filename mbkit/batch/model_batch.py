@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..common.checks import check_seeds, flag
 from ..vmap import Streams
+from .build import CanBuild
 from .call import call_models
 from .checkpoint import CanSave, load_streams
 from .clip import clip_by_norm_, norm_limits
@@ -21,7 +22,7 @@ from .loss import call_losses
 from .loss_settings import LossSettings
 from .methods import CanCall, stand_for_parts
 from .select import CanSelect
-from .stack import set_memory_format, stack_models, unstack_model
+from .stack import Stacks, set_memory_format, stack_models, unstack_model
 from .targets import TargetForms
 from .validate import check_models, check_paths
 
@@ -36,7 +37,7 @@ def _known(name: str, doc: str) -> Any:
     return property(lambda batch: getattr(context_of(batch), name), doc=doc)
 
 
-class ModelBatch(CanCall, CanFreeze, CanApply, CanSelect, CanSave, nn.Module):
+class ModelBatch(CanBuild, CanCall, CanFreeze, CanApply, CanSelect, CanSave, nn.Module):
     """M models of one architecture as one module, each computing exactly what it computes alone.
 
     The batch is a module like any other: `.to()`, `.double()`, `train()`, `eval()`, `state_dict()` and
@@ -85,13 +86,13 @@ class ModelBatch(CanCall, CanFreeze, CanApply, CanSelect, CanSave, nn.Module):
         model_by_model: Iterable[str] = (),
     ) -> None:
         super().__init__()
-        models, settings = check_models(models)
-        shared_input, paths = flag(shared_input, "shared_input"), check_paths(models[0], model_by_model)
-        streams = Streams(check_seeds(seeds, len(models)))
+        made = models if isinstance(models, Stacks) else stack_models(*check_models(models))
+        shared_input, paths = flag(shared_input, "shared_input"), check_paths(made.template, model_by_model)
+        streams = Streams(check_seeds(seeds, made.num_models))
         # The template is the user's own module, holding the stacked tensors. The batch takes over its tensors and
         # children instead of becoming their parent, so that every name is the user's own.
-        template, attributes = stack_models(models, settings)
-        context = CallContext(template, attributes, len(models), streams, shared_input, bool(settings))
+        template = made.template
+        context = CallContext(template, made.attributes, made.num_models, streams, shared_input, bool(made.settings))
         context.model_by_model = paths
         context.folding = any(isinstance(m, nn.Conv2d) for m in template.modules())  # see vmap/rules
         self.training = template.training

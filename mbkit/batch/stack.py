@@ -11,62 +11,138 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..vmap import PerModel, PerModelValue, copy_module, stack_alike
+from ..vmap import PerModel, PerModelValue, copy_module, memory_order, stack_alike
 
-__all__ = ["each_through_its_hooks", "may_keep", "set_memory_format", "stack_models", "unstack_model"]
+__all__ = ["Stacks", "each_through_its_hooks", "may_keep", "set_memory_format", "stack_models", "unstack_model"]
+
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def stack_models(
-    models: Sequence[nn.Module], settings: dict[str, dict[str, list[Any]]]
-) -> tuple[nn.Module, list[Tensor]]:
-    """Return a copy of model 0 that holds stacked tensors `[M, ...]`, and those among them that are plain attributes.
+def stack_models(models: Sequence[nn.Module], settings: dict[str, dict[str, list[Any]]]) -> Stacks:
+    """Return the stacks of models and the settings that `check_models` returned."""
+    stacks = Stacks(models[0], len(models), settings)
+    stacks.write(models)
+    return stacks.finish(models[0])
+
+
+class Stacks:
+    """The tensors of M models that are alike, stacked; the models come some after the others.
 
     A stack stands wherever its tensor stood, so that tied weights stay tied. A plain attribute that is one and the
     same tensor in all models stays shared.
 
     Args:
-        models, settings: what `check_models` returned: M modules that are alike but for these settings.
+        first: model 0.
+        num_models: M.
+        settings: what differs between the models that have come so far; none of it is stacked.
+
+    Attributes:
+        template: a copy of model 0 that holds stacks `[M, ...]`, and the settings; after `finish`.
+        attributes: those of the stacks that stand in plain attributes.
     """
-    sources = [dict(model.named_modules()) for model in models]
-    buffers = {id(b) for b in models[0].buffers()}
-    replaced: dict[int, Any] = {}  # deepcopy's memo: instead of copying model 0's tensor, take the stack
-    attributes: list[Tensor] = []
-    for path in sources[0]:
-        for kind in ("_forward_hooks", "_forward_pre_hooks"):
-            for own in zip(*(getattr(modules[path], kind).values() for modules in sources), strict=True):
-                holders = [getattr(hook, "__self__", hook) for hook in own]
+
+    def __init__(self, first: nn.Module, num_models: int, settings: dict[str, dict[str, list[Any]]]) -> None:
+        self.num_models, self.settings = num_models, settings
+        self.attributes: list[Tensor] = []
+        self._stacks: dict[tuple[str, str, str], _Stack] = {}  # by the module's path, the store, and the name there
+        self._hooks: dict[tuple[str, str], list[list[Callable]]] = {}  # of each model
+        self._gradient_hooks: dict[tuple[str, str, str], list[dict]] = {}
+        buffers, known = {id(b) for b in first.buffers()}, set()
+        for path, owner in first.named_modules():
+            self._hooks |= {(path, kind): [] for kind in _FORWARD_HOOKS if getattr(owner, kind)}
+            for kind in ("_parameters", "_buffers", "__dict__"):
+                for name, tensor in getattr(owner, kind).items():
+                    if isinstance(tensor, Tensor) and id(tensor) not in known:
+                        known.add(id(tensor))
+                        plain = kind == "__dict__" and id(tensor) not in buffers
+                        self._stacks[path, kind, name] = _Stack(tensor, num_models, plain)
+
+    def write(self, models: Sequence[nn.Module]) -> None:
+        """Copy the next models' tensors."""
+        sources = [dict(model.named_modules()) for model in models]
+        for (path, kind), own in self._hooks.items():
+            own += [list(getattr(modules[path], kind).values()) for modules in sources]
+        for place, stack in self._stacks.items():
+            path, kind, name = place
+            if kind == "__dict__" and name in self.settings.get(path, ()):
+                continue
+            own = [getattr(modules[path], kind)[name] for modules in sources]
+            if kind == "_parameters":
+                self._gradient_hooks.setdefault(place, []).extend(p._backward_hooks or {} for p in own)
+            stack.write(own)
+
+    def finish(self, first: nn.Module) -> Stacks:
+        """Make the template, of model 0 or of a copy of it that may hold other numbers."""
+        modules = dict(first.named_modules())
+        replaced: dict[int, Any] = {}  # deepcopy's memo: instead of copying model 0's tensor, take the stack
+        for (path, kind), each in self._hooks.items():
+            for hook, own in zip(getattr(modules[path], kind).values(), zip(*each, strict=True), strict=True):
+                holders = [getattr(one, "__self__", one) for one in own]
                 shared = all(holder is holders[0] for holder in holders)
                 if may_keep(holders[0]):  # objects that watch a model, or one that watches all, go on watching
-                    replaced[id(own[0])] = own[0] if shared else PerModelValue(own)
+                    replaced[id(hook)] = hook if shared else PerModelValue(own)
                 elif shared and not isinstance(holders[0], nn.Module):
                     replaced[id(holders[0])] = holders[0]
-    for path, owner in models[0].named_modules():
-        for kind in ("_parameters", "_buffers", "__dict__"):
-            for name, tensor in getattr(owner, kind).items():
-                differs = kind == "__dict__" and name in settings.get(path, ())
-                if not isinstance(tensor, Tensor) or id(tensor) in replaced or differs:
-                    continue
-                own = [getattr(modules[path], kind)[name] for modules in sources]
-                plain = kind == "__dict__" and id(tensor) not in buffers
-                if plain and len(own) > 1 and all(t is tensor for t in own):
-                    continue  # a table that all models share already
-                stack = stack_alike([t.detach() for t in own])
-                if kind == "_parameters":
-                    stack = nn.Parameter(stack, requires_grad=tensor.requires_grad)
-                    hooks = [getattr(modules[path], kind)[name]._backward_hooks or {} for modules in sources]
-                    if any(hooks):
-                        stack.register_hook(partial(each_through_its_hooks, hooks))
-                replaced[id(tensor)] = stack
-                if plain:
-                    attributes.append(stack.requires_grad_(tensor.requires_grad and tensor.is_leaf))
-    template = copy.deepcopy(models[0], replaced)
-    memos: list[dict[int, Any]] = [{} for _ in models]  # what one model has in several places stays one object
-    for path, own in settings.items():
-        for name, values in own.items():
-            numbers = all(isinstance(value, float) for value in values)
-            copies = [copy.deepcopy(value, memo) for value, memo in zip(values, memos, strict=True)]
-            vars(template.get_submodule(path))[name] = PerModel(copies) if numbers else PerModelValue(copies)
-    return template, attributes
+        for (path, kind, name), made in self._stacks.items():
+            if made.table is not None or (kind == "__dict__" and name in self.settings.get(path, ())):
+                continue
+            tensor, stack = getattr(modules[path], kind)[name], made.whole()
+            if kind == "_parameters":
+                stack = nn.Parameter(stack, requires_grad=tensor.requires_grad)
+                if any(self._gradient_hooks[path, kind, name]):
+                    stack.register_hook(partial(each_through_its_hooks, self._gradient_hooks[path, kind, name]))
+            replaced[id(tensor)] = stack
+            if made.plain:
+                self.attributes.append(stack.requires_grad_(tensor.requires_grad and tensor.is_leaf))
+        self.template = copy.deepcopy(first, replaced)
+        memos: list[dict[int, Any]] = [{} for _ in range(self.num_models)]  # what a model has twice stays one object
+        for path, own in self.settings.items():
+            for name, values in own.items():
+                numbers = any(isinstance(value, float) for value in values)
+                values = list(map(float, values)) if numbers else values
+                copies = [copy.deepcopy(value, memo) for value, memo in zip(values, memos, strict=True)]
+                vars(self.template.get_submodule(path))[name] = PerModel(copies) if numbers else PerModelValue(copies)
+        return self
+
+
+class _Stack:
+    """M tensors, each with the strides that it has alone, copied into one as they come; see `stack_alike`.
+
+    Args:
+        first: model 0's.
+        num_models: M.
+        plain: whether it is a plain attribute.
+
+    Attributes:
+        table: the tensor, as long as all models have the very same in a plain attribute.
+    """
+
+    def __init__(self, first: Tensor, num_models: int, plain: bool) -> None:
+        self._num_models, self.plain, self.table = num_models, plain, first if plain and num_models > 1 else None
+        self._written, self._memory = 0, None
+        self._rows: list[Tensor] = []  # of a kind of tensor that cannot be copied into memory that is there already
+
+    def write(self, tensors: Sequence[Tensor]) -> None:
+        start, self._written = self._written, self._written + len(tensors)
+        if self.table is not None:
+            if all(tensor is self.table for tensor in tensors):
+                return
+            tensors, start, self.table = [self.table] * start + [*tensors], 0, None
+        rows = [tensor.detach() for tensor in tensors]
+        if start == 0 and rows[0].layout is torch.strided and type(rows[0]) is Tensor and not rows[0].is_quantized:
+            self._order, self._inverse = memory_order(rows[0])
+            self._memory = rows[0].new_empty(self._num_models, *(rows[0].shape[d] for d in self._order))
+        if self._memory is None:
+            self._rows += rows
+        else:
+            torch.stack([row.permute(self._order) for row in rows], out=self._memory[start : self._written])
+
+    def whole(self) -> Tensor:
+        return (
+            stack_alike(self._rows)
+            if self._memory is None
+            else self._memory.permute(0, *(1 + d for d in self._inverse))
+        )
 
 
 def may_keep(holder: Any) -> bool:

@@ -17,12 +17,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ..common.functions import at_hand
 
-__all__ = ["Comparison", "Names", "refuse_circles", "refuse_references"]
+__all__ = ["Comparison", "Names", "may_differ", "refuse_circles", "refuse_references"]
 
 Names = dict[int, str]  # from the id of a module or tensor that a model registers to its dotted name
 
 _OPENED = (dict, list, tuple, deque, weakref.ReferenceType, types.MethodType)  # whose own == would ask what they hold
 _OPAQUE = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN += (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
 _OF_TORCH = set(vars(nn.Module()))
 _STORES = ("_parameters", "_buffers", "_modules")
 _LEADS_BACK = {
@@ -104,10 +106,45 @@ def _open(value: Any) -> tuple[Any, list[Any]]:
     return (parts, []) if isinstance(parts, str) else (None, [[*p] if hasattr(p, "__next__") else p for p in parts])
 
 
+def may_differ(module: nn.Module, name: str, a: Any, b: Any, compared: Comparison) -> bool:
+    """Say whether each model may have its own: a float, or an object or dict of plain values; see also `_is_own`."""
+    if {type(a), type(b)} in ({float}, {float, int}):
+        return True
+    is_open = isinstance(a, dict) or hasattr(a, "__dict__")
+    is_config = type(a) is type(b) and is_open and not callable(a) and _is_plain(a, set()) and _is_plain(b, set())
+    return is_config or _is_own(module, name, a, b, compared)
+
+
+def _is_plain(value: Any, seen: set[int]) -> bool:
+    """Say whether nothing that a value holds is a tensor or a module, whose place is another one."""
+    if isinstance(value, _PLAIN) or id(value) in seen or type(value).__module__ in ("typing", "types"):
+        return True
+    seen.add(id(value))
+    if isinstance(value, (dict, list, tuple, set)):
+        return all(_is_plain(one, seen) for one in (value.values() if isinstance(value, dict) else value))
+    held = getattr(value, "__dict__", None)
+    return isinstance(held, dict) and not isinstance(value, (Tensor, nn.Module)) and _is_plain(held, seen)
+
+
+def _is_own(module: nn.Module, name: str, a: Any, b: Any, compared: Comparison) -> bool:
+    """Say whether an attribute of the user's own class may differ: a whole number, a text, or what a call fills in.
+
+    Calls fill in flags and tables where nothing was. All models at once cannot read such an attribute, so a layer that
+    does runs model by model.
+    """
+    if type(module).__module__.startswith("torch.") or hasattr(type(module), name):
+        return False
+    filled = [value for value in (a, b) if value is not None and value is not False]
+    if len(filled) == 1:
+        known = compared.names_a.keys() | compared.names_b.keys()
+        return filled[0] is True or (isinstance(filled[0], Tensor) and filled[0].is_leaf and id(filled[0]) not in known)
+    return {type(a), type(b)} in ({int}, {str})
+
+
 def refuse_circles(m: int, module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()) -> None:
     """Refuse a module inside itself (ValueError), and a ModelBatch as model m or as a part of it (TypeError)."""
     where = f"'{path}' of model {m}" if path else f"model {m}"
-    if hasattr(module, "stacked_params") and hasattr(module, "num_models"):
+    if hasattr(type(module), "stacked_params"):
         raise TypeError(
             f"Expected plain modules, got a ModelBatch as {where}: take its models out first, [*batch], or build one "
             "ModelBatch of all of them."

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import operator
 import re
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..common.checks import did_you_mean, list_of_models, memory_of
-from ..vmap import Absent
+from ..vmap import Absent, has_method
 from .stack import may_keep
-from .structure import Comparison, Names, refuse_circles, refuse_references
+from .structure import Comparison, Names, may_differ, refuse_circles, refuse_references
 
-__all__ = ["Settings", "check_models", "check_paths", "is_callable"]
+__all__ = ["AlikeModels", "Settings", "check_models", "check_paths"]
 
 Settings = dict[str, dict[str, list[Any]]]  # module path -> attribute -> one value per model
 
 _COMPARED = {"_parameters", "_buffers", "_modules", "training"}  # by `_facts`
 _HOOKS = {name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))}
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_PLAIN += (type, FunctionType, BuiltinFunctionType, ModuleType)
+_EMPTY = {dict, OrderedDict, list, set}  # types whose values are alike where they are empty
 _REBUILT = {"_flat_weights", "_flat_weight_refs"}  # what torch's RNNs derive from their parameters
 
 
@@ -43,27 +42,62 @@ def check_models(models: Iterable[nn.Module]) -> tuple[list[nn.Module], Settings
         ValueError: no models, the same one twice, or anything else in which they differ; the message names it.
     """
     models = list_of_models(models)
-    if len({id(model) for model in models}) < len(models):
-        raise ValueError("Expected M different models, got the same object twice: build each, or copy.deepcopy it.")
-    for m, model in enumerate(models):
+    alike = AlikeModels(models[0])
+    for model in models[1:]:
+        alike.add(model)
+    return models, alike.settings
+
+
+class AlikeModels:
+    """Checks that models can be stacked, one after the other.
+
+    Args:
+        first: model 0, with which the others are compared.
+
+    Attributes:
+        num_models: how many there have been.
+        settings: those that differ between them, as `check_models` returns them.
+    """
+
+    def __init__(self, first: nn.Module) -> None:
+        self.num_models, self.settings = 1, {}
+        self._seen = weakref.WeakSet([first])
+        refuse_circles(0, first)
+        refuse_references(first)
+        _refuse_what_vmap_ignores(first)
+        _refuse_shared_memory(first)
+        modules, tensors = _parts(first)
+        _refuse_late_hooks(tensors)
+        self._facts = dict(_facts(modules, tensors))
+        self.compare_with(first)
+
+    def compare_with(self, first: nn.Module) -> None:
+        """Take a copy of model 0 in its place, which may hold other numbers."""
+        modules, tensors = _parts(first)
+        self._names = _names(modules, tensors)
+        self._attributes = {path: dict(_plain(module)) for path, module in modules.items()}
+
+    def add(self, model: nn.Module) -> nn.Module:
+        """Check one more model, and return it; errors as for `check_models`."""
+        m = self.num_models
+        if model in self._seen:
+            raise ValueError("Expected M different models, got the same object twice: build each, or copy.deepcopy it.")
+        self._seen.add(model)
         refuse_circles(m, model)
-        _refuse_late_hooks(model)
-    first, settings = models[0], {}
-    refuse_references(first)
-    _refuse_what_vmap_ignores(first)
-    _refuse_shared_memory(first)
-    facts, modules, names = dict(_facts(first)), _modules(first), _names(first)
-    for m, model in enumerate(models[1:], 1):
-        for what, got in _facts(model):
-            _compare(m, what, got, facts[what])
-        others, compared = _modules(model), Comparison(_names(model), names)
-        for path, module in modules.items():
-            _compare_attributes(m, path, others[path], module, compared, settings)
-    values = [_modules(model) for model in models] if settings else []
-    return models, {
-        path: {name: _column([vars(modules_m[path]).get(name, Absent) for modules_m in values]) for name in names}
-        for path, names in settings.items()
-    }
+        modules, tensors = _parts(model)
+        _refuse_late_hooks(tensors)
+        for what, got in _facts(modules, tensors):
+            if got != self._facts[what]:
+                _compare(m, what, got, self._facts[what])
+        compared = Comparison(_names(modules, tensors), self._names)
+        for path, attributes in self._attributes.items():
+            for name in _differing_settings(m, path, modules[path], attributes, compared):
+                self.settings.setdefault(path, {}).setdefault(name, [attributes.get(name, Absent)] * m)
+        for path, settings in self.settings.items():
+            for name, values in settings.items():
+                values.append(vars(modules[path]).get(name, Absent))
+        self.num_models += 1
+        return model
 
 
 def check_paths(model: nn.Module, paths: Iterable[str]) -> set[str]:
@@ -75,32 +109,25 @@ def check_paths(model: nn.Module, paths: Iterable[str]) -> set[str]:
     paths = {paths} if isinstance(paths, str) else set(paths)
     known = [path for path, _ in model.named_modules()]
     for path in paths.difference(known):
-        if path.endswith("()") and is_callable(model, path[:-2]):
-            continue
-        raise ValueError(f"Expected a submodule's dotted path, got {path!r}.{did_you_mean(path, known)}")
+        if not (path.endswith("()") and has_method(model, path[:-2])):
+            raise ValueError(f"Expected a submodule's dotted path, got {path!r}.{did_you_mean(path, known)}")
     return paths
 
 
-def is_callable(model: nn.Module, name: str) -> bool:
-    """Say whether a model has something to call under a dotted name: a method or a submodule."""
-    try:
-        return callable(operator.attrgetter(name)(model))
-    except AttributeError:
-        return False
+def _parts(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    """Return modules, and parameters and buffers, under every name that they have: other ties show as other names."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return modules, {
+        f"{path}.{name}" if path else name: tensor
+        for store in ("_parameters", "_buffers")
+        for path, module in modules.items()
+        for name, tensor in vars(module)[store].items()
+        if tensor is not None
+    }
 
 
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return dict(model.named_modules(remove_duplicate=False))
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under every name that they have, so that another tying shows as another name."""
-    found = dict(model.named_parameters(remove_duplicate=False))
-    return found | dict(model.named_buffers(remove_duplicate=False))
-
-
-def _names(model: nn.Module) -> Names:
-    return {id(thing): name for things in (_modules(model), _tensors(model)) for name, thing in things.items()}
+def _names(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> Names:
+    return {id(thing): name for things in (modules, tensors) for name, thing in things.items()}
 
 
 def _where(path: str) -> str:
@@ -108,9 +135,9 @@ def _where(path: str) -> str:
 
 
 # ------------------------------------------------------------------ what one model must not have
-def _refuse_late_hooks(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+def _refuse_late_hooks(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor._post_accumulate_grad_hooks:
             raise ValueError(
                 f"parameter '{name}' has a hook that runs once its gradient is there, which would see all models at "
                 "once: use register_hook, which sees each model's own."
@@ -159,8 +186,8 @@ def _recomputed(module: nn.Module, name: str) -> bool:
 
 def _refuse_shared_memory(model: nn.Module) -> None:
     """Refuse a view of a parameter: it follows the parameter's training when alone, and a copy of it would not."""
-    everything = _tensors(model)
-    for path, module in _modules(model).items():
+    modules, everything = _parts(model)
+    for path, module in modules.items():
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and not _recomputed(module, name):
                 everything[f"{path}.{name}" if path else name] = value
@@ -178,10 +205,9 @@ def _refuse_shared_memory(model: nn.Module) -> None:
 
 
 # ------------------------------------------------------------------ in what two models must not differ
-def _facts(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _facts(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
     """Yield what models must have in common, from the coarse to the fine: what is wrong where it differs, and it."""
-    tensors, modules = _tensors(model), _modules(model)
-    yield "is of another class", type(model)
+    yield "is of another class", type(modules[""])
     yield "has other parameters or buffers", tuple(sorted(tensors))
     for name, tensor in tensors.items():
         yield f"has '{name}' in another shape", list(tensor.shape)
@@ -198,23 +224,25 @@ def _facts(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _compare(m: int, what: str, got: Any, expected: Any) -> None:
-    if isinstance(got, type) and not Comparison({}, {}).same(got, expected):
-        _refuse(m, what, *(f"{kind.__module__}.{kind.__qualname__}" for kind in (got, expected)))
-    elif isinstance(got, tuple) and got != expected:
+    """Refuse what differs, unless it is a class that is defined anew in the same way."""
+    if isinstance(got, type):
+        if not Comparison({}, {}).same(got, expected):
+            _refuse(m, what, *(f"{kind.__module__}.{kind.__qualname__}" for kind in (got, expected)))
+    elif isinstance(got, tuple):
         odd = sorted(set(got) ^ set(expected)) or ["their order"]
         _refuse(m, f"{what} ({odd[0]!r} first)", len(got), len(expected))
-    elif not isinstance(got, type) and got != expected:
+    else:
         _refuse(m, what, got, expected)
 
 
-def _compare_attributes(
-    m: int, path: str, module: nn.Module, reference: nn.Module, compared: Comparison, settings: Settings
-) -> None:
-    """Compare plain attributes and hooks; note the settings that may differ."""
-    mine, others = dict(_plain(module)), dict(_plain(reference))
+def _differing_settings(
+    m: int, path: str, module: nn.Module, others: dict[str, Any], compared: Comparison
+) -> Iterator[str]:
+    """Compare a module's plain attributes and hooks with those of model 0; yield the settings, which may differ."""
+    mine = dict(_plain(module))
     for name in mine.keys() | others.keys():
         a, b = mine.get(name), others.get(name)
-        if a is b or (name in _HOOKS and not a and not b):
+        if a is b or (type(a) in _EMPTY and type(a) is type(b) and not a and not b):
             continue
         what = f"has another {name!r} {_where(path)}"
         if name in _HOOKS:  # one function runs for all models, so it may not keep anything for one of them
@@ -225,8 +253,9 @@ def _compare_attributes(
             alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
         else:
             alike = compared.same(a, b)
-            if not alike and (_may_differ(a, b) or _is_own(module, name, a, b, compared)):
-                alike = settings.setdefault(path, {})[name] = True
+            if not alike and may_differ(module, name, a, b, compared):
+                alike = True
+                yield name
         if not alike:
             _refuse(m, what, *_contrast(a, b))
 
@@ -235,46 +264,6 @@ def _watcher(hook: Any) -> Any:
     """Return what two models' hooks have to have in common: where objects keep what they see, each keeps its own."""
     holder = getattr(hook, "__self__", hook)
     return (type(holder), getattr(hook, "__func__", None)) if may_keep(holder) else hook
-
-
-def _may_differ(a: Any, b: Any) -> bool:
-    """Say whether each model may have its own: a float, or an object or dict of plain values."""
-    if {type(a), type(b)} in ({float}, {float, int}):
-        return True
-    is_open = isinstance(a, dict) or hasattr(a, "__dict__")
-    return type(a) is type(b) and is_open and not callable(a) and _is_plain(a, set()) and _is_plain(b, set())
-
-
-def _is_plain(value: Any, seen: set[int]) -> bool:
-    """Say whether nothing that a value holds is a tensor or a module, whose place is another one."""
-    if isinstance(value, _PLAIN) or id(value) in seen or type(value).__module__ in ("typing", "types"):
-        return True
-    seen.add(id(value))
-    if isinstance(value, (dict, list, tuple, set)):
-        return all(_is_plain(one, seen) for one in (value.values() if isinstance(value, dict) else value))
-    held = getattr(value, "__dict__", None)
-    return isinstance(held, dict) and not isinstance(value, (Tensor, nn.Module)) and _is_plain(held, seen)
-
-
-def _is_own(module: nn.Module, name: str, a: Any, b: Any, compared: Comparison) -> bool:
-    """Say whether an attribute of the user's own class may differ: a whole number, a text, or what a call fills in.
-
-    Calls fill in flags and tables where nothing was. All models at once cannot read such an attribute, so a layer that
-    does runs model by model.
-    """
-    if type(module).__module__.startswith("torch.") or hasattr(type(module), name):
-        return False
-    filled = [value for value in (a, b) if value is not None and value is not False]
-    if len(filled) == 1:
-        known = compared.names_a.keys() | compared.names_b.keys()
-        return filled[0] is True or (isinstance(filled[0], Tensor) and filled[0].is_leaf and id(filled[0]) not in known)
-    return {type(a), type(b)} in ({int}, {str})
-
-
-def _column(values: list[Any]) -> list[Any]:
-    """Return M values of a setting, as floats where one of them is."""
-    is_number = any(isinstance(value, float) for value in values)
-    return [float(value) if is_number else value for value in values]
 
 
 def _refuse(m: int, what: str, got: Any, expected: Any) -> None:

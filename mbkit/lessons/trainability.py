@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from ..batch.model_batch import ModelBatch
 from ..figures.curves import CEILING, RateMap
-from ..models import build_models
 from ..optim import OptimizerFactory
 from ..training.batched import train_steps
 
@@ -121,7 +120,7 @@ class RateGrid:
         seeds = [seed] * size * size
         self.size, self.loss_fn = size, loss_fn
         self.batches = points() if batches is None else batches
-        self.batch = ModelBatch(build_models(build, seeds), seeds=seeds)
+        self.batch = ModelBatch.build(build, seeds)
         first, second = ({"params": names, "lr": 0.0} for names in groups)
         factory = OptimizerFactory(optimizer_cls, hyperparameters)
         self.optimizer = factory.create_optimizer(self.batch, groups=[first, second])

@@ -155,8 +155,8 @@ def _train(job: Job, size: Any) -> None:
 
 def build_batch(task: Task, parts: Sequence[Parts], seeds: Sequence[int], own_data: bool = False) -> ModelBatch:
     """Return the models of some trials, as before the first epoch; inside of `own_process`."""
-    models = [build_model(task.build, own, seed) for own, seed in zip(parts, seeds, strict=True)]
-    batch = ModelBatch(models, not own_data, seeds=seeds)
+    trials = zip(parts, seeds, strict=True)
+    batch = ModelBatch.build(lambda: build_model(task.build, *next(trials)), seeds, not own_data)
     return batch if task.device is None else batch.to(task.device)
 
 

@@ -6,7 +6,7 @@ of layers. `in_turn` is the way of last resort: exact whatever is called, at the
 
 from . import rules
 from .autocast import autocast_off, autocast_to, check_autocast
-from .errors import BatchingError, ClosedOutput, call_named, module_path, running_modules
+from .errors import BatchingError, ClosedOutput, call_named, has_method, module_path, running_modules
 from .gradients import mark_rows, models_with_gradient, note_models_with_gradient, separate_gradients, watch_backward
 from .in_turn import Failure, call_in_turn, loop_inside
 from .layout import LayoutMatters, is_folded
@@ -18,7 +18,7 @@ from .shared_objects import SharedObjects
 from .snapshot import has_grad_hooks, place, version
 from .state import HOOKS, OUTPUT, Absent, OnStack, PerModelValue, State, read_state, tensors_in, write_state
 from .streams import SharedDraw, Streams, TracedStreams, rows_like
-from .unwrap import as_one_model_sees, as_stacked, stack_alike
+from .unwrap import as_one_model_sees, as_stacked, memory_order, stack_alike
 
 __all__ = [
     "HOOKS",
@@ -48,10 +48,12 @@ __all__ = [
     "check_autocast",
     "copy_module",
     "has_grad_hooks",
+    "has_method",
     "is_folded",
     "loop_inside",
     "mark_rows",
     "materialize",
+    "memory_order",
     "merge",
     "models_with_gradient",
     "module_path",

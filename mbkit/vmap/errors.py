@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["PATH", "BatchingError", "ClosedOutput", "call_named", "module_path", "running_modules"]
+__all__ = ["PATH", "BatchingError", "ClosedOutput", "call_named", "has_method", "module_path", "running_modules"]
 
 
 class BatchingError(RuntimeError):
@@ -26,6 +26,14 @@ _CALLS = {"_call_impl": "self", "call_named": "module"}  # functions, and the va
 def call_named(module: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
     """Call a method or a submodule by its dotted name; "" for the module itself."""
     return (operator.attrgetter(name)(module) if name else module)(*args, **kwargs)
+
+
+def has_method(module: nn.Module, name: str) -> bool:
+    """Say whether `call_named` finds something to call."""
+    try:
+        return callable(operator.attrgetter(name)(module))
+    except AttributeError:
+        return False
 
 
 def running_modules(traceback: TracebackType | None) -> list[nn.Module]:

@@ -7,19 +7,20 @@ whole models.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from enum import Enum
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .errors import BatchingError, call_named
 from .layout import check_order
 from .module_copy import ModuleCopy, materialize, merge
 from .per_model import PerModel
 from .registry import Pass
-from .shared_objects import SharedObjects
+from .shared_objects import SharedObjects, is_object
 from .snapshot import version
 from .state import OUTPUT, State, read_state, tensors_in, write_state
 from .unwrap import call_unwrapped, stack_alike
@@ -59,7 +60,14 @@ def model_by_model(mode: Pass, operator: Callable, args: tuple, kwargs: dict) ->
 
 
 def loop_inside(mode: Pass, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call a module under vmap as a loop over the models' own copies of it."""
+    """Call a module under vmap as a loop over the models' own copies of it.
+
+    Raises:
+        BatchingError: it gets an object that may keep something, such as a cache, which all models would fill.
+    """
+    for leaf in tree_leaves((args, kwargs)):
+        if is_object(leaf) and not isinstance(leaf, (Enum, partial)):
+            raise BatchingError(f"it gets a {type(leaf).__name__}, one object in which all models would keep theirs")
     before = read_state(module)
     output, after, _ = _inside_vmap(mode, before, args, kwargs)
     write_state(before, after)

@@ -14,7 +14,7 @@ from .errors import BatchingError
 from .gradients import mark_rows
 from .registry import Pass
 
-__all__ = ["as_one_model_sees", "as_stacked", "call_unwrapped", "expanded", "stack_alike"]
+__all__ = ["as_one_model_sees", "as_stacked", "call_unwrapped", "expanded", "memory_order", "stack_alike"]
 
 
 def call_unwrapped(mode: Pass, function: Callable[[list[Tensor], list[bool]], Any], tensors: Sequence[Tensor]) -> Any:
@@ -66,9 +66,16 @@ def stack_alike(tensors: Sequence[Tensor]) -> Tensor:
     Random numbers are filled in memory order, so a layout lost here would give other masks further on.
     """
     first = tensors[0]
-    if first.is_contiguous() or not first.numel():
+    if first.is_contiguous():
         return mark_rows(torch.stack(list(tensors)))
-    order = sorted(range(first.dim()), key=lambda d: first.stride(d), reverse=True)  # outermost in memory first
-    inverse = [order.index(d) for d in range(first.dim())]
+    order, inverse = memory_order(first)
     stacked = mark_rows(torch.stack([t.permute(order) for t in tensors]))
     return stacked.permute(0, *(1 + d for d in inverse))
+
+
+def memory_order(tensor: Tensor) -> tuple[list[int], list[int]]:
+    """Return a tensor's dimensions, outermost in memory first, and at which place among them each one is."""
+    order = list(range(tensor.dim()))
+    if not tensor.is_contiguous() and tensor.numel():
+        order.sort(key=tensor.stride, reverse=True)
+    return order, [order.index(d) for d in range(tensor.dim())]

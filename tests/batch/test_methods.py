@@ -8,6 +8,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -299,6 +300,34 @@ def test_a_method_that_cannot_be_run_at_once_leaves_forward_as_it_was() -> None:
     assert said.model_by_model == batch.model_by_model == {"halve()"}
     with pytest.raises(ValueError, match="Expected a submodule's dotted path, got 'halv\\(\\)'"):
         ModelBatch(agents(), model_by_model=["halv()"])
+
+
+class Cached(nn.Module):
+    """Steps through a layer that looks at its numbers, and that keeps what it has seen in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = CachingLayer()
+
+    def generate(self, x: Tensor) -> Tensor:
+        cache = SimpleNamespace(seen=[])
+        return torch.stack([self.layer(x * step, cache) for step in range(3)])
+
+
+class CachingLayer(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+
+    def forward(self, x: Tensor, cache: SimpleNamespace) -> Tensor:
+        cache.seen.append(super().forward(x))
+        return sum(cache.seen) * (2 if cache.seen[-1].sum().item() > 0 else 1)
+
+
+def test_models_do_not_share_an_object_in_which_a_layer_keeps_something() -> None:
+    models, x = [Cached().double() for _ in range(M)], torch.randn(B, 3, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="runs model by model"):
+        got = ModelBatch(models).generate(x)
+    assert_same_outputs(got, [model.generate(x) for model in models])
 
 
 def test_names() -> None:
