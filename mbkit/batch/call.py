@@ -31,14 +31,17 @@ from ..vmap import (
     Pass,
     RuleMode,
     SharedDraw,
+    SharedInput,
     State,
     call_in_turn,
     call_named,
+    given_to_models,
     is_folded,
     loop_inside,
     materialize,
     merge,
     module_path,
+    own_rows,
     read_state,
     running_modules,
     tensors_in,
@@ -103,6 +106,8 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn
             undone = memory.undo(error)
             if isinstance(error, LayoutMatters):
                 context.folding = False
+            elif isinstance(error, SharedInput) and not context.own_rows:
+                context.own_rows = True
             elif isinstance(error, SharedDraw):
                 slow.add(f"{method}()" if method else "")
             else:
@@ -221,7 +226,8 @@ def attempt(
 
             def on(run: Callable, tensors: list[Tensor]) -> tuple[Tensor, ...]:
                 alone = in_turn is not None  # rows that are leaves, whose gradients are each model's own
-                return run([t.detach() if alone and t.requires_grad else t for t in tensors], flags)
+                mine = [t.detach() if alone and t.requires_grad else t for t in tensors[: len(kept)]]
+                return run([*mine, *tensors[len(kept) :]], flags)
 
             output, after, new = call_in_turn(before, args, kwargs, turns, on, in_turn, whole=True, method=method)
         if not in_turn and not isinstance(output, Failure) and not (method and output is None):
@@ -277,12 +283,14 @@ def at_once(
             level,
             context.per_model_settings,
             context.folding,
+            context.own_rows,
             context.traced,
         )
-        own = [t if d is None else functorch._add_batch_dim(t, d, level) for t, d in zip(tensors, in_dims, strict=True)]
+        own = [given_to_models(mode, t, d is None) for t, d in zip(tensors, in_dims, strict=True)]
         with context.streams.shared_draws_refused(), RuleMode(mode):
             outputs = function(mode, *own)
-        return tuple(functorch._remove_batch_dim(t, level, context.num_models, 0) for t in outputs)
+        rows = [own_rows(mode, t) for t in outputs]
+        return tuple(functorch._remove_batch_dim(t, level, context.num_models, 0) for t in rows)
     finally:
         functorch._vmap_decrement_nesting()
         functorch._set_vmap_fallback_warning_enabled(True)

@@ -27,6 +27,7 @@ class CallContext:
         shared_input: whether all models see one input, unless a call says otherwise.
         per_model_settings: whether a float of some layer differs between the models.
         folding: whether convolutions may fold the models into their channels.
+        own_rows: whether operators get shared tensors that require gradients as rows, because a call takes derivatives.
         traced: whether calls are traced to be compiled.
         model_by_model: dotted paths of the layers that run for one model after the other, "generate()" for a method.
         frozen: `[M]`, True for the models that are frozen; None for none.
@@ -44,6 +45,7 @@ class CallContext:
     shared_input: bool = True
     per_model_settings: bool = False
     folding: bool = False
+    own_rows: bool = False
     traced: bool = False
     model_by_model: set[str] = field(default_factory=set)
     frozen: Tensor | None = None

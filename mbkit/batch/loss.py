@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.checks import cut
 from ..common.objects import flatten, tensors_of, unflatten
-from ..vmap import BatchingError, PerModel, PerModelValue, mark_rows, watch_backward
+from ..vmap import BatchingError, PerModel, PerModelValue, SharedInput, mark_rows, watch_backward
 from .call import NO_FAULT_OF_VMAP, PLAIN_ERRORS, at_once
 from .context import CallContext
 from .freeze import held
@@ -74,6 +74,9 @@ def call_losses(
                 raise
             except Exception as error:
                 undo()
+                if isinstance(error, SharedInput) and not context.own_rows:
+                    context.own_rows = True
+                    return call_losses(context, outputs, targets, loss_fn, forms, settings)
                 reason = str(error).strip().split("\n")[0]
         try:
             if losses is None:

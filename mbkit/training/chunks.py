@@ -193,6 +193,7 @@ class Chunks:
                     args, kwargs = inputs if shared_input else tree_map_only(Tensor, partial(_rows, models), inputs)
                     yield models, chunk, self._measured(chunk, args, kwargs, shared_input)
                     assigned.append(shared.take_back())
+                    whole.folding, whole.own_rows = chunk.folding, chunk.own_rows  # what it has learnt
                     now = read_state(chunk.template)
                     after.append(now)
                     changed |= {key for key, value in now.items() if value is not given.get(key)}

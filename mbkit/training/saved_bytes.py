@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,8 +28,7 @@ def saved_bytes(outputs: Any, given: Any) -> int:
     """
     known, kept = _storages(given), {}
     for node in _nodes(outputs):
-        for tensor in _saved_tensors(node):
-            kept.update(_storages(tensor))
+        kept.update(_storages(_saved_values(node)))
     return sum(size for address, size in kept.items() if address not in known)
 
 
@@ -45,16 +44,14 @@ def _nodes(outputs: Any) -> Iterator[Any]:
         waiting += new
 
 
-def _saved_tensors(node: Any) -> Iterable[Tensor]:
+def _saved_values(node: Any) -> list[Any]:
     """Return what a node keeps; torch's own have it in attributes, those of an autograd.Function in a tuple."""
     names = ["saved_tensors"] if hasattr(node, "saved_tensors") else [n for n in dir(node) if n.startswith("_saved_")]
     found = []
     for name in names:
-        try:
+        with suppress(RuntimeError):  # where it was edited since; the backward pass will say so
             found.append(getattr(node, name))
-        except RuntimeError:  # it was edited since; the backward pass will say so
-            continue
-    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+    return found
 
 
 class MadeBytes(TorchDispatchMode):
@@ -71,6 +68,11 @@ class MadeBytes(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> dict[int, int]:
-    """Return the storages of the tensors in a tree: address to bytes; a sparse tensor has none."""
-    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    """Return the storages of the tensors in a tree: address to bytes."""
+    found = {}
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            with suppress(RuntimeError):  # a sparse tensor has none, nor have zeros that torch.func.jvp has made
+                storage = leaf.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+    return found

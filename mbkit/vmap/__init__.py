@@ -6,7 +6,7 @@ of layers. `in_turn` is the way of last resort: exact whatever is called, at the
 
 from . import rules
 from .autocast import autocast_off, autocast_to, check_autocast
-from .errors import BatchingError, ClosedOutput, call_named, has_method, module_path, running_modules
+from .errors import BatchingError, ClosedOutput, SharedInput, call_named, has_method, module_path, running_modules
 from .gradients import mark_rows, models_with_gradient, note_models_with_gradient, separate_gradients, watch_backward
 from .in_turn import Failure, call_in_turn, loop_inside
 from .layout import LayoutMatters, is_folded
@@ -18,7 +18,7 @@ from .shared_objects import SharedObjects
 from .snapshot import has_grad_hooks, place, version
 from .state import HOOKS, OUTPUT, Absent, OnStack, PerModelValue, State, read_state, tensors_in, write_state
 from .streams import SharedDraw, Streams, TracedStreams, rows_like
-from .unwrap import as_one_model_sees, as_stacked, memory_order, stack_alike
+from .unwrap import as_one_model_sees, as_stacked, given_to_models, memory_order, own_rows, stack_alike
 
 __all__ = [
     "HOOKS",
@@ -35,6 +35,7 @@ __all__ = [
     "PerModelValue",
     "RuleMode",
     "SharedDraw",
+    "SharedInput",
     "SharedObjects",
     "State",
     "Streams",
@@ -47,6 +48,7 @@ __all__ = [
     "call_named",
     "check_autocast",
     "copy_module",
+    "given_to_models",
     "has_grad_hooks",
     "has_method",
     "is_folded",
@@ -58,6 +60,7 @@ __all__ = [
     "models_with_gradient",
     "module_path",
     "note_models_with_gradient",
+    "own_rows",
     "place",
     "read_state",
     "rows_like",

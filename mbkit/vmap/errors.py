@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["PATH", "BatchingError", "ClosedOutput", "call_named", "has_method", "module_path", "running_modules"]
+__all__ = [
+    "PATH", "BatchingError", "ClosedOutput", "SharedInput", "call_named", "has_method", "module_path",
+    "running_modules",
+]  # fmt: skip
 
 
 class BatchingError(RuntimeError):
@@ -17,6 +20,13 @@ class BatchingError(RuntimeError):
 
 class ClosedOutput(BatchingError):
     """A model returns or keeps an object that is not taken apart: one for all models is not each model's own."""
+
+
+class SharedInput(BatchingError):
+    """Derivatives are asked for with respect to what all models share; rows of each model's own would have them."""
+
+    def __init__(self) -> None:
+        super().__init__("it takes derivatives with respect to a tensor that all models share")
 
 
 PATH = "mbkit_path"  # on a module copy: the dotted path of the module that it copies

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import types
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
+from torch._C import _functorch as functorch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .autocast import call_cast
 from .in_turn import edits_in_place, model_by_model
 from .layout import check_edit
 from .per_model import PerModel
-from .registry import RULES, RULES_WHEN_TRACED, RULES_WITH_SETTINGS, Pass
+from .registry import RULES, RULES_INSIDE, RULES_WHEN_TRACED, RULES_WITH_SETTINGS, Pass
+from .unwrap import own_rows
 
 __all__ = ["RuleMode"]
 
@@ -53,6 +55,8 @@ class RuleMode(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, models = kwargs or {}, self.models
         models.check_hooks()
+        if models.own_rows:
+            args, kwargs = tree_map_only(torch.Tensor, partial(own_rows, models), (args, kwargs))
         if _is_composite(function):
             with self:
                 return _opened(function)(*args, **kwargs)
@@ -63,7 +67,9 @@ class RuleMode(TorchFunctionMode):
         return self._apply_rule(function, args, kwargs)
 
     def _apply_rule(self, function: Any, args: tuple, kwargs: dict) -> Any:
-        if self.models.per_model_settings and _has_per_model(args, kwargs):
+        if functorch.maybe_current_level() != self.models.level:
+            rules = [RULES_INSIDE.get(function)]
+        elif self.models.per_model_settings and _has_per_model(args, kwargs):
             rules = [RULES_WITH_SETTINGS.get(function), model_by_model]
         else:
             rules = [RULES_WHEN_TRACED.get(function) if self.models.traced else None, RULES.get(function)]

@@ -11,7 +11,7 @@ import torch
 
 from .errors import BatchingError
 
-__all__ = ["RULES", "RULES_WHEN_TRACED", "RULES_WITH_SETTINGS", "Pass", "rule"]
+__all__ = ["RULES", "RULES_INSIDE", "RULES_WHEN_TRACED", "RULES_WITH_SETTINGS", "Pass", "rule"]
 
 _saved_tensors_hooks = partial(torch._C._autograd._top_saved_tensors_default_hooks, True)
 
@@ -27,6 +27,8 @@ class Pass:
         level: of vmap, among the transforms that are on.
         per_model_settings: whether a module or the loss has a `PerModel` setting; spares looking for them otherwise.
         folding, folded: whether convolutions may fold the models into their channels, and whether one has.
+        own_rows: whether operators get a shared tensor that requires gradients as rows of each model's own.
+        laid_out: by the id of such a tensor: the tensor, and what one model sees of its rows.
         traced: whether the pass is traced to be compiled, so that some rules emit what the compiler makes fast.
         copies: storages of copies of what is a view alone; see `layout`.
         rectified: what ReLUs of a traced pass were given; see `rules/pooling`.
@@ -39,9 +41,11 @@ class Pass:
     level: int
     per_model_settings: bool = False
     folding: bool = False
+    own_rows: bool = False
     traced: bool = False
     folded: bool = False
     copies: set[int] = field(default_factory=set)
+    laid_out: dict[int, tuple] = field(default_factory=dict)
     rectified: dict[int, tuple] = field(default_factory=dict)
     hooks: Any = field(default_factory=_saved_tensors_hooks)
 
@@ -63,6 +67,7 @@ class Pass:
 Rule = Callable[[Pass, Callable, tuple, dict], Any]
 
 RULES: dict[Callable, Rule] = {}
+RULES_INSIDE: dict[Callable, Rule] = {}  # asked instead inside torch.func (grad, vmap, ...) in the model
 RULES_WHEN_TRACED: dict[Callable, Rule] = {}  # asked first in a traced pass
 RULES_WITH_SETTINGS: dict[Callable, Rule] = {}  # asked instead where an argument is a `PerModel`
 

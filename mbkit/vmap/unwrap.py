@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,21 @@ from .errors import BatchingError
 from .gradients import mark_rows
 from .registry import Pass
 
-__all__ = ["as_one_model_sees", "as_stacked", "call_unwrapped", "expanded", "memory_order", "stack_alike"]
+__all__ = [
+    "SHARED", "as_one_model_sees", "as_stacked", "below", "call_unwrapped", "expanded", "given_to_models",
+    "memory_order", "own_rows", "stack_alike",
+]  # fmt: skip
+
+SHARED = "mbkit_shared"  # in a node's metadata: the tensor that all models share and that the node lays out in rows
+
+
+@contextmanager
+def below(mode: Pass) -> Iterator[None]:
+    """Leave vmap for a `with` block, and the transforms of torch.func in the model that are on above it."""
+    with ExitStack() as stack:
+        while (functorch.maybe_current_level() or 0) >= mode.level:
+            stack.enter_context(temporarily_pop_interpreter_stack())
+        yield
 
 
 def call_unwrapped(mode: Pass, function: Callable[[list[Tensor], list[bool]], Any], tensors: Sequence[Tensor]) -> Any:
@@ -29,9 +44,10 @@ def call_unwrapped(mode: Pass, function: Callable[[list[Tensor], list[bool]], An
     """
     if functorch.maybe_current_level() != mode.level:
         raise BatchingError(
-            "an operator with a rule of mbkit's is called inside torch.func (grad, vmap, …) in the model, where the "
-            "models' tensors cannot be taken apart: name the layer in ModelBatch(..., model_by_model=[…])"
+            "what runs model by model is called inside torch.func (grad, vmap, …) in the model, where the models' "
+            "tensors cannot be taken apart: name the layer around that in ModelBatch(..., model_by_model=[…])"
         )
+    tensors = [own_rows(mode, t) for t in tensors]
     stacks = [as_stacked(t) for t in tensors]
     stacked = [t is not None for t in stacks]
     stacks = [t if stack is None else stack for t, stack in zip(tensors, stacks, strict=True)]
@@ -47,9 +63,35 @@ def expanded(mode: Pass, stacks: Sequence[Tensor], stacked: Sequence[bool]) -> l
     return [t if s else t.expand(mode.num_models, *t.shape) for t, s in zip(stacks, stacked, strict=True)]
 
 
-def as_one_model_sees(stack: Tensor) -> Tensor:
-    """Return a tensor `[M, ...]` as each model sees its own of it, inside of vmap."""
-    return functorch._add_batch_dim(stack, 0, functorch.maybe_current_level())
+def given_to_models(mode: Pass, tensor: Tensor, shared: bool) -> Tensor:
+    """Return what one model sees of a tensor: of a shared one that requires gradients rows of its own, without a copy.
+
+    Args:
+        tensor: `[M, ...]`, or what all models share.
+    """
+    if shared and not (tensor.requires_grad and tensor.layout is torch.strided):
+        return tensor
+    if shared:
+        whole = tensor
+        with torch.enable_grad():  # the model may switch it on later
+            tensor = whole.expand(mode.num_models, *whole.shape)
+        tensor.grad_fn.metadata[SHARED] = whole
+    return functorch._add_batch_dim(tensor, 0, mode.level)
+
+
+def own_rows(mode: Pass, tensor: Tensor) -> Tensor:
+    """Return the rows of a shared tensor that requires gradients, as one model sees its own; any other as it is."""
+    wrapped = functorch.is_batchedtensor(tensor) or functorch.is_gradtrackingtensor(tensor)
+    if not mode.own_rows or wrapped or not tensor.requires_grad:
+        return tensor
+    if id(tensor) not in mode.laid_out and functorch.maybe_current_level() == mode.level:
+        mode.laid_out[id(tensor)] = tensor, given_to_models(mode, tensor, shared=True)
+    return mode.laid_out.get(id(tensor), (tensor, tensor))[1]
+
+
+def as_one_model_sees(stack: Tensor, level: int | None = None) -> Tensor:
+    """Return a tensor `[M, ...]` as each model sees its own of it, inside of vmap, of which the level may be given."""
+    return functorch._add_batch_dim(stack, 0, functorch.maybe_current_level() if level is None else level)
 
 
 def as_stacked(tensor: Tensor) -> Tensor | None:

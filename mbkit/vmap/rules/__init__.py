@@ -3,11 +3,13 @@
 from . import (
     activations,
     arithmetic,
+    autograd,
     convolution,
     data_dependent,
     embedding,
     linear,
     losses,
+    normalization,
     pooling,
     randomness,
     recurrent,
@@ -15,6 +17,6 @@ from . import (
 )
 
 __all__ = [
-    "activations", "arithmetic", "convolution", "data_dependent", "embedding", "linear", "losses", "pooling",
-    "randomness", "recurrent", "sparse",
+    "activations", "arithmetic", "autograd", "convolution", "data_dependent", "embedding", "linear", "losses",
+    "normalization", "pooling", "randomness", "recurrent", "sparse",
 ]  # fmt: skip

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..per_model import PerModel
-from ..registry import RULES_WITH_SETTINGS, Pass, rule
-from ..unwrap import as_one_model_sees
+from ..registry import RULES_INSIDE, RULES_WITH_SETTINGS, Pass, rule
+from ..unwrap import as_one_model_sees, below
 
 _NAMES = ("add", "sub", "mul", "div", "true_divide", "__add__", "__sub__", "__mul__", "__truediv__", "__radd__")
 _NAMES += ("__rsub__", "__rmul__")
@@ -18,6 +18,7 @@ _FUNCTIONS = [getattr(room, name) for room in (torch, Tensor) for name in _NAMES
 
 
 @rule(*_FUNCTIONS, table=RULES_WITH_SETTINGS)
+@rule(*_FUNCTIONS, table=RULES_INSIDE)
 def _arithmetic(mode: Pass, operator: Callable, args: tuple, kwargs: dict) -> Any:
     """Take the numbers as one tensor of the other operand's type: they are rounded as torch rounds a Python number."""
     like = next((value for value in args if isinstance(value, Tensor)), None)
@@ -25,6 +26,8 @@ def _arithmetic(mode: Pass, operator: Callable, args: tuple, kwargs: dict) -> An
         return NotImplemented
 
     def as_tensor(number: PerModel) -> Tensor:
-        return as_one_model_sees(torch.tensor(number.values, dtype=like.dtype, device=like.device))
+        with below(mode):
+            stack = torch.tensor(number.values, dtype=like.dtype, device=like.device)
+        return as_one_model_sees(stack, mode.level)
 
     return operator(*(as_tensor(value) if isinstance(value, PerModel) else value for value in args))

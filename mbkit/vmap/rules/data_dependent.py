@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import BatchingError
 from ..per_model import agreed
-from ..registry import RULES_WHEN_TRACED, Pass, rule
+from ..registry import RULES_INSIDE, RULES_WHEN_TRACED, Pass, rule
 from ..unwrap import call_unwrapped, expanded, stack_alike
 
 __all__ = ["all_true"]
@@ -45,14 +45,6 @@ def all_true(mode: Pass, condition: Tensor) -> bool:
     return call_unwrapped(mode, lambda stacks, _: ask(stacks[0]), [condition])
 
 
-@rule(Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.grad_fn.__get__)
-def _of_autograd(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
-    """vmap hides them; a model that branches on them alone must do so here."""
-    if torch._C._functorch.is_gradtrackingtensor(args[0]):  # torch.func.grad inside the model answers for itself
-        return NotImplemented
-    return call_unwrapped(mode, lambda stacks, _: operator(stacks[0]), args)
-
-
 @rule(Tensor.data.__get__)
 def _data(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """`x.data` is refused by vmap; it is the same memory, and edits of it do not count for autograd."""
@@ -60,6 +52,7 @@ def _data(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
 
 
 @rule(Tensor.grad.__get__)
+@rule(Tensor.grad.__get__, table=RULES_INSIDE)
 def _gradient(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
     """`x.grad` would read as None."""
     raise BatchingError("forward reads .grad, which one model alone cannot be given here: pass what it needs as input")
@@ -72,8 +65,9 @@ def _gradient(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
 )
 def _made(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """A tensor made from nothing gets one copy per model, so that each can fill its own in place."""
+    tracked = kwargs.pop("requires_grad", False)
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
-        return stacks[0] if stacked[0] else stack_alike(stacks * mode.num_models)
+        return (stacks[0] if stacked[0] else stack_alike(stacks * mode.num_models)).requires_grad_(tracked)
 
     return call_unwrapped(mode, run, [operator(*args, **kwargs)])
