@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 __all__ = [
-    "ALL", "SWITCHES", "Columns", "Group", "Hyperparameters", "ModelGroup", "ModelGroups", "cut", "numbers_of", "plain",
+    "ALL", "SWITCHES", "Columns", "Hyperparameters", "ModelGroup", "ModelGroups", "cut", "numbers_of", "plain",
 ]  # fmt: skip
 
 SWITCHES = ("foreach", "fused", "capturable", "differentiable")
@@ -43,49 +43,10 @@ def numbers_of(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
 
 
-class Group(MutableMapping, dict):
-    """A dict of plain numbers of which every read and write goes through the five methods of a subclass.
+class ModelGroup(MutableMapping, dict):
+    """One model's entry of `param_groups`, a dict of plain numbers, which notes which of its names were written.
 
     It is copied and pickled as a plain dict, because a copy belongs to no optimizer yet.
-    """
-
-    def __ior__(self, other: Any) -> Group:  # type: ignore[override, misc]
-        self.update(other)
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[dict]]:
-        return dict, (dict(self),)
-
-
-class ModelGroups(list):
-    """`param_groups` of M models, which says what a scheduler does that is made for one model and sees all.
-
-    Args:
-        groups: of all models.
-        num_models: M.
-    """
-
-    def __init__(self, groups: Iterable[Group], num_models: int) -> None:
-        super().__init__(groups)
-        self._num_models = num_models
-
-    def __len__(self) -> int:
-        reader = sys._getframe(1)
-        if self._num_models > 1 and isinstance(reader.f_locals.get("self"), ReduceLROnPlateau):
-            warnings.warn(
-                f"ReduceLROnPlateau gets one number and lowers the rates of all {self._num_models} models together. "
-                "OptimizerFactory.create_lr_scheduler(optimizer, ReduceLROnPlateau, {...}) makes one for each, and its "
-                "step(losses) takes the M losses.",
-                stacklevel=3,
-            )
-        return super().__len__()
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[list]]:
-        return list, (list(self),)
-
-
-class ModelGroup(Group):
-    """One model's entry of `param_groups`, which notes which of its names were written.
 
     Args:
         items: the hyperparameters, and "params".
@@ -106,6 +67,37 @@ class ModelGroup(Group):
     def __delitem__(self, name: str) -> None:
         self._changed.add(name)
         dict.__delitem__(self, name)
+
+    def __ior__(self, other: Any) -> ModelGroup:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[dict]]:
+        return dict, (dict(self),)
+
+
+class ModelGroups(list):
+    """`param_groups` of M models, which says what a scheduler does that is made for one model and sees all.
+
+    Args:
+        groups: of all models.
+        num_models: M.
+    """
+
+    def __init__(self, groups: Iterable[ModelGroup], num_models: int) -> None:
+        super().__init__(groups)
+        self._num_models = num_models
+
+    def __len__(self) -> int:
+        reader = sys._getframe(1)
+        if self._num_models > 1 and isinstance(reader.f_locals.get("self"), ReduceLROnPlateau):
+            warnings.warn(
+                f"ReduceLROnPlateau gets one number and lowers the rates of all {self._num_models} models together. "
+                "OptimizerFactory.create_lr_scheduler(optimizer, ReduceLROnPlateau, {...}) makes one for each, and its "
+                "step(losses) takes the M losses.",
+                stacklevel=3,
+            )
+        return super().__len__()
 
 
 class Columns:

@@ -70,6 +70,7 @@ class CanCallEach:
                         if place_of(view) != place_of(row):
                             row.copy_(view.detach())
                             view.data = row
+        self._read_back()
         for i in changed:
             if not any(has[i][m] for m in models):
                 params[i].grad = None

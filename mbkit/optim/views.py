@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import BatchOptimizer, construct, parameters_of
-from .hyperparameters import Group, ModelGroups, numbers_of, plain
+from .hyperparameters import ModelGroup, ModelGroups
 from .lone_calls import CanCallEach, place_of
 
 __all__ = ["ViewsOptimizer"]
@@ -21,9 +21,9 @@ class ViewsOptimizer(CanCallEach, BatchOptimizer):
 
     Each lone optimizer owns one model's slices of the stacked parameters, as views. During a call, and only then,
     each view's gradient is a view of the stacked gradient, and torch's default generators are model m's random stream.
-    `param_groups` shows the lone optimizers' own groups; model m's state is in `lone[m].state`. Any other method of the
-    class is called for each model in turn, as a step is: `optimizer.train()`, `optimizer.first_step(zero_grad=True)`.
-    It returns what the calls returned: None, tensors stacked `[M, ...]`, or a list.
+    `param_groups` repeats the lone optimizers' own groups; model m's state is in `lone[m].state`. Any other method of
+    the class is called for each model in turn, as a step is: `optimizer.train()`, `optimizer.first_step(True)`. It
+    returns what the calls returned: None, tensors stacked `[M, ...]`, or a list.
 
     One optimizer with M groups would be enough for torch's own classes. But some users' classes compute over all groups
     at once (a global norm, a common step size), and would mix the models silently.
@@ -46,9 +46,21 @@ class ViewsOptimizer(CanCallEach, BatchOptimizer):
         self._watch_groups()
 
     def _watch_groups(self) -> None:
-        params, size = [group["params"] for group in self.param_groups], len(self._names)
-        groups = [_LoneGroup(self.lone, *divmod(i, size), own) for i, own in enumerate(params)]
+        self._changed: set[str] = set()
+        groups = [ModelGroup(group, self._changed) for group in self.param_groups]
         self.param_groups = ModelGroups(groups, self.num_models)
+        self._changed.clear()
+
+    def _pairs(self) -> Iterator[tuple[ModelGroup, dict[str, Any]]]:
+        """Return each of `param_groups` with the lone optimizer's own group; they differ in "params" only."""
+        return zip(self.param_groups, (group for lone in self.lone for group in lone.param_groups), strict=True)
+
+    def _read_back(self) -> None:
+        """Take over what the lone optimizers have written into their groups."""
+        for group, own in self._pairs():
+            mine = {**own, "params": group["params"]}
+            dict.clear(group)
+            dict.update(group, mine)
 
     def _update(self, closure: Callable[[], Any] | None) -> Any:
         self._check_current()
@@ -65,7 +77,14 @@ class ViewsOptimizer(CanCallEach, BatchOptimizer):
             ) from error
 
     def _follow(self, params: list[nn.Parameter]) -> None:
-        """Point the views at the parameters' present memory: `batch.to()` and `batch.double()` give them another."""
+        """Bring the lone optimizers up to date: with what was written into `param_groups`, and with the parameters'
+        present memory, as `batch.to()` and `batch.double()` give them another.
+        """
+        for group, own in self._pairs() if self._changed else ():
+            for name in self._changed - {"params"}:
+                own.pop(name, None)
+                own.update({name: group[name]} if name in group else {})
+        self._changed.clear()
         views = [parameters_of(lone.param_groups) for lone in self.lone]
         for i, param in enumerate(params):
             rows = param.detach().unbind(0)
@@ -143,46 +162,6 @@ class ViewsOptimizer(CanCallEach, BatchOptimizer):
         for lone, own in zip(self.lone, states, strict=True):
             _load(lone, own, exactly=True)
         self._watch_groups()
-
-
-class _LoneGroup(Group):
-    """An entry of `param_groups`: a lone optimizer's own group, but for "params", which are the stacked ones."""
-
-    __slots__ = ("_g", "_lone", "_m", "_params")
-
-    def __init__(self, lone: list[torch.optim.Optimizer], m: int, g: int, params: list[nn.Parameter]) -> None:
-        self._lone, self._m, self._g, self._params = lone, m, g, params
-
-    @property
-    def _own(self) -> dict[str, Any]:  # looked up each time: loading a state replaces it
-        return self._lone[self._m].param_groups[self._g]
-
-    def __getitem__(self, name: str) -> Any:
-        return self._params if name == "params" else self._own[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name == "params":
-            self._params = value
-        else:
-            self._own[name] = plain(value)
-
-    def __delitem__(self, name: str) -> None:
-        if name != "params":
-            del self._own[name]
-
-    def clear(self) -> None:
-        """Remove all but "params", which the lone optimizer cannot be without."""
-        for name in numbers_of(self._own):
-            del self._own[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._own)
-
-    def __len__(self) -> int:
-        return len(self._own)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
 
 
 def _numbers_of(models: Sequence[dict[str, Any]]) -> list[list[list[int]]]:
