@@ -23,9 +23,11 @@ class OptimizerFactory:
     """Makes optimizers of a batch that train each model as `optimizer_cls` trains it alone.
 
     SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, Adafactor and Muon update all models in one
-    pass, and so do their subclasses that override no more than `__init__` and `zero_grad`. Any other class runs model
-    by model on views: as exact, but no faster than alone. Its other methods are called for each model:
-    `optimizer.first_step(zero_grad=True)` of SAM, `optimizer.train()` of a schedule-free one.
+    pass, and so do their subclasses that override no more than `__init__` and `zero_grad`. Of any other class the
+    `step` runs under torch.vmap for all models that have the same options, floats aside, if it can, as those of Lion
+    and schedule-free do; else, or for up to three models, for one after the other: as exact, but no faster than alone.
+    Its other methods are called for each model: `optimizer.first_step(zero_grad=True)` of SAM, `optimizer.train()` of
+    a schedule-free one.
 
     Args:
         optimizer_cls: a class from torch.optim, or your own.

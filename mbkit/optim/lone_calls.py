@@ -17,7 +17,7 @@ from ..batch.context import context_of
 from ..batch.freeze import rows_where
 from ..vmap import models_with_gradient, note_models_with_gradient
 
-__all__ = ["CanCallEach", "place_of"]
+__all__ = ["CanCallEach", "has_gradient", "place_of"]
 
 
 class CanCallEach:
@@ -30,7 +30,7 @@ class CanCallEach:
             raise AttributeError(f"{type(self).__name__} of {getattr(cls, '__name__', cls)} has no attribute {name!r}")
         return lambda *args, **kwargs: self.in_turn(lambda m: getattr(self.lone[m], name)(*args, **kwargs))
 
-    def _going(self) -> list[int]:
+    def going(self) -> list[int]:
         """Return the models that take part in what is called."""
         stopped = self._stopped()
         return [m for m in range(self.num_models) if stopped is None or not stopped[m]]
@@ -47,9 +47,9 @@ class CanCallEach:
         Returns:
             What the calls returned: None if all did, a tensor `[M, ...]` of tensors, else a list of M.
         """
-        models, params = self._going() if models is None else models, self._params()
+        models, params = self.going() if models is None else models, self._params()
         self._follow(params)
-        has, changed, results = [_has_gradient(param, self.num_models) for param in params], set(), {}
+        has, changed, results = [has_gradient(param, self.num_models) for param in params], set(), {}
         with context_of(self.batch).streams.take_turns(params[0].device) as turns:
             for m in turns:
                 if m not in models:
@@ -80,7 +80,7 @@ class CanCallEach:
 
     def in_lockstep(self, closure: Callable[[], Any]) -> Any:
         """Make the models' steps up to where each calls its closure, call it once for all of these, and so on."""
-        waiting, num_models, losses = self._going(), self.num_models, None
+        waiting, num_models, losses = self.going(), self.num_models, None
         steps = {m: _SuspendedStep(self.lone[m].step) for m in waiting}
 
         def go_on(m: int) -> None:
@@ -174,7 +174,7 @@ class _SumOfLosses:
     __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __abs__ = __getattr__ = __torch_function__ = _refuse
 
 
-def _has_gradient(param: nn.Parameter, num_models: int) -> list[bool]:
+def has_gradient(param: nn.Parameter, num_models: int) -> list[bool]:
     """Say for each model whether it has a gradient for a parameter."""
     models = None if param.grad is None else models_with_gradient(param.grad, num_models)
     return [param.grad is not None] * num_models if models is None else models.tolist()

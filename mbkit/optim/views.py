@@ -8,16 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from ..batch.context import context_of
+from .at_once import form_of, image_of, step_at_once
 from .base import BatchOptimizer, construct, parameters_of
 from .hyperparameters import ModelGroup, ModelGroups
-from .lone_calls import CanCallEach, place_of
+from .lone_calls import CanCallEach, has_gradient, place_of
 
 __all__ = ["ViewsOptimizer"]
 
+_FEW = 3  # models that are as fast in turn
+
 
 class ViewsOptimizer(CanCallEach, BatchOptimizer):
-    """An optimizer of a batch that runs a lone `optimizer_cls` per model: no faster than M lone ones, exact by nature.
+    """An optimizer of a batch with a lone `optimizer_cls` per model, exact by nature.
+
+    A step of more than three models is made at once, where torch.vmap can run the class's own `step`; see `at_once`.
+    Else, and in whatever other method is called, the lone optimizers run in turn, no faster than alone.
 
     Each lone optimizer owns one model's slices of the stacked parameters, as views. During a call, and only then,
     each view's gradient is a view of the stacked gradient, and torch's default generators are model m's random stream.
@@ -30,6 +38,7 @@ class ViewsOptimizer(CanCallEach, BatchOptimizer):
     """
 
     lone: list[torch.optim.Optimizer]
+    _vmap_can = True  # make the class's step, as far as is known
 
     def __init__(
         self,
@@ -67,7 +76,9 @@ class ViewsOptimizer(CanCallEach, BatchOptimizer):
         if closure is not None:
             return self.in_lockstep(closure)
         try:
-            self.in_turn(lambda m: self.lone[m].step())
+            left = self._step_at_once()
+            if left:
+                self.in_turn(lambda m: self.lone[m].step(), left)
         except TypeError as error:
             if "'NoneType' object is not callable" not in str(error) and "'closure'" not in str(error):
                 raise
@@ -75,6 +86,28 @@ class ViewsOptimizer(CanCallEach, BatchOptimizer):
                 f"{self.optimizer_cls.__name__} needs a closure that computes the losses anew: call "
                 "optimizer.step(closure), where the closure returns the M losses after their backward pass."
             ) from error
+
+    def _step_at_once(self) -> list[int]:
+        """Make a step of all models that can make it at once, and return those that are left for one in turn."""
+        params, context, alike = self._params(), context_of(self.batch), {}
+        self._follow(params)
+        going, left = self.going(), []
+        has = list(zip(*[has_gradient(param, self.num_models) for param in params], strict=True))
+        if len(going) <= _FEW or not self._vmap_can:
+            return going
+        images = {m: image_of(self.lone[m]) for m in going}
+        for m in going:
+            alike.setdefault((has[m], form_of(images[m])), []).append(m)
+        for (own, _), models in alike.items():
+            some = [p for p, has_one in zip(params, own, strict=True) if p.grad is not None and not has_one]
+            lone, held = [self.lone[m] for m in models], [images[m] for m in models]
+            if len(models) <= _FEW or some:
+                left += models
+            elif not step_at_once(context, lone, held, params, models):
+                self._vmap_can = False  # a first attempt tells, as a rule; each one costs a part of a step
+                left += models
+        self._read_back()
+        return sorted(left)
 
     def _follow(self, params: list[nn.Parameter]) -> None:
         """Bring the lone optimizers up to date: with what was written into `param_groups`, and with the parameters'
@@ -100,14 +133,14 @@ class ViewsOptimizer(CanCallEach, BatchOptimizer):
 
     def _fill_state(self, lone: torch.optim.Optimizer, m: int) -> None:
         self._follow(self._params())
-        _load(lone, self.lone[m].state_dict(), exactly=True)
+        _load(lone, _own_memory(self.lone[m].state_dict()), exactly=True)
 
     # ---- saving and loading: under `["state"]["models"]` are the M lone optimizers' own states
 
     def state_dict(self) -> dict[str, Any]:
         """Return the groups, and under `["state"]["models"]` the M lone optimizers' own states."""
         self._follow(self._params())
-        models = [lone.state_dict() for lone in self.lone]
+        models = [_own_memory(lone.state_dict()) for lone in self.lone]
         return {**super().state_dict(), "state": self._described(models)}
 
     def _described(self, models: list[dict[str, Any]]) -> dict[str, Any]:
@@ -187,6 +220,16 @@ def _over_views(
         return [[nn.Parameter(p.detach()[m], requires_grad=p.requires_grad) for p in group] for group in params]
 
     return [construct(optimizer_cls, views(m), own, m) for m, own in enumerate(configs)]
+
+
+def _own_memory(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state without tensors that are rows of M models' memory, all of which a pickle or copy would hold."""
+
+    def own(tensor: Tensor) -> Tensor:
+        whole = tensor.layout is not torch.strided or tensor.untyped_storage().nbytes() == tensor.nbytes
+        return tensor if whole else tensor.clone()
+
+    return tree_map_only(Tensor, own, state)
 
 
 def _load(lone: torch.optim.Optimizer, saved: dict[str, Any], exactly: bool) -> None:

@@ -32,6 +32,7 @@ class Pass:
         traced: whether the pass is traced to be compiled, so that some rules emit what the compiler makes fast.
         copies: storages of copies of what is a view alone; see `layout`.
         rectified: what ReLUs of a traced pass were given; see `rules/pooling`.
+        reads_gradients: whether `.grad` may be read: by an optimizer, to which it has been given.
         hooks: on saved tensors, the caller's, which pack whole stacks.
     """
 
@@ -44,6 +45,7 @@ class Pass:
     own_rows: bool = False
     traced: bool = False
     folded: bool = False
+    reads_gradients: bool = False
     copies: set[int] = field(default_factory=set)
     laid_out: dict[int, tuple] = field(default_factory=dict)
     rectified: dict[int, tuple] = field(default_factory=dict)

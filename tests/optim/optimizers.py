@@ -226,7 +226,34 @@ class GlobalNorm(optim.Optimizer):
         return loss
 
 
+class Lion(optim.Optimizer):
+    """As its most used implementation writes it, with a number of steps beside."""
+
+    def __init__(self, params: list, lr: float = 1e-4, betas: tuple = (0.9, 0.99), weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Tensor | None:
+        loss = torch.enable_grad()(closure)() if closure else None
+        for group in self.param_groups:
+            for p in filter(lambda p: p.grad is not None, group["params"]):
+                grad, lr, wd, state = p.grad, group["lr"], group["weight_decay"], self.state[p]
+                (beta1, beta2) = group["betas"]
+                if len(state) == 0:
+                    state["exp_avg"], state["step"] = torch.zeros_like(p), 0
+                state["step"] += 1
+                p.data.mul_(1 - lr * wd)
+                update = state["exp_avg"].clone().mul_(beta1).add(grad, alpha=1 - beta1).sign_()
+                p.add_(update, alpha=-lr)
+                state["exp_avg"].mul_(beta2).add_(grad, alpha=1 - beta2)
+        return loss
+
+
 VIEWED = [
+    (
+        Lion,
+        {**RATES, "betas": [(0.9, 0.99), (0.8, 0.9), (0.5, 0.5), (0.95, 0.98)], "weight_decay": [0.1, 0.2, 0.3, 0.4]},
+    ),
     (optim.ASGD, {**RATES, "lambd": [1e-4, 0.1, 0.0, 0.01], "alpha": [0.75, 0.5, 1.0, 0.1], "t0": [0, 5, 10, 1e6]}),
     (optim.Rprop, {**RATES, "etas": [(0.5, 1.2), (0.3, 1.5), (0.9, 1.1), (0.5, 2.0)], "maximize": [True, False] * 2}),
     (SignAdam, RATES),
