@@ -40,7 +40,7 @@ def _form(value: Any) -> Any:
         return kind, value
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device
-    return tuple(map(_form, value)) if kind is tuple else (kind, bool(value) and id(value))
+    return tuple(map(_form, value)) if kind is tuple else object()  # equal to nothing: it may be changed in place
 
 
 def step_at_once(
@@ -69,11 +69,11 @@ def step_at_once(
         return False
     places = [t.untyped_storage().data_ptr() for t in (*weights, *grads.values(), *results.values()) if t.numel()]
     if len(set(places)) < len(places):
-        return False  # what shares memory when alone would be apart
+        return False  # alone, an edit of one would be an edit of the other from here on
     rows = {path: result.unbind(0) for path, result in results.items()}
     for k, lone in enumerate(lones):
-        own = {path: each[k] for path, each in rows.items()}
-        _write(lone, own | {path: _own(value, k) for path, value in left.items()})
+        _write(lone, {path: each[k] for path, each in rows.items()})
+        _write(lone, {path: _own(value, k) for path, value in left.items()})
     for i, param in enumerate(params):
         param.detach()[chosen] = weights[i].detach()
         if i in grads and grads[i]._version != marks[i]:
@@ -94,26 +94,27 @@ def _run(
 
     def step(mode: Pass, *own: Tensor) -> tuple[Tensor, ...]:
         mode.reads_gradients = True
-        params = own[: len(weights)]
-        for place, i in enumerate(grads):
-            params[i].grad = own[len(weights) + place]
+        params, gradients = own[: len(weights)], own[len(weights) :]
+        for i, gradient in zip(grads, gradients, strict=False):
+            params[i].grad = gradient
         one, left = object.__new__(type(first)), iter(params)
-        vars(one).update(state=defaultdict(dict), defaults={}, param_groups=[])
+        vars(one).update(vars(first), state=defaultdict(dict), defaults={}, param_groups=[])
         for group in first.param_groups:
-            own_params = [next(left) for _ in group["params"]]
-            one.param_groups.append({"params": own_params, **({"foreach": False} if "foreach" in group else {})})
+            loop = {"foreach": False} if "foreach" in group else {}
+            one.param_groups.append({"params": [next(left) for _ in group["params"]], **loop})
         _write(one, given | {path: own[slot] for path, slot in slots.items()})
         one.step()
         after.update(image_of(one))
-        for path, value in after.items():
-            if not _can_be_kept(value) and value is not given.get(path):
-                raise BatchingError(f"it keeps a {type(value).__name__}")
         return tuple(value for value in after.values() if isinstance(value, Tensor))
 
     models = {"num_models": len(images), "streams": _NoDraws(context.streams), "per_model_settings": True}
     results = at_once(replace(context, folding=False, **models), step, tensors, [0] * len(tensors))
     paths = [path for path, value in after.items() if isinstance(value, Tensor)]
     left = {path: value for path, value in after.items() if path not in paths and value is not given.get(path, after)}
+    for value in left.values():
+        _own(value, 0)
+    if not images[0].keys() <= after.keys():
+        raise BatchingError("it has removed something")
     return left, {path: t if t.stride(0) else t.clone() for path, t in zip(paths, results, strict=True)}
 
 
@@ -128,15 +129,13 @@ class _NoDraws:
 
 
 def image_of(lone: Lone) -> Image:
-    """Return all that an optimizer holds, but for the parameters and torch's choice of a loop over them."""
-    image: Image = {("self", 0, name): value for name, value in vars(lone).items() if name not in _OPENED}
-    for name, value in lone.defaults.items():
-        image["defaults", 0, name] = value
+    """Return what an optimizer holds, but for parameters, defaults, empty lists of hooks, torch's choice of a loop."""
+    rest = {n: v for n, v in vars(lone).items() if n not in _OPENED and (v or not n.endswith("_hooks"))}
+    image: Image = {("self", 0, name): value for name, value in rest.items()}
     for g, group in enumerate(lone.param_groups):
         for name, value in group.items():
-            image["group", g, name] = value
-        del image["group", g, "params"]
-        image.pop(("group", g, "foreach"), None)
+            if name not in ("params", "foreach"):
+                image["group", g, name] = value
     states = list(map(lone.state.get, _params(lone)))
     for i, state in enumerate(states):
         for name, value in (state or {}).items():
@@ -154,8 +153,6 @@ def _write(lone: Lone, image: Image) -> None:
             lone.state[params[i]][name] = value
         elif kind == "group":
             lone.param_groups[i][name] = value
-        elif kind == "defaults":
-            lone.defaults[name] = value
         else:
             setattr(lone, name, value)
 
@@ -174,11 +171,11 @@ def _merged(values: list[Any]) -> Any:
 
 
 def _own(value: Any, k: int) -> Any:
-    """Return one model's of a value that a step has left."""
+    """Return one model's of a value that a step has left; anything that models might share is refused."""
     if isinstance(value, tuple):
         return tuple(_own(part, k) for part in value)
-    return value.values[k] if type(value) is PerModel else value
-
-
-def _can_be_kept(value: Any) -> bool:
-    return isinstance(value, (Tensor, *_SIMPLE)) or (isinstance(value, tuple) and all(map(_can_be_kept, value)))
+    if type(value) is PerModel:
+        return value.values[k]
+    if type(value) not in _SIMPLE:
+        raise BatchingError(f"it keeps a {type(value).__name__}")
+    return value

@@ -168,13 +168,41 @@ class Assigned(optim.SGD):
                 p.data = p.data - self.param_groups[0]["lr"] * p.grad
 
 
-@pytest.mark.parametrize("cls", [Alias, Halfway, Assigned, GlobalNorm])
+class Notes(optim.SGD):
+    """Counts by a list."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr)
+        self.seen: list[int] = []
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        self.seen.append(len(self.seen))
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"] * len(self.seen))
+
+
+class Forgets(optim.SGD):
+    """Drops a part of its state every other step."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                kept = self.state[p].pop("kept", None)
+                if kept is None:
+                    self.state[p]["kept"] = p.grad.clone()
+                p.sub_(p.grad if kept is None else kept, alpha=self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("cls", [Alias, Halfway, Assigned, Notes, Forgets, GlobalNorm])
 def test_what_cannot_run_at_once_runs_in_turn_from_where_it_was(cls: type, in_turn: list[int]) -> None:
     models = shapes(torch.float64)
     batch = ModelBatch(models)
     optimizer = create(cls, RATES, batch)
     step_batch(optimizer, batch, range(5))
-    assert in_turn[:M] == list(range(M))
+    assert in_turn[-M:] == list(range(M))
     for m, model in enumerate(models):
         step_alone(create_alone(cls, RATES, model, m), model, m, range(5))
     assert largest_difference(batch, models) == 0
