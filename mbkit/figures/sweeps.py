@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from typing import Any
 
 from matplotlib import colormaps
@@ -59,21 +58,16 @@ def parallel_coordinates(result: Any) -> Picture:
 
 
 def _places(values: list[Any]) -> tuple[list[float], list[tuple[float, str]]]:
-    """Return a setting's values as heights from 0 to 1, and what to write at which height."""
-    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    several = len(set(numbers)) > 8 and len(numbers) == len(values)
-    if not several:  # one step for each value
-        known = sorted(set(numbers)) if len(numbers) == len(values) else list(dict.fromkeys(map(repr, values)))
-        steps = {value: i / max(1, len(known) - 1) for i, value in enumerate(known)}
-        keys = values if len(numbers) == len(values) else list(map(repr, values))
-        return [steps[key] for key in keys], [(height, _word(value)) for value, height in steps.items()]
-    low, high = min(numbers), max(numbers)
-    decades = low > 0 and high / low > 20 and statistics.median(numbers) < (low + high) / 4
-    scale = math.log if decades else float
-    span = scale(high) - scale(low) or 1.0
-    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
-    at = [math.exp(scale(low) + share * span) if decades else low + share * span for share in shares]
-    return [(scale(value) - scale(low)) / span for value in values], list(zip(shares, map(_word, at), strict=True))
+    """Return a setting's values as heights from 0 to 1, one step for each value, and what to write at which height.
+
+    So values that were drawn on a log scale are as far apart as those that were drawn on another.
+    """
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    keys = values if numbers else list(map(repr, values))
+    known = sorted(set(keys)) if numbers else list(dict.fromkeys(keys))
+    heights, last = {key: i / max(1, len(known) - 1) for i, key in enumerate(known)}, len(known) - 1
+    shown = [known[last * part // 4] for part in range(5)] if numbers and last > 7 else known
+    return [heights[key] for key in keys], [(heights[key], _word(key)) for key in shown]
 
 
 def _word(value: Any) -> str:

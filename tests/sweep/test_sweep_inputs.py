@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch import nn
 
 import mbkit
 from mbkit import grid, sample
+from mbkit.figures.sweeps import parallel_coordinates
 from mbkit.sweep.configs import cut
 from mbkit.sweep.folder import locked
 
@@ -219,3 +221,13 @@ def test_the_picture_has_an_axis_for_each_setting_that_differs_and_for_each_rung
     assert sorted(int(torch.as_tensor(y.astype(float)).isfinite().sum()) for y in lines) == [5] * 5 + [6] * 3 + [7] * 2
     heights = {word.get_text(): word.get_position()[1] for word in axes.texts if word.get_position()[0] < 0.5}
     assert heights == {"0.01": 0.0, "0.02": 0.25, "0.03": 0.5, "0.1": 0.75, "0.3": 1.0}
+
+
+def test_an_axis_of_many_values_has_a_step_for_each_and_five_words() -> None:
+    configs = [{"lr": 10.0**-t, "kind": "a" if t % 2 else "b"} for t in range(13)]
+    trials = [mbkit.sweep.Trial(t, config, t, [0.1 * t], [1.0], [1]) for t, config in enumerate(configs)]
+    (axes,) = parallel_coordinates(SimpleNamespace(ranked=trials, names=["lr", "kind"])).axes
+    places = [line.get_ydata()[0] for line in axes.get_lines() if len(line.get_xdata()) == 3]
+    assert sorted(places) == pytest.approx([t / 12 for t in range(13)])
+    words = {word.get_text(): word.get_position()[1] for word in axes.texts if word.get_position()[0] < 0.5}
+    assert words == {"1e-12": 0.0, "1e-09": 0.25, "1e-06": 0.5, "0.001": 0.75, "1": 1.0}
