@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from .benchmark.lenet import run_benchmark
+from .benchmark.suite import run_suite
 from .common.tables import text_table
 from .data.load import load_images
 from .lessons.consistency import PRESETS, PUBLISHED, dissect, preset, run, switches
@@ -158,20 +159,24 @@ def _benchmark_options(command: argparse.ArgumentParser) -> None:
     # What torch cannot start would end the process.
     command.add_argument("--threads", type=_whole(1024), default=torch.get_num_threads(), help="of torch (%(default)s)")
     command.add_argument("--figure", type=_picture, metavar="FILE", help="save a picture")
+    suite = "measure every way to train, case by case, instead; keep the raw times in this file (%(const)s)"
+    command.add_argument("--suite", type=Path, nargs="?", const="suite.json", metavar="FILE", help=suite)
 
 
 def _benchmark(options: argparse.Namespace) -> None:
+    from .figures import plots, speed
+
     torch.set_num_threads(options.threads)
-    data = load_images(options.dataset)
-    if options.images is not None:
-        data = data.subset(options.images)
-    settings = {"epochs": options.epochs, "batch_size": options.batch_size, "learning_rates": options.lrs}
-    result = run_benchmark(data, options.models, **settings)
+    if options.suite:
+        result, draw = run_suite(save=options.suite), speed.speedups
+    else:
+        data = load_images(options.dataset)
+        data = data if options.images is None else data.subset(options.images)
+        settings = {"epochs": options.epochs, "batch_size": options.batch_size, "learning_rates": options.lrs}
+        result, draw = run_benchmark(data, options.models, **settings), plots.benchmark
     print(result)
     if options.figure:
-        from .figures import plots
-
-        _save(plots.benchmark(result), options.figure)
+        _save(draw(result), options.figure)
 
 
 # sweep

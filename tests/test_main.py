@@ -7,6 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from mbkit.__main__ import main
+from mbkit.benchmark.cases import Case
+from mbkit.benchmark.suite import SuiteResult, run_suite
+
+SIDES = ["sequential, malloc set", "mbkit"]
 
 
 def test_consistency_prints_the_published_table(capsys):
@@ -112,3 +116,12 @@ def test_import_is_light():
     assert found == "[]"
     foreign = {name for name in others.split() if "cython" not in name}
     assert foreign <= {"mbkit", "numpy", "safetensors"}  # and torch, which is there already
+
+
+def test_benchmark_measures_the_suite_too(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("mbkit.__main__.run_suite", lambda save: run_suite([Case("MLP", 2, 4)], sides=SIDES, save=save))
+    monkeypatch.chdir(tmp_path)
+    assert main(["benchmark", "--suite", "--threads", "1", "--figure", "bars.png"]) == 0
+    assert "a loop, ms (quartiles)" in capsys.readouterr().out
+    assert SuiteResult.load("suite.json").rows[0]["seconds"].keys() == set(SIDES)
+    assert (tmp_path / "bars.png").exists()

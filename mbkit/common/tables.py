@@ -1,12 +1,16 @@
-"""Tables of strings, for a terminal and for a notebook."""
+"""Tables of strings, for a terminal and for a notebook, and plain numbers, for JSON."""
 
 from __future__ import annotations
 
 import html
+import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-__all__ = ["Tables", "html_table", "printable", "text_table"]
+from torch import Tensor
+
+__all__ = ["Tables", "html_table", "plain", "printable", "text_table"]
 
 Rows = Sequence[Sequence[str]]
 
@@ -70,3 +74,20 @@ def html_table(rows: Rows, title: str = "") -> str:
         ]
         parts.append(f"<table>{''.join(lines)}</table>")
     return "".join(parts)
+
+
+def plain(value: Any) -> Any:
+    """Return dicts and lists with the numbers of all tensors in them, None for those that JSON has no word for.
+
+    Example:
+        >>> import torch
+        >>> plain({"loss": torch.tensor([[1.0, float("nan")]]), "steps": 2})
+        {'loss': [[1.0, None]], 'steps': 2}
+    """
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, dict):
+        return {name: plain(own) for name, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import http.client
 import io
+import queue
 import tarfile
+import threading
 import urllib.request
 import zlib
 from collections.abc import Mapping
@@ -51,7 +53,7 @@ def fetch_archive(
         ValueError: an archive without one of the files, or with one of another size.
     """
     try:
-        with urllib.request.urlopen(url, timeout=patience) as response:
+        with _open(url, patience) as response:
             content = _read(response, md5, size)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ConnectionError(f"Expected the archive from {url}, got {error!s:.300}. {advice}") from error
@@ -68,6 +70,26 @@ def fetch_archive(
         raise OSError(f"Expected to write {target}, got: {error}. {advice}") from error
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise ValueError(f"Expected a .tar.gz from {url}, got an archive that cannot be read: {error}.") from error
+
+
+def _open(url: str, patience: float) -> http.client.HTTPResponse:
+    """Open a connection within `patience` seconds, looking up the name included (urlopen's timeout leaves it out)."""
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(urllib.request.urlopen(url, timeout=patience))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=patience)
+    except queue.Empty:
+        raise TimeoutError(f"silence for {patience:g} seconds") from None
+    if isinstance(answer, Exception):
+        raise ConnectionError(str(answer)) from answer
+    return answer
 
 
 def _read(response: http.client.HTTPResponse, md5: str, most: int) -> bytes:

@@ -116,6 +116,11 @@ class SweepResult(Tables):
         }
         return {label: own[ordered(own)[0]] for label, own in means.items()}
 
+    @property
+    def table(self) -> SweepResult:
+        """The table, which prints and shows itself: the result does so itself."""
+        return self
+
     def load(self, trial: Trial | int, rung: int | None = None) -> nn.Module:
         """Return a trial's model as a stand-alone module.
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from ..batch.whole_state import load_whole, save_whole, snapshot
 from ..common.checks import whole_number
 from ..common.files import read_tree, write_tree
+from ..common.tables import plain
 from .history import Step
 from .loop import Pairs, count_steps
 from .options import StepOptions
@@ -232,13 +233,11 @@ def _of_loss(options: StepOptions, num_models: int) -> dict[str, list[Any]]:
     """Return the loss function's settings, one per model, as plain numbers and texts; of other objects their kind."""
     settings = options.settings_of(num_models)
     each = [settings.of_model(m) for m in range(num_models)] if settings else [{}]
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.tolist()
-        return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
-
-    return {name: [tree_map(plain, own[name]) for own in each] for name in each[0]}
+    known = (bool, int, float, str, type(None))
+    return {
+        name: [tree_map(lambda v: v if isinstance(v, known) else type(v).__name__, plain(own[name])) for own in each]
+        for name in each[0]
+    }
 
 
 def _columns(steps: Sequence[Step]) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..common.tables import Tables
+from ..common.tables import Tables, plain
 
 __all__ = ["History", "Step"]
 
@@ -109,6 +110,10 @@ class History(Tables):
             return torch.stack([values[mask].mean(0) for mask in masks]) if masks else values
 
         return {"loss": means(self.loss), "accuracy": None if self.accuracy is None else means(self.accuracy)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists, fit for JSON; what is not finite becomes None."""
+        return plain(vars(self))
 
     def __len__(self) -> int:
         return self.steps

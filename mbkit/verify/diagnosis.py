@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.random_streams import seeded
-from ..common.tables import html_table, printable
+from ..common.tables import html_table, plain, printable
 from ..data.load import demo_points
 from ..models import MLP
 from ..vmap import autocast_to
@@ -64,6 +64,12 @@ class Diagnosis:
         if not self.equivalence.equivalent:
             return "The batch is not its models alone, and it is none of the suspects: " + self.equivalence.verdict
         return f"The batch is its models alone: {self.findings['rounding'].evidence}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists, fit for JSON."""
+        findings = {name: vars(finding) for name, finding in self.findings.items()}
+        head = {"conclusion": self.conclusion, "guilty": self.guilty, "findings": findings}
+        return {**plain(head), "equivalence": self.equivalence.to_dict()}
 
     def plot(self) -> Any:
         """Return a figure: how far each parameter is, step by step, one panel a model."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.tables import Tables
+from ..common.tables import Tables, plain
 
 __all__ = ["EquivalenceReport", "Finding", "finding"]
 
@@ -100,6 +100,10 @@ class EquivalenceReport(Tables):
         """Raise an AssertionError with the verdict unless batch and models are equivalent."""
         if not self.equivalent:
             raise AssertionError(str(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists, fit for JSON; what is not finite becomes None."""
+        return plain({"verdict": self.verdict, "equivalent": self.equivalent, **vars(self)})
 
     def plot(self) -> Any:
         """Return a figure: how far each parameter is, step by step, one panel a model."""

@@ -136,9 +136,11 @@ def seconds_until_error(url: str, root: Path, patience: float) -> float:
     return time.monotonic() - start
 
 
-def test_no_network_is_an_error_within_the_time_allowed(serve, tmp_path):
+def test_no_network_is_an_error_within_the_time_allowed(serve, tmp_path, monkeypatch):
     assert seconds_until_error("http://127.0.0.1:9/nothing-listens", tmp_path, patience=5) < 2
     assert seconds_until_error(serve(GOOD, wait=1), tmp_path, patience=0.2) < 0.8  # it takes the call and is silent
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(1))
+    assert seconds_until_error("http://nowhere.invalid/", tmp_path, patience=0.2) < 0.8  # the name service is silent
 
 
 def test_silence_in_the_middle_is_an_error(tmp_path):

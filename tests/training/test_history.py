@@ -1,5 +1,6 @@
 """What a History says about numbers that are written down here."""
 
+import json
 import math
 
 import pytest
@@ -33,6 +34,22 @@ def test_counts_last_steps_and_means(history):
     torch.testing.assert_close(means["accuracy"], torch.tensor([[0.25, 0.75], [0.75, NAN]]), equal_nan=True)
     history.epoch = torch.tensor([5, 5, 6])  # a run that starts at a later epoch
     assert (history.epochs, history.by_epoch()["loss"].shape) == (2, (2, 2))
+
+
+def test_to_dict_is_strict_json(history):
+    history.loss[0, 0] = math.inf
+    text = json.dumps(history.to_dict(), allow_nan=False)
+    assert json.loads(text) == {
+        "loss": [[None, 3.0], [2.0, 1.0], [1.0, None]],
+        "accuracy": [[0.0, 0.5], [0.5, 1.0], [0.75, None]],
+        "seconds": 0.25,
+        "step_seconds": [[pytest.approx(0.1)] * 2, [pytest.approx(0.1)] * 2, [pytest.approx(0.1), None]],
+        "epoch": [0, 0, 1],
+        "steps_done": [3, 2],
+        "interrupted": False,
+        "frozen": [],
+        "how": "",
+    }
 
 
 def test_it_prints_as_a_table(history):

@@ -3,6 +3,7 @@
 import functools
 import io
 import itertools
+import json
 import os
 import random
 import time
@@ -391,7 +392,7 @@ def test_a_batch_and_its_optimizer_are_enough_and_one_step_too():
         assert len(report.equivalence.relative) == steps
 
 
-def test_the_report_prints_and_displays():
+def test_the_report_prints_displays_and_serializes():
     report = found(["stale-gradients", "mean-loss"], GRID[0], seed=1)
     lines = str(report).splitlines()
     assert lines[0] == report.conclusion
@@ -403,7 +404,9 @@ def test_the_report_prints_and_displays():
     page = report._repr_html_()
     assert page.count("<tr>") == 2 + len(FAULTS)
     assert "data:image/png;base64," in page
-    assert report.findings["stale-gradients"].step == 2
+    saved = json.loads(json.dumps(report.to_dict()))
+    assert saved["guilty"] == ["stale-gradients", "mean-loss"]
+    assert saved["findings"]["stale-gradients"]["step"] == 2
     assert len(report.plot().axes) == M + 1
 
 

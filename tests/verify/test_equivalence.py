@@ -1,5 +1,6 @@
 """compare: finds the batch equal to lone models where it is, and every planted fault where it is not."""
 
+import json
 from contextlib import nullcontext
 
 import pytest
@@ -282,13 +283,14 @@ def test_it_changes_neither_the_models_nor_the_global_random_state():
         assert all(torch.equal(value, states[name]) for name, value in model.state_dict().items())
 
 
-def test_the_report_prints_and_displays():
+def test_the_report_prints_displays_and_serializes():
     data = build_data(torch.float64)
     report = compare(build_models(torch.float64), torch.optim.Adam, {"lr": 0.01}, data, F.cross_entropy, 3, range(M))
     assert report.difference.shape == report.relative.shape == (3, M, len(report.parameters))
     assert report.loss_difference.shape == (3, M)
     assert "after step" in str(report)
     assert report._repr_html_().count("<tr>") == 4
+    assert json.loads(json.dumps(report.to_dict()))["equivalent"] is True
 
 
 def test_bad_input():
