@@ -47,7 +47,8 @@ class ModelBatch(CanBuild, CanCall, CanFreeze, CanApply, CanSelect, CanSave, nn.
 
     Args:
         models: M modules of one architecture; floats (dropout rates, slopes, scales of the user's own), and objects and
-            dicts of plain values (configurations) may differ.
+            dicts of plain values (configurations) may differ. So may whole numbers and texts of the user's own, and
+            flags and tables that calls have filled in; a layer that reads one of these runs model by model.
         shared_input: True when all models see one batch `[B, ...]`, False when each has its own, `[M, B, ...]`.
         seeds: one whole number a model. Model m draws its dropout masks and other random numbers as it would
             alone after `torch.manual_seed(seeds[m])`. Without seeds they are drawn from torch's default generator.

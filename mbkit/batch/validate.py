@@ -35,7 +35,8 @@ def check_models(models: Iterable[nn.Module]) -> tuple[list[nn.Module], Settings
 
     Returns:
         The models, and the settings that differ between them: module path to attribute to M values. These are floats (a
-        dropout rate, a slope, a scale of the user's own), and objects and dicts of plain values (configurations).
+        dropout rate, a slope, a scale of the user's own), objects and dicts of plain values (configurations), and of
+        the user's own classes whole numbers, texts, and what calls have filled in.
 
     Raises:
         TypeError: something that is not a module, or not a list of them; a ModelBatch.

@@ -25,7 +25,7 @@ from ..batch.model_batch import ModelBatch
 from ..batch.targets import targets_at
 from ..common.checks import check_inputs, check_output, open_mappings
 from ..common.machine import free_memory
-from ..vmap import HOOKS, SharedObjects, copy_module, has_grad_hooks, read_state
+from ..vmap import HOOKS, SharedObjects, copy_module, has_grad_hooks, keep_hooks, new_hooks, read_state
 from .backward import backward_pass, is_main_thread
 from .gather import Gradients, join_outputs, keep_state
 from .loop import arguments, call, detach, first_tensor
@@ -177,7 +177,7 @@ class Chunks:
         if not shared_input:
             check_inputs(tree_leaves(inputs), self.num_models)
         before, after, sizes, changed, stop = read_state(whole.template), [], [], set(), 0
-        shared, assigned = SharedObjects(), []
+        shared, assigned, hooks = SharedObjects(), [], []
         for key, value in before.items():
             shared.note(key[2], tree_leaves(value))
         self.how = "in chunks"  # the first call chooses the size
@@ -194,11 +194,13 @@ class Chunks:
                     yield models, chunk, self._measured(chunk, args, kwargs, shared_input)
                     assigned.append(shared.take_back())
                     whole.folding, whole.own_rows = chunk.folding, chunk.own_rows  # what it has learnt
+                    hooks.append(new_hooks(before, chunk.template))
                     now = read_state(chunk.template)
                     after.append(now)
                     changed |= {key for key, value in now.items() if value is not given.get(key)}
                     sizes.append(chunk.num_models)
         SharedObjects.keep(assigned)
+        keep_hooks(before, hooks)
         keep_state(whole, before, after, sizes, changed)
 
     def _measured(self, chunk: CallContext, args: tuple, kwargs: dict, shared_input: bool) -> Any:

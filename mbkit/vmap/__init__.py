@@ -16,7 +16,19 @@ from .per_model import PerModel
 from .registry import Pass
 from .shared_objects import SharedObjects
 from .snapshot import has_grad_hooks, place, version
-from .state import HOOKS, OUTPUT, Absent, OnStack, PerModelValue, State, read_state, tensors_in, write_state
+from .state import (
+    HOOKS,
+    OUTPUT,
+    Absent,
+    OnStack,
+    PerModelValue,
+    State,
+    keep_hooks,
+    new_hooks,
+    read_state,
+    tensors_in,
+    write_state,
+)  # fmt: skip
 from .streams import SharedDraw, Streams, TracedStreams, rows_like
 from .unwrap import as_one_model_sees, as_stacked, given_to_models, memory_order, own_rows, stack_alike
 
@@ -52,6 +64,7 @@ __all__ = [
     "has_grad_hooks",
     "has_method",
     "is_folded",
+    "keep_hooks",
     "loop_inside",
     "mark_rows",
     "materialize",
@@ -59,6 +72,7 @@ __all__ = [
     "merge",
     "models_with_gradient",
     "module_path",
+    "new_hooks",
     "note_models_with_gradient",
     "own_rows",
     "place",

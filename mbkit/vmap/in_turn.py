@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from .errors import BatchingError, call_named
 from .layout import check_order
@@ -22,7 +23,7 @@ from .per_model import PerModel
 from .registry import Pass
 from .shared_objects import SharedObjects, is_object
 from .snapshot import version
-from .state import OUTPUT, State, read_state, tensors_in, write_state
+from .state import OUTPUT, State, keep_hooks, new_hooks, read_state, tensors_in, write_state
 from .unwrap import call_unwrapped, stack_alike
 
 __all__ = ["Failure", "call_in_turn", "edits_in_place", "loop_inside", "model_by_model"]
@@ -120,7 +121,7 @@ def call_in_turn(
     leaves, spec = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     generators = [(leaf, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
-    kept = tensors_in(before)
+    kept, next_hook = tensors_in(before), RemovableHandle.next_id
     merged: list[dict] = []
     failures: list[Exception] = []
 
@@ -161,6 +162,8 @@ def call_in_turn(
             states.append(copies[-1].state_after(output, edited))
         if not failures:
             SharedObjects.keep([copied.assigned for copied in copies])
+            if RemovableHandle.next_id != next_hook and before.modules:
+                keep_hooks(before, [new_hooks(before, copied.module) for copied in copies])
         for state in states if failures else ():
             state[OUTPUT] = None
         for i in moved:

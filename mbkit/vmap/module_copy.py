@@ -109,6 +109,8 @@ class ModuleCopy:
             for hooks in HOOKS:
                 if any(isinstance(hook, (types.MethodType, PerModelValue)) for hook in mine[hooks].values()):
                     mine[hooks] = tree_map(self._follow, mine[hooks])
+                elif self._m != _ALL:  # a call may register hooks, and the next model's has to do so as well
+                    mine[hooks] = mine[hooks].copy()
         root = before.modules.get("")
         self.module = None if root is None else self._copies[id(root)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..common.functions import at_hand
 from ..common.objects import PerModelValue
 from .errors import PATH, BatchingError
 
 __all__ = [
     "HOOKS", "OUTPUT", "PLAIN", "Absent", "Key", "OnStack", "PerModelValue", "State", "dotted", "is_leaf",
-    "own_attributes", "read_state", "tensors_in", "write_state",
+    "keep_hooks", "new_hooks", "own_attributes", "read_state", "tensors_in", "write_state",
 ]  # fmt: skip
 
+Hooks = list[tuple[str, str, int, Any]]  # module path, one of HOOKS, torch's number of a hook, the hook
 Key = tuple[str, str, str]  # module path, "_parameters", "_buffers" or "__dict__", name
 
 OUTPUT: Key = ("", "output", "output")
@@ -105,3 +107,29 @@ def is_leaf(value: Any) -> bool:
 def dotted(key: Key) -> str:
     """Return a key's path and name as one, for errors."""
     return ".".join(part for part in (key[0], key[2]) if part)
+
+
+def new_hooks(before: State, module: nn.Module) -> Hooks:
+    """Return the hooks that calls have registered on a copy of a module."""
+    copies = dict(module.named_modules())
+    places = [(path, kind, vars(old)[kind]) for path, old in before.modules.items() for kind in HOOKS]
+    return [
+        (path, kind, key, hook)
+        for path, kind, known in places
+        for key, hook in vars(copies[path])[kind].items()
+        if key not in known
+    ]
+
+
+def keep_hooks(before: State, each: Sequence[Hooks]) -> None:
+    """Register for good what each model's call, or each chunk's, has registered, where one can serve them all.
+
+    Raises:
+        BatchingError: the calls have registered other hooks, or hooks that hold on to one model.
+    """
+    facts = [[(path, kind, getattr(hook, "__code__", hook)) for path, kind, _, hook in hooks] for hooks in each]
+    own = [held for *_, hook in each[0] for held in at_hand(hook) if isinstance(held, (Tensor, nn.Module))]
+    if own or any(fact != facts[0] for fact in facts):
+        raise BatchingError("a call registers a hook of its own for each model: register it before the batch is made")
+    for path, kind, key, hook in each[0]:
+        vars(before.modules[path])[kind][key] = hook

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import pytest
 import torch
-from oracle import Config, Holds, hooked, local, local_lambda
+from oracle import SEEDS, Config, Holds, assert_same_parameters, hooked, local, local_lambda, train_alone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mbkit import ModelBatch
+from mbkit import ModelBatch, OptimizerFactory, fit
 from mbkit.batch.context import context_of
+from mbkit.vmap import BatchingError
 
 X = torch.randn(4, 3)
 
@@ -162,3 +165,60 @@ def test_hooks_that_keep_nothing_stay_fast():
     batch = ModelBatch(models)
     assert torch.allclose(batch(X)[1], models[1](X), atol=1e-6)
     assert batch.model_by_model == set()
+
+
+# ------------------------------------------------------------------ hooks that a call registers
+COLLECTOR: ContextVar[list | None] = ContextVar("collector", default=None)
+
+
+def collecting(index: int) -> Callable:
+    def hook(module, inputs, output):
+        if COLLECTOR.get() is not None:
+            COLLECTOR.get().append(output[..., :index])
+
+    return hook
+
+
+class Capturing(nn.Module):
+    """Registers hooks in its first call, by which it returns what its layers have made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not getattr(self, "_has_hooks", False):
+            for layer in self.layers:
+                layer.register_forward_hook(collecting(2))
+            self._has_hooks = True
+        token = COLLECTOR.set([])
+        try:
+            return self.layers(x), *COLLECTOR.get()
+        finally:
+            COLLECTOR.reset(token)
+
+
+def all_of_them(outputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    return sum((out - y).square().mean() for out in outputs)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2, 1])
+def test_hooks_that_a_call_registers_stay_and_there_is_one_of_each(chunk_size: int | None) -> None:
+    models = [Capturing() for _ in range(4)]
+    data = [(torch.randn(5, 3).double(), torch.randn(5, 2).double()) for _ in range(3)]
+    batch = ModelBatch(copy.deepcopy(models), seeds=SEEDS)
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    fit(batch, optimizer, data, all_of_them, chunk_size=chunk_size, progress=False)
+    train_alone(models, data, loss_fn=all_of_them, configs={"lr": 0.1})
+    assert_same_parameters(list(batch), models, 1e-11)
+    assert [len(outputs) for outputs in (batch(data[0][0]), batch[1](data[0][0]), models[1](data[0][0]))] == [4, 4, 4]
+
+
+def test_hooks_that_hold_on_to_one_model_cannot_serve_all() -> None:
+    class Holding(Capturing):
+        def forward(self, x: Tensor) -> Tensor:
+            self.layers[0].register_forward_hook(lambda *_: self.train() and None)
+            return self.layers(x)
+
+    with pytest.raises(BatchingError, match="registers a hook of its own for each model"):
+        ModelBatch([Holding() for _ in range(2)], model_by_model=[""])(X.double())
