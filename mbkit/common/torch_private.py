@@ -62,6 +62,9 @@ PRIVATE = {
 # Needed by compile=True alone, and looked for when a step is first compiled.
 PRIVATE_OF_COMPILE = {
     "torch._inductor.compile": "compile a graph that is traced already; torch.compile traces again, and stops at modes",
+    "torch._guards.TracingContext": "let inductor keep a graph for other processes; torch.compile sets one itself",
+    "torch._guards.tracing": "likewise",
+    "torch._subclasses.FakeTensorMode": "likewise",
     "torch._ops.OpOverload": "read a traced graph; torch.fx names operators, and does not tell their schemas",
 }
 

@@ -137,7 +137,7 @@ class Columns:
         """Take over what was written into the groups since the last call."""
         if not self.changed:
             return
-        for name in self.changed.intersection(self.names):
+        for name in filter(self.changed.__contains__, self.names):  # in one order, by which a compiled step is found
             values = [group[name] for group in self.groups]
             if name in self._common:
                 self.flags[name] = _agreed(name, values)

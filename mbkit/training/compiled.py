@@ -6,6 +6,8 @@ outside it, from the models' own streams, and passed in; so are the hyperparamet
 again. What a graph cannot hold (a branch on a tensor's value, a layer that runs model by model, a hook, a tensor that a
 call assigns anew) raises `CannotCompile` before any parameter or count has changed.
 
+Inductor keeps what it has compiled in its cache on disk, where other processes find it.
+
 Python values that `forward` and `loss_fn` read are constants of the graph; `Guards` looks at them before each step.
 """
 
@@ -20,7 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..batch.call import attempt
@@ -172,8 +177,10 @@ class _Program:
             operands = self._arguments(self._kept, leaves, blank)
             options = {"triton.cudagraphs": self._kept[0].is_cuda}
             graph = self._trace(operands)
-            with autocast_off(self._kept[0].device.type):  # its casts are in the graph
-                self._run = torch._inductor.compile(graph, operands, options=options)
+            mode = FakeTensorMode(shape_env=ShapeEnv())  # without it, inductor keeps nothing for other processes
+            forms = [mode.from_tensor(operand, static_shapes=True) for operand in operands]
+            with tracing(TracingContext(mode)), autocast_off(self._kept[0].device.type):  # its casts are in the graph
+                self._run = torch._inductor.compile(graph, forms, options=options)
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def __call__(self, kept: list[Tensor], leaves: list) -> tuple[Tensor, Any] | None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +86,29 @@ def test_what_cannot_be_compiled_says_so_and_is_as_exact(graphs, name):
 @pytest.mark.parametrize("name", ["GPT with dropout", "VAE of distributions", "REINFORCE"])
 def test_the_real_compiler_draws_and_asks_likewise(name):
     assert train(KINDS[name]) == ("compiled", "")
+
+
+KEPT = """
+from torch._dynamo.utils import counters
+from tests.training.compiled_kinds import KINDS
+from tests.training.test_compiled_kinds import train
+assert train(KINDS["MC dropout"]) == ("compiled", "")
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+@pytest.mark.slow
+def test_what_one_process_has_compiled_the_next_one_finds(tmp_path):
+    """Though names are hashed differently in each; and it trains the models as alone."""
+    root = Path(__file__).parents[2]
+    place = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
+    counts = []
+    for seed in "12":
+        env = os.environ | place | {"PYTHONHASHSEED": seed}
+        run = subprocess.run([sys.executable, "-c", KEPT], env=env, cwd=root, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        counts.append(run.stdout.split())
+    assert counts == [["0", "1"], ["1", "0"]]
 
 
 # ------------------------------------------------------------------ each random operator
