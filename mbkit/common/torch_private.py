@@ -52,6 +52,8 @@ PRIVATE = {
     "learning rate a group",
     "torch._fused_adamw_": "likewise",
     "torch._is_all_true": "a compiled step sees what torch.distributions checks; all() is also what models branch on",
+    "torch._pack_padded_sequence": "the rule of what torch.nn.utils.rnn calls, which is this",
+    "torch._pad_packed_sequence": "likewise",
     "torch._scaled_dot_product_attention_math": "attention's weights, to drop some by masks that are drawn before; the "
     "public function draws them itself",
     "torch.nn.modules.dropout._DropoutNd": "every dropout layer; the public classes have no public parent",

@@ -149,7 +149,7 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal of both": lambda x: torch.normal(x.detach()[:, :1], x.detach().abs()),
     "bernoulli": lambda x: torch.bernoulli(x.detach().sigmoid()),
     "bernoulli of float32, turned": lambda x: x.detach().float().sigmoid().t().bernoulli().t(),
-    "bernoulli of a number": filled(Tensor.bernoulli_, 0.3),
+    "bernoulli_": filled(Tensor.bernoulli_, 0.3),
     "multinomial": lambda x: P[torch.multinomial(x.detach().softmax(-1), 1)],
     "multinomial of several": lambda x: P[torch.multinomial(x.detach().softmax(-1), num_samples=5)],
     "multinomial of one row": lambda x: P[P.multinomial(1, True)],

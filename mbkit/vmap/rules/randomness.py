@@ -102,7 +102,7 @@ def _by_value(draw: Callable) -> Callable:
         tracked = call_unwrapped(mode, lambda stacks, _: any(stack.requires_grad for stack in stacks), tensors)
         # Numbers drawn by what autograd follows give it a gradient of zeros alone, and here none; indices do not alone.
         tracked = tracked and torch.is_grad_enabled() and draw.__name__ != "_multinomial"
-        refused = tracked or kwargs.keys() & {"generator", "out", "requires_grad"}
+        refused = tracked or kwargs.keys() & {"input", "p", "generator", "out", "requires_grad"}
         drawn = NotImplemented if refused else draw(mode, *args, **kwargs)
         return model_by_model(mode, operator, args, kwargs) if drawn is NotImplemented else drawn
 
