@@ -96,8 +96,8 @@ def evaluate(
         >>> _ = nn.init.zeros_(always_first.weight), nn.init.constant_(always_first.bias[:1], 1.0)
         >>> evaluate(always_first, [(torch.randn(4, 2), torch.tensor([0, 0, 0, 1]))])
         tensor([0.7500], dtype=torch.float64)
-        >>> evaluate(always_first, [(torch.zeros(4, 2), torch.zeros(4, 2))], metric=nn.functional.mse_loss)
-        tensor([0.5000], dtype=torch.float64)
+        >>> evaluate(always_first, [(torch.randn(4, 2), torch.ones(4))], metric=lambda out, y: (out[:, 0] - y).sum())
+        tensor([0.], dtype=torch.float64)
     """
     chunks = Chunks(models) if hasattr(models, "num_models") else None
     modules = [models] if isinstance(models, nn.Module) else list(models)
