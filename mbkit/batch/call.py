@@ -122,7 +122,7 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn
     if isinstance(output, Failure):  # the user's own error, so what the calls have changed before it stays, as alone
         slow.difference_update(reasons)
         raise _named(output.error, context.num_models) from output.error
-    made = tensors_of(output)
+    made = [] if isinstance(output, nn.Module) else tensors_of(output)
     context.returned = list(map(weakref.ref, made))
     watch_backward(
         [*made, *context.attributes], (*before.values(), *tree_leaves((args, kwargs))), context.num_models, bool(slow)
@@ -230,7 +230,7 @@ def attempt(
                 return run([*mine, *tensors[len(kept) :]], flags)
 
             output, after, new = call_in_turn(before, args, kwargs, turns, on, in_turn, whole=True, method=method)
-        if not in_turn and not isinstance(output, Failure) and not (method and output is None):
+        if not in_turn and not isinstance(output, Failure) and not method:
             check_output(output, template)
     else:
         kept = [t for t in kept if id(t) in stacked]
@@ -238,7 +238,7 @@ def attempt(
         kept_outside = kept_by(context, method=method)
 
         def one_model(mode: Pass, *own: Tensor) -> tuple[Tensor, ...]:
-            mine = list(leaves)
+            mine, trained = list(leaves), [t.requires_grad for t in own]
             for place, tensor in zip(places, own[len(kept) :], strict=True):
                 mine[place] = tensor
             copied = ModuleCopy(before, dict(zip(map(id, kept), own, strict=False)))
@@ -250,7 +250,9 @@ def attempt(
                 output = call_named(copied.module, method, my_args, my_kwargs)
             for module in slow:  # a circle, which would keep tensors alive
                 del vars(module)["_call_impl"]
-            if not (method and output is None):
+            if [t.requires_grad for t in own] != trained:
+                raise BatchingError("it changes requires_grad: call requires_grad_ of the batch or its submodules")
+            if not method:
                 check_output(output, template)
             merged, fresh = merge([copied.state_after(output)], before)
             seen.append(merged)

@@ -36,11 +36,12 @@ class CanCall:
             shared_input: which of the two; by default the batch's own. What a call has returned is `[M, B, ...]`.
 
         Returns:
-            What the method returns, each tensor in it `[M, ...]`.
+            What the method returns, each tensor in it `[M, ...]`; the batch, or its submodule, where it returns those.
 
         Raises:
             AttributeError: the models have no such method or submodule.
             ValueError: `shared_input` is not given, and an input `[M, ...]` comes from a call of the batch.
+            RuntimeError: a method changes `requires_grad`; `batch.encoder.requires_grad_(False)` does that.
             TypeError, BatchingError: as for a call of the batch.
 
         Example:
@@ -63,8 +64,9 @@ class CanCall:
             >>> batch.compute_loss(outputs, x, nn.functional.mse_loss).backward()
         """
         output = _call(context_of(self), name, *inputs, shared_input=shared_input, **kwargs)
-        self.training = context_of(self).template.training  # a method may call `eval`
-        return output
+        template = context_of(self).template
+        self.training = template.training  # a method may call `eval`
+        return self if output is template else output
 
     def __getattr__(self, name: str) -> Any:
         try:

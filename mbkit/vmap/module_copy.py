@@ -180,6 +180,8 @@ class ModuleCopy:
                 after[path, "__dict__", "training"] = module.training
         for key in filter(self._before.__contains__, self._missing):
             after.setdefault(key, self._before[key])
+        if isinstance(output, nn.Module):  # of a method that returns the model or a part of it
+            output = self._before.modules.get(vars(output).get(PATH), output)
         after[OUTPUT] = output
         return after
 
@@ -226,8 +228,9 @@ def merge(states: Sequence[State], before: State, whole: bool = False) -> tuple[
     merged: dict[Key, Any] = {}
     for key in dict.fromkeys(key for state in states for key in state):
         values = [state.get(key) for state in states]
-        if key in before and all(value is before[key] for value in values):
-            merged[key] = before[key]
+        is_module = isinstance(values[0], nn.Module) and key == OUTPUT
+        if (key in before or is_module) and all(value is before.get(key, values[0]) for value in values):
+            merged[key] = values[0]
             continue
         flat = [(flatten if key == OUTPUT else tree_flatten)(value) for value in values]
         spec = flat[0][1]

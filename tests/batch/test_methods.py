@@ -102,6 +102,24 @@ class Agent(nn.Module):
     def freeze(self, x: Tensor) -> Tensor:
         return self.encoder.fc(x)
 
+    def embedding(self) -> nn.Module:
+        self.calls += 1
+        return self.encoder.fc
+
+    def reset(self) -> Agent:
+        self.seen += 1
+        return self
+
+    def size(self) -> int:
+        return self.log_std.numel()
+
+    def best(self, x: Tensor) -> list[int]:
+        return self.encoder.fc(x).argmax(-1).tolist()
+
+    def freeze_encoder(self) -> None:
+        for parameter in self.encoder.parameters():
+            parameter.requires_grad = False
+
     def fails(self, x: Tensor) -> Tensor:
         self.seen += 1
         return self.net[0](x)
@@ -328,6 +346,21 @@ def test_models_do_not_share_an_object_in_which_a_layer_keeps_something() -> Non
     with pytest.warns(UserWarning, match="runs model by model"):
         got = ModelBatch(models).generate(x)
     assert_same_outputs(got, [model.generate(x) for model in models])
+
+
+@pytest.mark.parametrize("slow", ["best()", ""])
+def test_methods_that_return_no_tensors(slow: str) -> None:
+    models, x = agents(), torch.randn(B, 3, dtype=torch.float64)
+    batch = ModelBatch(models, model_by_model=[slow])
+    assert batch.embedding() is batch.encoder.fc
+    assert batch.reset().reset() is batch
+    assert batch.size() == 2
+    columns = [getattr(number, "values", [number] * M) for number in batch.best(x)]
+    assert [list(row) for row in zip(*columns, strict=True)] == [model.best(x) for model in models]
+    assert batch[1].calls == 1
+    assert batch.stacked_buffers["seen"].tolist() == [2] * M
+    with pytest.raises(RuntimeError, match="requires_grad"):
+        batch.freeze_encoder()
 
 
 def test_names() -> None:
