@@ -238,7 +238,7 @@ def attempt(
         kept_outside = kept_by(context, method=method)
 
         def one_model(mode: Pass, *own: Tensor) -> tuple[Tensor, ...]:
-            mine, trained = list(leaves), [t.requires_grad for t in own]
+            mine = list(leaves)
             for place, tensor in zip(places, own[len(kept) :], strict=True):
                 mine[place] = tensor
             copied = ModuleCopy(before, dict(zip(map(id, kept), own, strict=False)))
@@ -250,8 +250,6 @@ def attempt(
                 output = call_named(copied.module, method, my_args, my_kwargs)
             for module in slow:  # a circle, which would keep tensors alive
                 del vars(module)["_call_impl"]
-            if [t.requires_grad for t in own] != trained:
-                raise BatchingError("it changes requires_grad: call requires_grad_ of the batch or its submodules")
             if not method:
                 check_output(output, template)
             merged, fresh = merge([copied.state_after(output)], before)

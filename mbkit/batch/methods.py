@@ -41,7 +41,8 @@ class CanCall:
         Raises:
             AttributeError: the models have no such method or submodule.
             ValueError: `shared_input` is not given, and an input `[M, ...]` comes from a call of the batch.
-            RuntimeError: a method changes `requires_grad`; `batch.encoder.requires_grad_(False)` does that.
+            RuntimeError: a method that runs model by model changes `requires_grad`: call the batch's own
+                `batch.encoder.requires_grad_(False)` for that.
             TypeError, BatchingError: as for a call of the batch.
 
         Example:

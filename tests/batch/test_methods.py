@@ -359,8 +359,13 @@ def test_methods_that_return_no_tensors(slow: str) -> None:
     assert [list(row) for row in zip(*columns, strict=True)] == [model.best(x) for model in models]
     assert batch[1].calls == 1
     assert batch.stacked_buffers["seen"].tolist() == [2] * M
-    with pytest.raises(RuntimeError, match="requires_grad"):
+    if slow:
         batch.freeze_encoder()
+        assert [p.requires_grad for p in batch.encoder.parameters()] == [False] * 4
+        assert [p.requires_grad for p in batch[1].net.parameters()] == [True] * 4
+    else:
+        with pytest.raises(RuntimeError, match="requires_grad"):
+            batch.freeze_encoder()
 
 
 def test_names() -> None:
