@@ -108,12 +108,15 @@ def autocast_to(dtype: torch.dtype | None, model: nn.Module) -> AbstractContextM
     return nullcontext() if dtype is None else torch.autocast(kind, dtype)
 
 
+def autocast_off(device: str) -> AbstractContextManager:
+    """Return a block without autocast for a device type: what follows the loss runs outside it, as torch advises."""
+    return _off(device) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 @contextmanager
-def autocast_off(device: str) -> Iterator[None]:
-    """Switch autocast off for a device type, if it is on: what follows the loss runs outside it, as torch advises."""
-    was = torch.is_autocast_enabled(device)
+def _off(device: str) -> Iterator[None]:
     torch.set_autocast_enabled(device, False)
     try:
         yield
     finally:
-        torch.set_autocast_enabled(device, was)
+        torch.set_autocast_enabled(device, True)
