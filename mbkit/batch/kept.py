@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..common.functions import at_hand
-from ..vmap import BatchingError, PerModel, as_one_model_sees, as_stacked, stack_alike, tensors_in
+from ..vmap import BatchingError, PerModel, as_one_model_sees, as_stacked, graph_nodes, stack_alike, tensors_in
 from .context import CallContext
 from .python_values import Place, PythonValues, read, same, unchanged, write
 
@@ -82,27 +82,22 @@ class Kept:
         kept = (leaf for leaf in tree_leaves(self._read()) if isinstance(leaf, (Tensor, PerModel)))
         return any(isinstance(leaf, PerModel) or hasattr(leaf, _MARK) for leaf in kept)
 
-    def refuse_trained(self, losses: Tensor) -> None:
+    def refuse_trained(self, losses: Tensor, outputs: Any) -> None:
         """Refuse a loss whose gradient reaches a parameter that is kept: all models would add theirs up in it.
+
+        A tensor that the outputs depend on as well is an input, which the loss may differentiate by.
 
         Raises:
             ValueError: there is one.
         """
         tensors = [(name, t) for name, t in self._values.tensors if isinstance(t, Tensor)]
         names = {id(t): name.rpartition(".")[2] for name, t in tensors if t.requires_grad and t.is_leaf}
-        stack, seen = [losses.grad_fn], set()
-        while names and stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            name = names.get(id(getattr(node, "variable", None)))
-            if name is not None:
-                raise ValueError(
-                    f"Expected a loss function without parameters of its own, got one that trains '{name}', which all "
-                    "models would share: make it a part of each model, and let forward return it beside the outputs."
-                )
-            stack += [after for after, _ in node.next_functions]
+        reached = (_leaves(losses) & names.keys()) if names else set()
+        for leaf in reached - _leaves(outputs) if reached else ():
+            raise ValueError(
+                f"Expected a loss function without parameters of its own, got one that trains '{names[leaf]}', which "
+                "all models would share: make it a part of each model, and let forward return it beside the outputs."
+            )
 
     @contextmanager
     def under_vmap(self) -> Iterator[None]:
@@ -215,6 +210,10 @@ class Kept:
     def _is_steady(self, tensor: Tensor) -> bool:
         known = self._steady.get(id(tensor))
         return tensor.requires_grad or (known is not None and known() is tensor)
+
+
+def _leaves(tree: Any) -> set[int]:
+    return {id(getattr(node, "variable", None)) for node in graph_nodes(tree)}
 
 
 def _may_change(place: Place) -> bool:

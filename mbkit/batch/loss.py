@@ -87,7 +87,7 @@ def call_losses(
                         own = [t if dim is None else t[m] for t, dim in zip(tensors, in_dims, strict=True)]
                         each += one_model(None, *own, m=m)
                 losses = mark_rows(torch.stack(each))
-            kept.refuse_trained(losses)
+            kept.refuse_trained(losses, made)
         except Exception as error:
             undo()
             known = type(error) in PLAIN_ERRORS

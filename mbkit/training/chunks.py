@@ -147,7 +147,7 @@ class Chunks:
                 settings.check_outputs(shape)
             targets = targets_at(y, options.forms.of(y, shape, self.num_models), m)
             loss = one_number(loss_fn(out, targets, **(settings.of_model(m) if settings else {})))
-            kept.refuse_trained(loss)
+            kept.refuse_trained(loss, out)
             backward_pass(loss, is_shared=False)
             gradients.take(parameters, slice(m, m + 1))
             return loss.detach(), detach(out)

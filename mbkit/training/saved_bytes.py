@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..common.objects import tensors_of
+from ..vmap import graph_nodes
 
 __all__ = ["MadeBytes", "saved_bytes"]
 
@@ -27,21 +26,9 @@ def saved_bytes(outputs: Any, given: Any) -> int:
         400
     """
     known, kept = _storages(given), {}
-    for node in _nodes(outputs):
+    for node in graph_nodes(outputs):
         kept.update(_storages(_saved_values(node)))
     return sum(size for address, size in kept.items() if address not in known)
-
-
-def _nodes(outputs: Any) -> Iterator[Any]:
-    """Yield each node of the graph below the outputs once."""
-    waiting = [t.grad_fn for t in tensors_of(outputs) if t.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        yield node
-        new = {following for following, _ in node.next_functions if following is not None} - seen
-        seen |= new
-        waiting += new
 
 
 def _saved_values(node: Any) -> list[Any]:

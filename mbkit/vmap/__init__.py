@@ -7,7 +7,14 @@ of layers. `in_turn` is the way of last resort: exact whatever is called, at the
 from . import rules
 from .autocast import autocast_off, autocast_to, check_autocast
 from .errors import BatchingError, ClosedOutput, SharedInput, call_named, has_method, module_path, running_modules
-from .gradients import mark_rows, models_with_gradient, note_models_with_gradient, separate_gradients, watch_backward
+from .gradients import (
+    graph_nodes,
+    mark_rows,
+    models_with_gradient,
+    note_models_with_gradient,
+    separate_gradients,
+    watch_backward,
+)
 from .in_turn import Failure, call_in_turn, loop_inside
 from .layout import LayoutMatters, is_folded
 from .mode import RuleMode
@@ -61,6 +68,7 @@ __all__ = [
     "check_autocast",
     "copy_module",
     "given_to_models",
+    "graph_nodes",
     "has_grad_hooks",
     "has_method",
     "is_folded",

@@ -15,7 +15,7 @@ is kept on the gradient itself and goes when the gradient goes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -23,8 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.objects import tensors_of
+
 __all__ = [
-    "mark_rows", "models_with_gradient", "note_models_with_gradient", "separate_gradients", "watch_backward",
+    "graph_nodes", "mark_rows", "models_with_gradient", "note_models_with_gradient", "separate_gradients",
+    "watch_backward",
 ]  # fmt: skip
 
 _ROWS = "mbkit_rows"  # in a node's metadata: its i-th input belongs to model i
@@ -154,3 +157,15 @@ def separate_gradients(tensors: Iterable[Tensor]) -> None:
             tensor.grad = tensor.grad.clone()
         else:
             end = start + tensor.grad.numel() * tensor.grad.element_size()  # autograd's gradients are dense
+
+
+def graph_nodes(outputs: Any) -> Iterator[Any]:
+    """Yield each node of the graph below the outputs once."""
+    waiting = [t.grad_fn for t in tensors_of(outputs) if t.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        waiting += new
