@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Independent, Normal, kl_divergence
 
-from mbkit.models import GPT, MLP, LeNet5, LSTMClassifier, ResNet
+from mbkit.models import GPT, MLP, LSTMClassifier
 
 B, K = 6, 4
 
@@ -68,8 +68,9 @@ def kind(name: str, build: Any, inputs: Any = ROWS, targets: Any = LABELS, loss:
 
 # ------------------------------------------------------------------ networks
 kind("MLP", lambda: MLP([5, 8, K]))
-kind("LeNet", lambda: LeNet5(K), normal(B, 3, 32, 32))
-kind("ResNet with BatchNorm", lambda: ResNet(K, (4, 8)), IMAGES)
+CONVOLVED = (nn.MaxPool2d(2), nn.ReLU(), nn.Flatten())
+kind("LeNet", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), *CONVOLVED, nn.Linear(36, K)), IMAGES)
+kind("BatchNorm", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), *CONVOLVED, nn.Linear(36, K)), IMAGES)
 kind(
     "LayerNorm, GroupNorm",
     lambda: nn.Sequential(

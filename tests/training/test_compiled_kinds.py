@@ -189,6 +189,27 @@ def test_numbers_are_each_models_own_in_a_step_that_is_compiled_and_in_one_that_
     assert_as_alone(batch, models, data, mse_loss, history.loss)
 
 
+BY_KEYWORD: dict[str, Callable[[Tensor], Tensor]] = {
+    "bernoulli": lambda x: torch.bernoulli(input=x.detach().sigmoid()),
+    "bernoulli of a number": lambda x: x.detach().bernoulli(p=0.3),
+    "multinomial": lambda x: P[torch.multinomial(input=x.detach().softmax(-1), num_samples=1)],
+    "rand_like": lambda x: torch.rand_like(input=x),
+    "a generator": lambda x: torch.rand(5, generator=torch.Generator().manual_seed(3), dtype=x.dtype),
+    "zeros for a gradient": lambda x: torch.bernoulli(x.sigmoid()),
+}
+
+
+@pytest.mark.parametrize("name", BY_KEYWORD)
+def test_calls_that_no_stream_draws_for_are_each_models_own(name):
+    models, g = models_of(lambda: Draws(BY_KEYWORD[name])), torch.Generator().manual_seed(1)
+    data = [tuple(torch.randn(20, n, generator=g, dtype=torch.float64) for n in (3, 2)) for _ in range(STEPS)]
+    batch = ModelBatch(models, seeds=SEEDS)
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, **SETTINGS)
+    history = fit(batch, optimizer, data, mse_loss, chunk_size=None, progress=False)
+    assert history.how == "all models at once"
+    assert_as_alone(batch, models, data, mse_loss, history.loss)
+
+
 class NoisyGradient(torch.autograd.Function):
     """The identity, with noise in its gradient, and a rule for vmap of its own."""
 
