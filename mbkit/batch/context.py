@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from ..vmap import Streams
 
-__all__ = ["CallContext", "context_of", "model_numbers"]
+__all__ = ["CallContext", "context_of"]
 
 
 @dataclass(eq=False)
@@ -64,21 +62,3 @@ class CallContext:
 def context_of(batch: nn.Module) -> CallContext:
     """Return what a ModelBatch's calls go by; a function, because the batch's attributes have the user's own names."""
     return batch.__dict__["_context"]
-
-
-def model_numbers(models: int | Iterable[int], num_models: int) -> list[int]:
-    """Return the numbers of one model or of several, counted from the start.
-
-    Raises:
-        TypeError: models that are not whole numbers.
-        IndexError: there is no such model.
-    """
-    several = isinstance(models, Iterable) and not isinstance(models, str) and getattr(models, "ndim", 1)
-    numbers = []
-    for m in models if several else [models]:
-        if isinstance(m, bool) or not hasattr(m, "__index__"):
-            raise TypeError(f"Expected a model's number from 0 to {num_models - 1}, got {m!r}.")
-        numbers.append(operator.index(m))
-        if not -num_models <= numbers[-1] < num_models:
-            raise IndexError(f"Expected a model's number from 0 to {num_models - 1}, got {m}.")
-    return [m % num_models for m in numbers]

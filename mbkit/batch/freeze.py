@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..common.checks import model_numbers
 from ..vmap import BatchingError, PerModelValue, read_state, tensors_in, write_state
-from .context import CallContext, context_of, model_numbers
+from .context import CallContext, context_of
 
 __all__ = ["CanFreeze", "check_on_nonfinite", "held", "nonfinite_models", "rows_where", "stop_nonfinite"]
 

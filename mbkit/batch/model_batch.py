@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import check_seeds, flag
+from ..common.checks import check_seeds, flag, model_numbers
 from ..vmap import Streams
 from .build import CanBuild
 from .call import call_models
 from .checkpoint import CanSave, load_streams
 from .clip import clip_by_norm_, norm_limits
-from .context import CallContext, context_of, model_numbers
+from .context import CallContext, context_of
 from .each_model import CanApply, reset_each_model
 from .freeze import CanFreeze
 from .habits import notice_mixing

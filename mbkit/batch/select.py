@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..common.checks import model_numbers
 from ..vmap import (
     HOOKS,
     OUTPUT,
@@ -25,7 +26,7 @@ from ..vmap import (
     read_state,
     stack_alike,
 )  # fmt: skip
-from .context import CallContext, context_of, model_numbers
+from .context import CallContext, context_of
 from .stack import each_through_its_hooks, may_keep
 
 __all__ = ["CanSelect"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node, tree_leaves
 
-from .objects import flatten
+from .objects import tensors_of
 
 __all__ = [
     "check_inputs", "check_numbers", "check_output", "check_seeds", "cut", "did_you_mean", "flag", "list_of_models",
@@ -68,13 +69,14 @@ def model_numbers(models: Any, num_models: int) -> list[int]:
         >>> model_numbers([2, -1], 4)
         [2, 3]
     """
-    numbers = list(models) if isinstance(models, Iterable) and not isinstance(models, str) else [models]
+    several = isinstance(models, Iterable) and not isinstance(models, str) and getattr(models, "ndim", 1)
+    numbers = list(models) if several else [models]
     for m in numbers:
-        if isinstance(m, bool) or not isinstance(m, int):
-            raise TypeError(f"Expected a model's number, or several, got {m!r}: pass 0 to {num_models - 1}.")
+        if isinstance(m, bool) or not hasattr(m, "__index__"):
+            raise TypeError(f"Expected a model's number from 0 to {num_models - 1}, got {m!r}.")
         if not -num_models <= m < num_models:
-            raise IndexError(f"Expected models from 0 to {num_models - 1}, got {m}.")
-    return [m % num_models for m in numbers]
+            raise IndexError(f"Expected a model's number from 0 to {num_models - 1}, got {m}.")
+    return [operator.index(m) % num_models for m in numbers]
 
 
 def memory_of(tensor: Tensor) -> tuple[int, int]:
@@ -176,7 +178,7 @@ def check_output(output: Any, template: nn.Module) -> None:
     Raises:
         TypeError: there is none.
     """
-    if not isinstance(output, Tensor) and not any(isinstance(leaf, Tensor) for leaf in flatten(output)[0]):
+    if not isinstance(output, Tensor) and not tensors_of(output):
         raise TypeError(
             f"Expected {type(template).__name__} to return at least one tensor (alone, or in tuples, lists, dicts and "
             f"objects), got {cut(repr(output))}: return a tensor."

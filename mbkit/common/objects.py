@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,15 +103,16 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     return unflatten([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
 
-class _Leaf:
+class _Leaf(NamedTuple):
     """Marks what is not taken apart."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    value: Any
 
 
-class _Constant(_Leaf):
+class _Constant(NamedTuple):
     """Marks what is the same for all models."""
+
+    value: Any
 
 
 class _Opener(pickle.Pickler):
@@ -175,9 +176,8 @@ class _Opener(pickle.Pickler):
         it keeps with fewer dimensions get the missing ones, lest M be broadcast against another dimension.
         """
         batch = state["_batch_shape"]
-        if batch:  # first, because the first tensor tells the size of the batch
-            state = {"_batch_shape": None, **state}
-        state["_batch_shape"] = _Shape(torch.empty(*batch, 0))
+        shape = {"_batch_shape": _Shape(torch.empty(*batch, 0))}
+        state = shape | state | shape if batch else state | shape  # the first tensor tells the size of the batch
         for name, held in state.items():
             parameter = name.removeprefix("_unbroadcasted_")
             if isinstance(held, Tensor) and (parameter != name or name == "_capacitance_tril"):
@@ -214,14 +214,13 @@ class _Rebuilder(pickle.Unpickler):
         return self._leaves[number] if number >= 0 else self._constants[-number - 1]
 
 
-class _Shape:
+class _Shape(NamedTuple):
     """Stands for the batch shape of a distribution: that of a tensor, but for the last dimension."""
 
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
+    like: Tensor
 
     def __reduce__(self) -> tuple:
-        return _shape_before_last, (self._like,)
+        return _shape_before_last, (self.like,)
 
 
 def _shape_before_last(like: Tensor) -> torch.Size:
@@ -233,10 +232,10 @@ def _to_rank(tensor: Tensor, rank: int) -> Tensor:
 
 
 def _is_plain_function(value: Any) -> bool:
-    """Say whether a value is a function that has no objects of its own at hand, or a method of an object."""
+    """Say whether a value is a function that there is once, and no method of an object."""
     if type(value) is BuiltinFunctionType:
         return value.__self__ is None or isinstance(value.__self__, (type, ModuleType))
-    return type(value) is FunctionType and not value.__closure__
+    return type(value) is FunctionType and "<locals>" not in value.__qualname__
 
 
 def _itself(value: Any) -> Any:
@@ -244,7 +243,7 @@ def _itself(value: Any) -> Any:
 
 
 def _open_function(function: FunctionType) -> tuple:
-    cells = [cell.cell_contents for cell in function.__closure__]
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
     own = function.__defaults__, function.__kwdefaults__, function.__dict__
     names = function.__code__, _Constant(function.__globals__), function.__name__, len(cells)
     return _empty_function, names, (cells, *own), None, None, _fill_function
@@ -257,5 +256,5 @@ def _empty_function(code: CodeType, names: Any, name: str, cells: int) -> Functi
 def _fill_function(function: FunctionType, state: tuple) -> None:
     contents, function.__defaults__, function.__kwdefaults__, own = state
     function.__dict__.update(own)
-    for cell, content in zip(function.__closure__, contents, strict=True):
+    for cell, content in zip(function.__closure__ or (), contents, strict=True):
         cell.cell_contents = content

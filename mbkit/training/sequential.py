@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from ..batch.clip import norm_limits
 from ..batch.loss_settings import LossSettings
 from ..batch.targets import TargetForms, targets_at
 from ..common.checks import check_seeds, list_of_models, per_model
+from ..common.objects import map_tensors
 from ..common.random_streams import OwnDraws, in_turn
 from ..vmap import autocast_off, autocast_to
 from .evaluation import batch_accuracy
@@ -204,13 +204,7 @@ def fresh(tree: Any) -> Any:
     One tensor in two places stays one: where inputs and targets are the same tensor, they are so for the model.
     """
     copies: dict[int, Tensor] = {}
-
-    def copy(tensor: Tensor) -> Tensor:
-        if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.clone()
-        return copies[id(tensor)]
-
-    return tree_map_only(Tensor, copy, tree)
+    return map_tensors(lambda tensor: copies.setdefault(id(tensor), tensor.clone()), tree)
 
 
 def check_configs(configs: Any, num_models: int) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch import distributions as D
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from mbkit import ModelBatch, OptimizerFactory, fit
+from mbkit import BatchingError, ModelBatch, OptimizerFactory, fit
 from mbkit.vmap import PerModel, PerModelValue
 
 B = F = M  # so that a dimension taken for another one goes unnoticed by shapes
@@ -75,7 +76,7 @@ def packed(x: Tensor) -> PackedSequence:
 
 
 def closure(x: Tensor) -> SimpleNamespace:
-    return SimpleNamespace(x=x, decode=lambda z: x + z)
+    return SimpleNamespace(x=x, decode=lambda z: x + z, double=lambda z: 2 * z)
 
 
 # name: the object that forward makes, and all that is read of it
@@ -89,7 +90,7 @@ OBJECTS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], list[Any]]]] =
     "a named tuple": (lambda x: Pair(x, 2), lambda o: [*o, o.count, type(o) is Pair]),
     "a circle": (Linked, lambda o: [o.x, o.child.same is o.x, o.child.parent is o, o.child.name]),
     "a mapping": (lambda x: UserDict(x=x, shape=x.shape), lambda o: [o["x"], o["shape"], type(o) is UserDict]),
-    "a function": (closure, lambda o: [o.decode(1.0), o.decode(o.x)]),
+    "a function": (closure, lambda o: [o.decode(1.0), o.double(o.x)]),
     "a partial and a method": (
         lambda x: SimpleNamespace(x=x, add=partial(torch.add, x), read=Linked(x).__getattribute__),
         lambda o: [o.add(o.x), o.read("child").same],
@@ -167,6 +168,73 @@ def test_a_loss_sees_each_models_own_object(name: str, how: dict[str, Any]) -> N
         warnings.filterwarnings("ignore", message="compile=True")
         fit(batch, optimizer, data, loss_fn, progress=False, shared_targets=True, **how)
     assert_same_parameters(batch.models, trained_alone(models, data, loss_fn=loss_fn, configs={"lr": 0.01}))
+
+
+class Capturing(nn.Module):
+    """Registers hooks at its first call, through which it returns what its layers make, and notes it in its config."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.layers, self.config = nn.Sequential(nn.Linear(3, F), nn.Tanh(), nn.Linear(F, F)), config
+
+    def forward(self, x: Tensor) -> Any:
+        if not getattr(self, "hooks_installed", False):
+            for layer in self.layers:
+                layer.register_forward_hook(capture("hidden"))
+            self.hooks_installed = True
+        if self.config.problem is None:
+            self.config.problem = "regression"
+        token = CAPTURED.set([])
+        y, hidden = self.layers(x), tuple(CAPTURED.get())
+        CAPTURED.reset(token)
+        return SimpleNamespace(y=y, hidden=hidden, problem=self.config.problem)
+
+
+CAPTURED: ContextVar[list[Tensor]] = ContextVar("captured")
+
+
+def capture(key: str) -> Callable:
+    def short(value: Any) -> Any:
+        return value
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if key == "hidden":
+            CAPTURED.get().append(short(output))
+
+    return hook
+
+
+@pytest.mark.filterwarnings("ignore:.* runs model by model")
+@pytest.mark.parametrize("how", [{"chunk_size": M}, {"chunk_size": 3}, {"chunk_size": 1}], ids=str)
+def test_hooks_and_notes_of_the_first_call(how: dict[str, Any]) -> None:
+    models = [Capturing(SimpleNamespace(problem=None)).double() for _ in range(M)]
+
+    def loss_fn(out: Any, y: Tensor) -> Tensor:
+        if out.problem != "regression":
+            raise ValueError("not noted")
+        return sum(hidden.square().mean() for hidden in out.hidden) + (out.y - y).square().mean()
+
+    data = points()
+    batch = ModelBatch(copy.deepcopy(models), seeds=SEEDS)
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.01)
+    fit(batch, optimizer, data, loss_fn, progress=False, shared_targets=True, **how)
+    lone = trained_alone(models, data, loss_fn=loss_fn, configs={"lr": 0.01})
+    assert_same_parameters(batch.models, lone)
+    hidden, x = batch(data[0][0]).hidden, data[0][0]
+    assert len(hidden) == 3
+    close(hidden[1], torch.stack([model(x).hidden[1] for model in lone]))
+    assert batch[0].config.problem == "regression"
+
+
+def test_notes_that_differ_between_the_models_are_refused() -> None:
+    class Notes(Capturing):
+        def forward(self, x: Tensor) -> Any:
+            self.config.problem = f"{self.layers(x).sum().item():.9f}"
+            return self.layers(x)
+
+    batch = ModelBatch([Notes(SimpleNamespace(problem=None)).double() for _ in range(M)], model_by_model=[""])
+    with pytest.raises(BatchingError, match="calls keep values that differ between the models in an object"):
+        batch(points()[0][0])
 
 
 # ------------------------------------------------------------------ distributions
