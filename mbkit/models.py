@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from .common.machine import free_memory
 from .common.random_streams import seeded
 
-__all__ = ["GPT", "MLP", "LSTMClassifier", "LeNet5", "ResNet", "TinyMLP", "build_models", "each_built"]
+__all__ = ["GPT", "MLP", "PINN", "LSTMClassifier", "LeNet5", "ResNet", "TinyMLP", "build_models", "each_built"]
 
 
 class MLP(nn.Module):
@@ -181,6 +182,34 @@ class _Block(nn.Module):
         seen = F.scaled_dot_product_attention(*parts.chunk(3, -3), is_causal=True)
         x = x + self.dropout(self.out(seen.transpose(-3, -2).flatten(-2)))
         return x + self.dropout(self.inner(self.norms[1](x)))
+
+
+class PINN(nn.Module):
+    """A network for Burgers' equation, u_t + u u_x = 0.01 / pi u_xx: it returns how far its u is from solving it.
+
+    After Raissi et al. (2019), smaller: two hidden layers of 20. Its forward takes derivatives itself.
+
+    Example:
+        >>> PINN()(torch.rand(5, 2)).shape  # [B, 2], points (x, t), to [B, 1]
+        torch.Size([5, 1])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1))
+
+    def forward(self, points: Tensor) -> Tensor:
+        points = points.detach().requires_grad_()
+        u = self.net(points)
+        (slopes,) = torch.autograd.grad(u.sum(), points, create_graph=True)
+        u_x, u_t = slopes.split(1, 1)
+        (second,) = torch.autograd.grad(u_x.sum(), points, create_graph=True)
+        return u_t + u * u_x - 0.01 / math.pi * second[:, :1]
+
+    @staticmethod
+    def loss_fn(residuals: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean square of the residuals; there are no targets."""
+        return residuals.square().mean()
 
 
 class LSTMClassifier(nn.Module):

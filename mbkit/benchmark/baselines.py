@@ -82,10 +82,10 @@ class Side:
 
 def _sequential(models: _Models, optimizer_cls: type, configs: _Configs, seeds: Sequence[int]) -> Side:
     """Plain PyTorch, one model after the other."""
-    trained = copy.deepcopy(list(models))
+    trained, loss_fn = copy.deepcopy(list(models)), _loss_of(models)
     given = zip(trained, seeds, configs, strict=True)
     lones = [LoneTrainer(model, seed, optimizer_cls, config) for model, seed, config in given]
-    steps = [lambda x, y, lone=lone: lone.update(x, y, cross_entropy) for lone in lones]
+    steps = [lambda x, y, lone=lone: lone.update(x, y, loss_fn) for lone in lones]
     read = lambda m, name: trained[m].get_parameter(name).detach()  # noqa: E731
     return Side(steps, len(lones), read, trained, [lone.draws for lone in lones])
 
@@ -131,17 +131,18 @@ def _batched(models: _Models, optimizer_cls: type, configs: _Configs, seeds: Seq
 def _fit(*given: Any, **how: Any) -> Side:
     """mbkit, its steps as `fit` makes them; what cannot be compiled warns."""
     batch, optimizer, read = _batched(*given)
-    stepper = Stepper(batch, optimizer, StepOptions(cross_entropy, **how))
+    stepper = Stepper(batch, optimizer, StepOptions(_loss_of(given[0]), **how))
     return Side([stepper.step], batch.num_models, read, batch, stepper=stepper)
 
 
 def _own_loop(*given: Any) -> Side:
     """mbkit in a training loop that its user wrote."""
     batch, optimizer, read = _batched(*given)
+    loss_fn = _loss_of(given[0])
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
-        batch.compute_loss(batch(x), y, cross_entropy).backward()
+        batch.compute_loss(batch(x), y, loss_fn).backward()
         optimizer.step()
 
     return Side([step], batch.num_models, read, batch)
@@ -156,11 +157,12 @@ def _modelbatch(models: _Models, optimizer_cls: type, configs: _Configs, _: Any)
 
     batch = modelbatch.ModelBatch(copy.deepcopy(list(models)))
     optimizer = modelbatch.OptimizerFactory(optimizer_cls).create_optimizer(batch, list(configs))
+    loss_fn = _loss_of(models)
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
         batch.zero_grad()
-        batch.compute_loss(batch(x), y, cross_entropy).backward()
+        batch.compute_loss(batch(x), y, loss_fn).backward()
         optimizer.step()
 
     return Side([step], len(models), lambda m, name: batch.get_model_states()[m][name])
@@ -170,11 +172,11 @@ def _naive_vmap(models: _Models, optimizer_cls: type, configs: _Configs, _: Any)
     """torch.func's recipe for ensembles: stacked state, vmap, one optimizer with one rate."""
     _refuse(_has_buffers(models), "running statistics are edited in place")
     parameters, buffers = torch.func.stack_module_state(list(models))
-    template = copy.deepcopy(models[0])
+    template, loss_fn = copy.deepcopy(models[0]), _loss_of(models)
     optimizer = optimizer_cls(list(parameters.values()), **configs[0])
 
     def loss(params: dict, buffers: dict, x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(torch.func.functional_call(template, (params, buffers), (x,)), y)
+        return loss_fn(torch.func.functional_call(template, (params, buffers), (x,)), y)
 
     losses = torch.vmap(loss, in_dims=(0, 0, None, None))
 
@@ -188,6 +190,11 @@ def _naive_vmap(models: _Models, optimizer_cls: type, configs: _Configs, _: Any)
 
 def _has_buffers(models: _Models) -> bool:
     return any(True for _ in models[0].buffers())
+
+
+def _loss_of(models: _Models) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss that a network's class has, or else cross entropy."""
+    return getattr(models[0], "loss_fn", cross_entropy)
 
 
 def _refuse(condition: bool, why: str) -> None:

@@ -1,4 +1,4 @@
-"""The suite's cases: networks of five kinds, at sizes from a handful to thousands."""
+"""The suite's cases: networks of six kinds, at sizes from a handful to thousands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..models import GPT, MLP, LeNet5, LSTMClassifier, ResNet, build_models
+from ..models import GPT, MLP, PINN, LeNet5, LSTMClassifier, ResNet, build_models
 
 __all__ = ["CASES", "NETWORKS", "Case", "cases_of"]
 
@@ -24,6 +24,7 @@ NETWORKS = {
     "ResNet": (ResNet, _images, 32),
     "GPT": (GPT, lambda count, g: torch.randint(64, (count, 32), generator=g), 32),
     "LSTM": (LSTMClassifier, lambda count, g: torch.randn(count, 32, 16, generator=g), 32),
+    "PINN": (PINN, lambda count, g: torch.rand(count, 2, generator=g), 256),
 }
 
 
@@ -79,4 +80,5 @@ CASES = (
     *cases_of(["LeNet5"], (4, 16, 64)),
     *cases_of(["LeNet5"], [16], (32, 512)),
     *cases_of(["ResNet", "GPT", "LSTM"], (2, 8)),
+    *cases_of(["PINN"], (8, 64)),
 )

@@ -72,8 +72,8 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
         >>> from types import SimpleNamespace
         >>> leaves, spec = flatten(SimpleNamespace(x=torch.zeros(2), name="a"))
         >>> leaves
-        [tensor([0., 0.]), 'a']
-        >>> unflatten([torch.ones(1), "b"], spec)
+        ['x', tensor([0., 0.]), 'name', 'a']
+        >>> unflatten(["x", torch.ones(1), "name", "b"], spec)
         namespace(x=tensor([1.]), name='b')
     """
     leaves, spec = tree_flatten(tree)

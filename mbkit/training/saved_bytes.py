@@ -21,6 +21,7 @@ def saved_bytes(outputs: Any, given: Any) -> int:
     refused by `torch.func` inside a model's forward.
 
     Example:
+        >>> import torch
         >>> x = torch.ones(100, requires_grad=True)
         >>> saved_bytes(x.exp() + 1, x)  # exp keeps its result
         400
