@@ -245,8 +245,10 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
 
     def _check_current(self) -> None:
         """Refuse to go on where no gradient can come, because the batch has got other parameters."""
-        params, current = self._params(), set(map(id, self.batch.stacked_params.values()))
-        if all(p.grad is None for p in params) and not current.issuperset(map(id, params)):
+        params = self._params()
+        if any(p.grad is not None for p in params):
+            return
+        if not set(map(id, self.batch.stacked_params.values())).issuperset(map(id, params)):
             raise RuntimeError(
                 "The batch's parameters are other objects than when this optimizer was made, so no gradient reaches "
                 "it: create a new optimizer for the batch."
