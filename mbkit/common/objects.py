@@ -128,7 +128,8 @@ class _Opener(pickle.Pickler):
 
     def persistent_id(self, value: Any) -> int | None:
         kind = type(value)
-        if kind is _Constant or isinstance(value, _CONSTANT) or _is_plain_function(value):
+        is_constant = kind is _Constant or isinstance(value, _CONSTANT) or getattr(kind, "one_for_all", False)
+        if is_constant or _is_plain_function(value):
             self.constants.append(value.value if kind is _Constant else value)
             return -len(self.constants)
         if kind is _Leaf:
@@ -164,10 +165,19 @@ class _Opener(pickle.Pickler):
         if reduced is None:
             self.closed = self.closed or kind.__name__
             return _itself, (_Leaf(value),)
-        if isinstance(value, (Distribution, Transform)) and type(reduced[2]) is dict:
-            follow = self._in_distribution if isinstance(value, Distribution) else self._in_transform
-            return *reduced[:2], follow(value, dict(reduced[2])), *reduced[3:]
+        if len(reduced) > 2 and type(reduced[2]) is dict:
+            return *reduced[:2], self._state(value, dict(reduced[2])), *reduced[3:]
         return reduced
+
+    def _state(self, value: Any, state: dict[str, Any]) -> dict[str, Any]:
+        """Return an object's state, with sizes that follow from its tensors."""
+        state.pop("_memoize_cache", None)  # linear_operator's, which GPyTorch builds on: sizes of one model
+        if isinstance(value, Distribution):
+            return self._in_distribution(value, state)
+        if isinstance(value, Transform):
+            return self._in_transform(value, state)
+        batch = state.pop("_batch_shape", None)  # GPyTorch's kernels have one as distributions do
+        return state if batch is None else state | {"_batch_shape": _Shape(torch.empty(*batch, 0))}
 
     def _in_distribution(self, value: Distribution, state: dict[str, Any]) -> dict[str, Any]:
         """Return the state of a distribution that is right for tensors `[M, ...]` as well.
@@ -175,9 +185,10 @@ class _Opener(pickle.Pickler):
         Its batch shape stands as that of a tensor without elements, which is stacked like the others. Parameters that
         it keeps with fewer dimensions get the missing ones, lest M be broadcast against another dimension.
         """
-        batch = state["_batch_shape"]
-        shape = {"_batch_shape": _Shape(torch.empty(*batch, 0))}
-        state = shape | state | shape if batch else state | shape  # the first tensor tells the size of the batch
+        batch = state.pop("_batch_shape")
+        event = state["_event_shape"]
+        shape = {"_batch_shape": _Shape(torch.empty(*batch, *event, 0), len(event))}
+        state = shape | state if batch else state | shape  # the first tensor tells the size of the batch
         for name, held in state.items():
             parameter = name.removeprefix("_unbroadcasted_")
             if isinstance(held, Tensor) and (parameter != name or name == "_capacitance_tril"):
@@ -215,16 +226,17 @@ class _Rebuilder(pickle.Unpickler):
 
 
 class _Shape(NamedTuple):
-    """Stands for the batch shape of a distribution: that of a tensor, but for the last dimension."""
+    """Stands for a batch shape: that of a tensor, without its last dimension and those of an event before it."""
 
     like: Tensor
+    event_dims: int = 0
 
     def __reduce__(self) -> tuple:
-        return _shape_before_last, (self.like,)
+        return _shape_before, (self.like, _Constant(self.event_dims))
 
 
-def _shape_before_last(like: Tensor) -> torch.Size:
-    return like.shape[:-1]
+def _shape_before(like: Tensor, event_dims: int) -> torch.Size:
+    return like.shape[: like.dim() - 1 - event_dims]
 
 
 def _to_rank(tensor: Tensor, rank: int) -> Tensor:

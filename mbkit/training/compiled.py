@@ -45,6 +45,9 @@ __all__ = ["CannotCompile", "CompiledStep"]
 
 _MOST_CHANGES = 3  # of one value, that are compiled anew
 
+# Inductor's cache for other processes goes by its options, and not by the instructions that its code is written for.
+_SIMD_BITS = {"AVX2": 256, "AVX512": 512}
+
 
 class CompiledStep:
     """Makes the update that `batch_step` makes, as one compiled function.
@@ -175,7 +178,8 @@ class _Program:
         with torch.no_grad():
             self._trace(self._arguments(self._kept, leaves, blank))  # learns what is drawn, assumed and reached
             operands = self._arguments(self._kept, leaves, blank)
-            options = {"triton.cudagraphs": self._kept[0].is_cuda}
+            width = _SIMD_BITS.get(torch.backends.cpu.get_cpu_capability())
+            options = {"triton.cudagraphs": self._kept[0].is_cuda, "cpp.simdlen": width}
             graph = self._trace(operands)
             mode = FakeTensorMode(shape_env=ShapeEnv())  # without it, inductor keeps nothing for other processes
             forms = [mode.from_tensor(operand, static_shapes=True) for operand in operands]

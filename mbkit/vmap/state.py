@@ -31,6 +31,8 @@ PLAIN = (int, float, bool, str, type(None), complex, bytes, torch.Size, torch.dt
 class OnStack(partial):
     """Stands on a module that holds stacks, in place of a method that would take them for one model's tensors."""
 
+    one_for_all = True  # where an object that holds the module is taken apart
+
 
 class Absent:
     """Stands for an attribute that a model does not have."""

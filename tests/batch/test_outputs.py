@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from oracle import SEEDS, M, assert_same_parameters, close, trained_alone
+from oracle import SEEDS, M, assert_same_models, assert_same_parameters, close, train_alone, trained_alone
 from torch import Tensor, nn
 from torch import distributions as D
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -385,3 +385,59 @@ def test_objects_that_a_model_holds_are_left_as_they_are() -> None:
         assert prior.batch_shape == (M, F)
         close(out, torch.stack([model(x)[0] for model in models]))
     assert all(model.prior.batch_shape == (F,) for model in batch.models)
+
+
+class Kernel(nn.Module):
+    """Knows the shape of its batch, as GPyTorch's kernels do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self._batch_shape = nn.Parameter(torch.rand(1, 1) + 0.5), torch.Size([])
+
+
+class Covariance:
+    """Is worked out when it is asked for, and remembers its size, as GPyTorch's."""
+
+    def __init__(self, kernel: Kernel, x: Tensor) -> None:
+        self.kernel, self.x = kernel, x
+
+    def size(self) -> torch.Size:
+        return (
+            vars(self)
+            .setdefault("_memoize_cache", {})
+            .setdefault("size", self.kernel._batch_shape + self.x.shape[-1:] * 2)
+        )
+
+    def evaluate(self) -> Tensor:
+        values = torch.exp(-(self.x[..., :, None] - self.x[..., None, :]).square() / self.kernel.width)
+        assert values.shape == self.size()
+        return values + torch.eye(values.shape[-1])
+
+
+class Process(nn.Module):
+    def __init__(self, lazy: bool) -> None:
+        super().__init__()
+        self.kernel, self.mean, self.lazy = Kernel(), nn.Linear(1, 1), lazy
+
+    def forward(self, x: Tensor) -> Any:
+        covariance = Covariance(self.kernel, x)
+        assert covariance.size() == (len(x), len(x))
+        return covariance if self.lazy else D.MultivariateNormal(self.mean(x[:, None])[:, 0], covariance.evaluate())
+
+
+@pytest.mark.parametrize("slow", [(), ("",)])
+def test_what_is_worked_out_later_has_the_size_of_all_models(slow):
+    models, x = [Process(lazy=True).double() for _ in range(3)], torch.randn(4, dtype=torch.float64)
+    got = ModelBatch(models, model_by_model=slow)(x).evaluate()
+    torch.testing.assert_close(got, torch.stack([model(x).evaluate() for model in models]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [None, 2, 1])
+def test_a_process_over_all_inputs_is_trained_as_alone(size):
+    models = [Process(lazy=False).double() for _ in range(3)]
+    pairs = [(torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)) for _ in range(3)]
+    batch = ModelBatch(models)
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.05)
+    fit(batch, optimizer, pairs, lambda q, y: -q.log_prob(y), chunk_size=size, progress=False)
+    train_alone(models, pairs, loss_fn=lambda q, y: -q.log_prob(y), configs={"lr": 0.05})
+    assert_same_models(batch, models)
