@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable
-from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch._functorch.vmap import lazy_load_decompositions
-from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..common.checks import check_inputs, check_numbers, check_output, open_mappings
-from ..common.functions import at_hand
+from ..common.functions import depth_of_user
 from ..common.objects import tensors_of
 from ..vmap import (
     BatchingError,
@@ -50,16 +45,15 @@ from ..vmap import (
 )
 from .context import CallContext
 from .freeze import held
+from .hooks import hooked
 from .kept import kept_by
 from .memory import Memory
-from .stack import may_keep
 
 __all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models"]
 
 # Errors that can be raised again under the same name with a longer text.
 PLAIN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 NO_FAULT_OF_VMAP = (torch.OutOfMemoryError, Warning)
-_COLLECTIONS = (list, dict, set, deque)
 
 
 def call_models(
@@ -92,7 +86,7 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn
     template, slow = context.template, context.model_by_model
     reasons: dict[str, str] = {}  # of the paths that are added in this call
     before = read_state(template)
-    for path in set() if in_turn else _hooked(before.modules) - slow:
+    for path in set() if in_turn else hooked(before.modules) - slow:
         slow.add(path)
         reasons[path] = "its hooks are to see each model's own tensors and gradients"
     while True:
@@ -133,43 +127,9 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn
         warnings.warn(
             f"{where} runs model by model: exact, but no faster than alone, since torch.vmap cannot run it ({reason}). "
             f"ModelBatch(..., model_by_model=[{path!r}]) says so beforehand, without this warning.",
-            stacklevel=_depth_of_user(),
+            stacklevel=depth_of_user(),
         )
     return output
-
-
-def _depth_of_user() -> int:
-    """Return how many frames above the caller the user's code is, to which a warning belongs."""
-    frame, depth = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("mbkit", "torch"):
-        frame, depth = frame.f_back, depth + 1
-    return depth
-
-
-def _hooked(modules: dict[str, nn.Module]) -> set[str]:
-    """Return the paths of the modules with backward hooks, which vmap passes over in silence, or hooks that keep."""
-    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
-        return {""}
-    found = set()
-    for path, module in modules.items():
-        forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if module._backward_hooks or module._backward_pre_hooks or any(map(_keeps, forward)):
-            found.add(path)
-    return found
-
-
-def _keeps(hook: Any) -> bool:
-    """Say whether a forward hook has a list or dict at hand to keep tensors in; vmap's are nobody's afterwards."""
-    if may_keep(getattr(hook, "__self__", hook)):
-        return True
-    if isinstance(hook, partial):
-        function, given = hook.func, [*hook.args, *hook.keywords.values()]
-        return any(isinstance(value, _COLLECTIONS) for value in given) or _keeps(function)
-    function = getattr(hook, "__func__", hook)
-    held = list(at_hand(function))
-    if isinstance(function, FunctionType):
-        held += [function.__globals__.get(name) for name in function.__code__.co_names]
-    return any(isinstance(value, _COLLECTIONS) for value in held)
 
 
 def _next_slower(error: Exception, slow: set[str], method: str) -> str | None:
@@ -244,7 +204,7 @@ def attempt(
             copied = ModuleCopy(before, dict(zip(map(id, kept), own, strict=False)))
             slow = [copied.module.get_submodule(path) for path in context.model_by_model if path in before.modules]
             for module in slow:
-                vars(module)["_call_impl"] = OnStack(loop_inside, mode, module)
+                vars(module)["_call_impl"] = OnStack(kept_outside.left_alone()(loop_inside), mode, module)
             my_args, my_kwargs = tree_unflatten(mine, spec)
             with kept_outside.under_vmap():
                 output = call_named(copied.module, method, my_args, my_kwargs)

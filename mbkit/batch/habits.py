@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..common.functions import depth_of_user
+
 __all__ = ["notice_mixing", "warn_of_norms"]
 
 # Functions of torch.nn.utils that make one number, or one vector, of all the parameters that they are given.
@@ -38,22 +40,12 @@ def notice_mixing(num_models: int) -> None:
     if num_models == 1 or not room.startswith("torch."):
         return
     if room.startswith("torch.nn.utils.") and name in _INSTEAD:
-        warnings.warn(f"{name} {_INSTEAD[name].format(num_models)}.", stacklevel=3 + _depth(reader))
+        warnings.warn(f"{name} {_INSTEAD[name].format(num_models)}.", stacklevel=depth_of_user())
     elif room == torch.optim.Optimizer.__module__ and name == "__init__":
-        warn_of_norms(reader.f_locals["self"], num_models, 4 + _depth(reader))
+        warn_of_norms(reader.f_locals["self"], num_models)
 
 
-def _depth(frame: Any) -> int:
-    """Return how many frames of torch's, and of a class's constructors, there are up to the user's."""
-    count = 0
-    while frame.f_back and (
-        frame.f_globals.get("__name__", "").startswith("torch.") or frame.f_code.co_name == "__init__"
-    ):
-        frame, count = frame.f_back, count + 1
-    return count
-
-
-def warn_of_norms(optimizer: Any, num_models: int, stacklevel: int) -> None:
+def warn_of_norms(optimizer: Any, num_models: int) -> None:
     """Warn, once for each optimizer, if it is one of torch's kind over `[M, ...]` that works by norms."""
     if optimizer in _told or not any(cls.__name__.lower() in _OVER_TENSORS for cls in type(optimizer).__mro__):
         return
@@ -62,5 +54,5 @@ def warn_of_norms(optimizer: Any, num_models: int, stacklevel: int) -> None:
     warnings.warn(
         f"{name} takes norms or means over whole tensors, and the batch's are [{num_models}, ...]: it mixes the "
         f"models. OptimizerFactory({name}).create_optimizer(batch, ...) trains each as alone.",
-        stacklevel=stacklevel,
+        stacklevel=depth_of_user(),
     )

@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from ..common.functions import at_hand
-from ..vmap import BatchingError, PerModel, as_one_model_sees, as_stacked, graph_nodes, stack_alike, tensors_in
+from ..vmap import BatchingError, PerModel, as_one_model_sees, as_stacked, graph_nodes, tensors_in
 from .context import CallContext
+from .kept_parts import MARK, marked, together
 from .python_values import Place, PythonValues, read, same, unchanged, write
 
 __all__ = ["Kept", "kept_by"]
 
 _FIXED = (type, ModuleType, FunctionType, property, staticmethod, classmethod)
 _MOST = 2_000  # objects that are looked at, and at what they hold in every call: what is kept stands near the layers
-_MARK = "mbkit_kept"  # on a tensor that is kept: its first dimension is the models'
 
 
 def kept_by(context: CallContext, loss_fn: Callable | None = None, method: str = "") -> Kept:
@@ -80,7 +80,13 @@ class Kept:
     def has_rows(self) -> bool:
         """Say whether something is kept for each model."""
         kept = (leaf for leaf in tree_leaves(self._read()) if isinstance(leaf, (Tensor, PerModel)))
-        return any(isinstance(leaf, PerModel) or hasattr(leaf, _MARK) for leaf in kept)
+        return any(isinstance(leaf, PerModel) or hasattr(leaf, MARK) for leaf in kept)
+
+    def has(self, keeper: Any) -> bool:
+        """Say whether a list, dict or set, or an attribute of an object, is one of the places."""
+        return any(
+            place.owner is keeper or place.owner is getattr(keeper, "__dict__", keeper) for place in self._places
+        )
 
     def refuse_trained(self, losses: Tensor, outputs: Any) -> None:
         """Refuse a loss whose gradient reaches a parameter that is kept: all models would add theirs up in it.
@@ -113,7 +119,7 @@ class Kept:
         known: dict[int, tuple[Tensor, Tensor]] = {}  # what a model sees of a tensor, and the tensor
 
         def wrap(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or not hasattr(leaf, _MARK):  # others might answer to any name
+            if not isinstance(leaf, Tensor) or not hasattr(leaf, MARK):  # others might answer to any name
                 return leaf
             seen = as_one_model_sees(leaf)
             known[id(seen)] = (seen, leaf)
@@ -127,7 +133,7 @@ class Kept:
                 return leaf
             if once and not whole.requires_grad and all(torch.equal(row, whole[0]) for row in whole):
                 return whole[0].clone()
-            return _marked(whole)
+            return marked(whole)
 
         self._write([mapped(contents, wrap) for contents in before])
         try:
@@ -146,6 +152,18 @@ class Kept:
         ]
         self._write(after)
         self._renew_if(not all(map(same, before, after)))
+
+    @contextmanager
+    def left_alone(self) -> Iterator[None]:
+        """Call one layer for each model, where all models at once have one share of what is kept.
+
+        Raises:
+            BatchingError: the calls, or hooks, have kept something there: M times, and not each model for itself.
+        """
+        before = self._read()
+        yield
+        if not all(map(same, before, self._read())):
+            raise BatchingError("what it keeps outside of the model is read by forward or the loss as well")
 
     @contextmanager
     def in_parts(self, num_models: int) -> Iterator[Callable]:
@@ -171,10 +189,10 @@ class Kept:
                 if not isinstance(leaf, Tensor) or self._is_steady(leaf):
                     return leaf
                 if id(leaf) not in memo:
-                    share = leaf[models] if hasattr(leaf, _MARK) else leaf
+                    share = leaf[models] if hasattr(leaf, MARK) else leaf
                     mine = share.clone()
-                    if hasattr(leaf, _MARK) and isinstance(models, slice):
-                        _marked(mine)
+                    if hasattr(leaf, MARK) and isinstance(models, slice):
+                        marked(mine)
                     memo[id(leaf)], sources[id(mine)] = (mine, share), (mine, leaf)
                 return memo[id(leaf)][0]
 
@@ -193,14 +211,13 @@ class Kept:
             self._write(start)
             self._inside -= 1
         if parts:
-            join = partial(_joined, parts=parts, sources=sources)
-            joined = [_together(columns, join) for columns in zip(*ends, strict=True)]
+            whole = [together(columns, parts, sources) for columns in zip(*ends, strict=True)]
             edited = {id(sources[id(leaf)][1]) for leaf in tensors_in(ends) if id(leaf) in sources}
             for leaf in tensors_in(start):
-                if id(leaf) not in edited and not hasattr(leaf, _MARK):
+                if id(leaf) not in edited and not hasattr(leaf, MARK):
                     self._steady[id(leaf)] = weakref.ref(leaf)
-            self._write(joined)
-            self._renew_if(not all(map(same, start, joined)))
+            self._write(whole)
+            self._renew_if(not all(map(same, start, whole)))
 
     def _renew_if(self, changed: bool) -> None:
         """Look for places again once a call has kept something new, unless its end is to be joined with others'."""
@@ -234,64 +251,3 @@ def mapped(contents: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(contents, dict):
         return {name: inside(value) for name, value in contents.items()}
     return contents if isinstance(contents, set) else [inside(value) for value in contents]
-
-
-def _marked(stack: Tensor) -> Tensor:
-    setattr(stack, _MARK, True)
-    return stack
-
-
-def _together(columns: tuple, join: Callable[[list[Any]], Any]) -> Any:
-    """Put together what several parts have left at a place."""
-    first = columns[0]
-    if isinstance(first, dict) and all(c.keys() == first.keys() for c in columns):
-        return {name: join([c[name] for c in columns]) for name in first}
-    if isinstance(first, list) and all(len(c) == len(first) for c in columns):
-        return [join(list(values)) for values in zip(*columns, strict=True)]
-    if all(c == first for c in columns):
-        return first
-    raise BatchingError("a function keeps more values for one model than for another, in one dict, list or set for all")
-
-
-def _joined(values: list[Any], parts: list[int | slice], sources: dict[int, tuple[Tensor, Tensor]]) -> Any:
-    """Return what stands for the value of each part."""
-    first = values[0]
-    if all(value is first for value in values):
-        return first
-    if all(isinstance(value, Tensor) for value in values):
-        return _joined_tensors(values, parts, sources)
-    if all(isinstance(value, (int, float)) for value in values):
-        numbers = []
-        for value, part in zip(values, parts, strict=True):
-            numbers += value.values if isinstance(value, PerModel) else [value] * _size(part)
-        return first if all(type(v) is type(first) and v == first for v in numbers) else PerModel(numbers)
-    flat = [tree_flatten(value) for value in values]
-    if all(spec == flat[0][1] and not spec.is_leaf() for _, spec in flat):
-        columns = zip(*(leaves for leaves, _ in flat), strict=True)
-        return tree_unflatten([_joined(list(column), parts, sources) for column in columns], flat[0][1])
-    facts = [(type(value), getattr(value, "__dict__", value)) for value in values]
-    if all(fact == facts[0] for fact in facts):
-        return first
-    raise BatchingError(f"a function keeps {first!r} for one model, {values[-1]!r} for another, in one place for all")
-
-
-def _joined_tensors(values: list[Tensor], parts: list[int | slice], sources: dict) -> Tensor:
-    known, rows = {id(leaf) for _, leaf in sources.values()}, []
-    each = [hasattr(value, _MARK) for value in values]
-    if not any(each) and all(torch.equal(value, values[0]) for value in values):
-        if id(values[0]) not in sources:
-            return values[0]
-        source = sources[id(values[0])][1]
-        source.data.copy_(values[0])  # a counter, the same for all
-        return source
-    for value, part, stacked in zip(values, parts, each, strict=True):
-        share = value[part] if stacked and id(value) in known else value
-        rows.append(share if stacked and isinstance(part, slice) else share.expand(_size(part), *share.shape))
-    shapes = [list(row.shape[1:]) for row in rows]
-    if any(shape != shapes[0] for shape in shapes):
-        raise BatchingError(f"a function keeps tensors of several shapes, {shapes}, in one place for all models")
-    return _marked(stack_alike([row[0] for row in rows]) if isinstance(parts[0], int) else torch.cat(rows))
-
-
-def _size(part: int | slice) -> int:
-    return 1 if isinstance(part, int) else part.stop - part.start

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from ..common.checks import cut
+from ..common.functions import depth_of_user
 from ..common.objects import flatten, tensors_of, unflatten
 from ..vmap import BatchingError, PerModel, PerModelValue, SharedInput, mark_rows, watch_backward
 from .call import NO_FAULT_OF_VMAP, PLAIN_ERRORS, at_once
 from .context import CallContext
 from .freeze import held
+from .hooks import refuse_late_reader
 from .kept import kept_by
 from .loss_settings import LossSettings
 from .targets import TargetForms
@@ -48,7 +50,10 @@ def call_losses(
     flat = (made, outputs_spec), flatten(targets), flatten(settings.values)
     leaves = [leaf for own, _ in flat for leaf in own]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    known = context.kept
     kept, code = kept_by(context, loss_fn), loss_code(loss_fn)
+    if kept is not known:
+        refuse_late_reader(context, kept)
 
     def one_model(mode: Any, *own: Tensor, m: int | None = None) -> tuple[Tensor]:
         remaining = iter(own)
@@ -94,7 +99,8 @@ def call_losses(
             raise (type(error)(f"the loss function, for one model: {error}") if known else error) from error
     if reason:
         context.slow_losses.add(code)
-        warnings.warn(f"The loss function runs model by model: torch.vmap cannot run it ({reason}).", stacklevel=3)
+        told = f"The loss function runs model by model: torch.vmap cannot run it ({reason})."
+        warnings.warn(told, stacklevel=depth_of_user())
     if context.model_by_model or context.slow_losses:  # a gradient may come to some models only
         watch_backward([losses], (), context.num_models)
     context.latest_losses = losses.detach()

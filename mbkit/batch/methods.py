@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-import sys
-from functools import partial
+from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,9 +25,9 @@ class CanCall:
     def call(self, name: str, /, *inputs: Any, shared_input: bool | None = None, **kwargs: Any) -> Any:
         """Call a method or a submodule of all models, each as it does alone: its weights, its random numbers.
 
-        `batch.encode(x)` is short for `batch.call("encode", x)`, and `batch.encoder(x)` for
-        `batch.call("encoder", x)`. The long form is for names that the batch has itself ("select"), and for methods
-        of submodules ("encoder.embed"). What torch.vmap cannot run (`generate`) runs for one model after the other.
+        `batch.encode(x)` is short for `batch.call("encode", x)`, `batch.encoder(x)` for `batch.call("encoder", x)`,
+        and `batch.encoder.embed(x)` for `batch.call("encoder.embed", x)`. The long form is for names that the batch
+        has itself ("select"). What torch.vmap cannot run (`generate`) runs for one model after the other.
         As alone, only the submodules' hooks run, and not those of the whole model, unless the method calls it.
 
         Args:
@@ -86,20 +86,20 @@ class CanCall:
 
 
 def stand_for_parts(context: CallContext) -> None:
-    """Have each submodule that holds stacks call all models, where it would take the stacks for one model's tensors."""
+    """Have submodules that hold stacks, and their methods, call all models: they would take stacks for one model's."""
     for path, module in context.template.named_modules():
         if path:
-            vars(module)["_call_impl"] = OnStack(_call_part, context, path)
+            vars(module)["_call_impl"] = OnStack(_call, context, path)
+            for name in _methods_of(type(module)):
+                vars(module)[name] = OnStack(_call, context, f"{path}.{name}")
 
 
-def _call_part(context: CallContext, path: str, *inputs: Any, **kwargs: Any) -> Any:
-    frame = sys._getframe(2)  # beyond nn.Module.__call__
-    caller = frame.f_locals.get("self")
-    whose = vars(caller).get("_call_impl") if isinstance(caller, nn.Module) and user_made(type(caller)) else None
-    if type(whose) is OnStack:
-        name = f"{whose.args[1]}.{frame.f_code.co_name}"
-        raise RuntimeError(f"'{name}' would take all models' weights for one model's: use batch.call({name!r}, …).")
-    return _call(context, path, *inputs, **kwargs)
+@cache
+def _methods_of(kind: type) -> list[str]:
+    """Return the methods that a module has from its user's classes, but for those that every module has."""
+    found = {name: held for base in kind.__mro__ if user_made(base) for name, held in vars(base).items()}
+    named = {"forward", *(name for name in found if not name.startswith("__") and not hasattr(nn.Module, name))}
+    return [name for name in named if isinstance(found.get(name), FunctionType)]
 
 
 def _call(context: CallContext, name: str, /, *inputs: Any, shared_input: bool | None = None, **kwargs: Any) -> Any:

@@ -102,8 +102,8 @@ class ModelBatch(CanBuild, CanCall, CanFreeze, CanApply, CanSelect, CanSave, nn.
         self.__dict__ |= {name: template.__dict__[name] for name in _TAKEN_OVER}
         self._load_state_dict_post_hooks.update(template._load_state_dict_post_hooks)
         self.register_load_state_dict_post_hook(load_streams)
-        reset_each_model(context)
         stand_for_parts(context)
+        reset_each_model(context)
 
     num_models: int = _known("num_models", "M.")
     shared_input: bool = _known("shared_input", "Whether all models see one input, unless a call says otherwise.")

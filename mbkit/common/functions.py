@@ -8,7 +8,7 @@ from functools import cache, cached_property, partial
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-__all__ = ["DYNAMIC", "at_hand", "names_in", "parts_of", "user_made"]
+__all__ = ["DYNAMIC", "at_hand", "depth_of_user", "names_in", "parts_of", "user_made"]
 
 _TRUSTED = {*sys.stdlib_module_names, "torch", "numpy", "mbkit"} - {"__main__"}  # they keep nothing of the user's
 _MADE_OF_PARTS = (MethodType, BuiltinFunctionType, partial, property, cached_property, staticmethod, classmethod)
@@ -52,3 +52,11 @@ def names_in(code: CodeType) -> tuple[set[str], set[str], set[str], set[str]]:
     own = read, found.get("STORE_GLOBAL", set()), names.union(*named), found.get("STORE_ATTR", set())
     inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return tuple(set().union(*column) for column in zip(own, *inner, strict=True))
+
+
+def depth_of_user() -> int:
+    """Return the `stacklevel` by which the caller's warning shows the user's line, past torch's and constructors."""
+    frame, depth, ours = sys._getframe(1), 1, ("mbkit.", "torch.")
+    while frame.f_back and (frame.f_code.co_name == "__init__" or frame.f_globals.get("__name__", "").startswith(ours)):
+        frame, depth = frame.f_back, depth + 1
+    return depth

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..batch.habits import warn_of_norms
+from ..common.functions import depth_of_user
 from ..common.random_streams import random_state
 from .base import BatchOptimizer
 from .schedulers import ModelOptimizer
@@ -37,12 +38,12 @@ def check_trains(optimizer: Any, batch: nn.Module) -> None:
     if any(id(param) in mine for group in groups for param in group["params"]):
         if isinstance(optimizer, BatchOptimizer):
             return
-        warn_of_norms(optimizer, batch.num_models, stacklevel=4)
+        warn_of_norms(optimizer, batch.num_models)
         if not all(group["params"] for group in groups):
             warnings.warn(
                 f"{name} has a group without parameters. If they were chosen by their dimensions: the batch's have one "
                 f"more, M. {create}groups=[{{'params': lambda name, p: p.ndim < 2, ...}}, ...]) shows them as alone.",
-                stacklevel=3,
+                stacklevel=depth_of_user(),
             )
         if isinstance(optimizer, torch.optim.Optimizer):
             _look_for_noise(optimizer, create)

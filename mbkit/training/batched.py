@@ -85,8 +85,8 @@ def fit(
             activations within 144 MiB on a CPU, past which larger chunks gain nothing, and within 4 GiB elsewhere. The
             first step finds out what a model keeps for its backward pass; the History names the size. It depends on
             sizes only, so two equal runs end in the same bits, unless half of the free memory is less than that: then
-            chunks are smaller, and the History says so. A single model, and one that fills a chunk, runs
-            without vmap; on a CPU models with wide convolutions, which gain nothing by it, do so as well.
+            chunks are smaller, and the History says so. A single model, one that fills a chunk and, on a CPU, models
+            that are mostly wide convolutions run without vmap, which gains them nothing.
         compile: make each step as one function compiled by torch.compile: after half a minute of compilation at most
             far ahead for small models, and ahead for convolutional ones. Where that cannot be, or would not fit into
             memory without chunks, a warning says why and the steps run uncompiled.

@@ -170,6 +170,7 @@ class Chunks:
     ) -> Iterator[tuple[slice, CallContext, Any]]:
         """Call chunk after chunk; yield (models, chunk, outputs), and keep what the calls have assigned anew."""
         whole, inputs = context_of(self.batch), _inputs(x, shared_input)
+        kept = kept_by(whole, loss_fn)
         if self._first_size >= self.num_models:
             self.how = "all models at once"
             yield slice(self.num_models), whole, self._measured(whole, *inputs, shared_input)
@@ -184,7 +185,7 @@ class Chunks:
         if self.size is not None:
             short = ", because memory is short" if self._memory_is_short else ""
             self.how = "one by one" if self.size == 1 else f"in chunks of {self.size}{short}"
-        with kept_by(whole, loss_fn).in_parts(self.num_models) as part:
+        with kept.in_parts(self.num_models) as part:
             while stop < self.num_models:
                 models = slice(stop, min(stop + self._first_size, self.num_models))
                 chunk, stop = self._chunk(models), models.stop

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..batch.clip import norm_limits
 from ..batch.freeze import stop_nonfinite
+from ..common.functions import depth_of_user
 from ..common.machine import tune_malloc
 from ..optim.base import BatchOptimizer
 from ..vmap import autocast_off, autocast_to
@@ -108,8 +109,9 @@ class Stepper:
                     self.how = "compiled"
                     return made
                 if self._compiled.reason:
-                    reason, self._compiled = self._compiled.reason, None
-                    warnings.warn(f"compile=True: the steps run uncompiled, because {reason}.", stacklevel=5)
+                    told = f"compile=True: the steps run uncompiled, because {self._compiled.reason}."
+                    self._compiled = None
+                    warnings.warn(told, stacklevel=depth_of_user())
             made = make_update(self.optimizer, self._chunks, x, y, self.options)
         self.how = self._chunks.how
         return made
@@ -117,5 +119,7 @@ class Stepper:
 
 def _is_wide(batch: nn.Module) -> bool:
     """Say whether the models' convolutions are so wide that one model after the other is faster on a CPU."""
-    sizes = [p[0].numel() for p in batch.parameters() if p.dim() == 5]  # `[M, C_out, C_in, kH, kW]`
-    return sum(sizes) >= _WIDE * len(sizes) > 0
+    layers = [layer for layer in batch.modules() if isinstance(layer, nn.Conv2d)]
+    sizes = [p[0].numel() for layer in layers for p in layer.parameters(recurse=False) if p.dim() == 5]
+    is_most = 2 * sum(sizes) > sum(p[0].numel() for p in batch.parameters())  # of a vision transformer one is wide
+    return is_most and sum(sizes) >= _WIDE * len(sizes)

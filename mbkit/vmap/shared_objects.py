@@ -21,15 +21,9 @@ __all__ = ["SharedObjects", "is_object"]
 
 _NEW = object()
 _OTHERS = (
-    Tensor,
-    nn.Module,
-    type,
-    types.FunctionType,
-    types.MethodType,
-    types.BuiltinFunctionType,
-    types.ModuleType,
+    Tensor, nn.Module, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType,
     PerModelValue,
-)
+)  # fmt: skip
 
 
 def is_object(leaf: Any) -> bool:

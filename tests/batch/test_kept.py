@@ -16,7 +16,7 @@ from oracle import M, assert_same_parameters, train_alone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mbkit import ModelBatch, OptimizerFactory, fit
+from mbkit import BatchingError, ModelBatch, OptimizerFactory, fit
 from mbkit.batch.python_values import PythonValues
 from mbkit.vmap import PerModel
 
@@ -288,6 +288,9 @@ class Recorder:
     def hook(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         self.out = output.detach()
 
+    def keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.out = output
+
 
 @pytest.mark.filterwarnings("ignore:.* runs model by model")
 @pytest.mark.parametrize("shared", [True, False])
@@ -301,6 +304,88 @@ def test_recorders_hold_each_models_own(shared: bool) -> None:
     seen = [None if recorder.out is None else recorder.out + 0 for recorder in recorders]
     for m, model in enumerate(made()):
         torch.testing.assert_close(seen[m], model[:2](x).detach() if not shared else made()[-1][:2](x).detach())
+
+
+SEEN: list[Tensor] = []
+LATEST = Recorder()
+
+
+class Watched(nn.Module):
+    """Has a hook that keeps what forward or the loss reads; from the start, or from the first call on."""
+
+    def __init__(self, hook: Callable, late: bool, reads: bool) -> None:
+        super().__init__()
+        self.first, self.out, self.reads = nn.Linear(3, 4).double(), nn.Linear(4, 2).double(), reads
+        self.hooks = [hook] if late else []
+        if not late:
+            self.first.register_forward_hook(hook)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.hooks:
+            self.first.register_forward_hook(self.hooks.pop())
+        h = self.first(x).tanh()
+        return self.out(h) * (1 + sum(SEEN) / len(SEEN)) if self.reads else self.out(h)
+
+
+def keep_mean(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    SEEN.append(output.detach().mean())
+
+
+def keep(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    SEEN.append(output)
+
+
+def keep_latest(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    LATEST.out = output
+
+
+def with_seen(out: Tensor, y: Tensor) -> Tensor:
+    loss = F.mse_loss(out, y) + 0.1 * sum(seen.square().mean() for seen in SEEN)
+    SEEN.clear()
+    return loss
+
+
+def with_latest(out: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(out, y) + 0.1 * LATEST.out.square().mean()
+
+
+WATCHED = {
+    "forward reads": (keep_mean, False, True, F.mse_loss),
+    "forward reads, from the first call on": (keep_mean, True, True, F.mse_loss),
+    "the loss reads a list": (keep, False, False, with_seen),
+    "the loss reads an object": (keep_latest, False, False, with_latest),
+    "the loss reads what a method keeps": (LATEST.keep, False, False, with_latest),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* runs model by model")
+@pytest.mark.parametrize("road", [*ROADS, "a loop"], ids=str)
+@pytest.mark.parametrize("name", WATCHED)
+def test_what_hooks_keep_and_others_read_is_each_models_own(name: str, road: Any) -> None:
+    *what, loss_fn = WATCHED[name]
+    pairs = [tuple(torch.randn(5, n, dtype=torch.float64) for n in (3, 2)) for _ in range(STEPS)]
+    models = [Watched(*what) for _ in range(M)]
+    lones = [Watched(*what) for _ in range(M)]
+    for lone, model in zip(lones, models, strict=True):
+        lone.load_state_dict(model.state_dict())
+        train_alone([lone], pairs, loss_fn=loss_fn, seeds=None, configs={"lr": 0.1})
+        SEEN.clear()
+        LATEST.out = None
+    batch = ModelBatch(models)
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.1)
+    if road != "a loop":
+        fit(batch, optimizer, pairs, loss_fn, progress=False, **road)
+    else:
+        if name == "the loss reads what a method keeps":  # and is known too late for the first call
+            with pytest.raises(BatchingError, match="empty it and call the batch again"):
+                batch.compute_loss(batch(pairs[0][0]), pairs[0][1], loss_fn)
+        for x, y in pairs:
+            optimizer.zero_grad()
+            batch.compute_loss(batch(x), y, loss_fn).backward()
+            optimizer.step()
+    SEEN.clear()
+    LATEST.out = None
+    assert_same_parameters(batch.models, lones)
 
 
 CACHE: dict[int, Tensor] = {}

@@ -33,6 +33,10 @@ class Encoder(nn.Module):
     def pooled(self, x: Tensor) -> Tensor:
         return self.fc(x).mean(0)
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """Calls no layer, so that only the weight's shape would tell that it is not one model's."""
+        return x.sum(-1, keepdim=True) * self.fc.bias
+
 
 class Agent(nn.Module):
     """A model with every kind of method that people write."""
@@ -272,8 +276,13 @@ def test_what_a_call_has_returned_is_not_taken_for_one_input_of_all_models() -> 
             batch.net[0](h)
     whole = batch.net(batch.encode(x), shared_input=True)
     assert whole.shape == (M, M, B, 2)
-    with pytest.raises(RuntimeError, match=re.escape("use batch.call('encoder.pooled', …)")):
-        batch.encoder.pooled(x)
+
+
+@pytest.mark.parametrize("name", ["pooled", "scaled", "forward"])
+def test_methods_of_parts_run_for_all_models(name: str) -> None:
+    models, x = [agent.eval() for agent in agents()], torch.randn(B, 3, dtype=torch.float64)
+    for batch in (ModelBatch(models), copy.deepcopy(ModelBatch(models))):
+        assert_same_outputs(getattr(batch.encoder, name)(x), [getattr(model.encoder, name)(x) for model in models])
 
 
 def test_frozen_models_keep_what_methods_would_change() -> None:

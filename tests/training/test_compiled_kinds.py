@@ -20,7 +20,7 @@ from torch.nn.functional import mse_loss
 from mbkit import ModelBatch, OptimizerFactory, fit
 from mbkit.training.options import StepOptions
 from mbkit.training.step import Stepper
-from tests.oracle import close, train_alone
+from tests.oracle import Identity, close, train_alone
 from tests.training.compiled_kinds import KINDS, UNCOMPILED, Kind
 
 SEEDS = [11, 5, 2**40]
@@ -214,16 +214,8 @@ def test_calls_that_no_stream_draws_for_are_each_models_own(name):
     assert_as_alone(batch, models, data, mse_loss, history.loss)
 
 
-class NoisyGradient(torch.autograd.Function):
+class NoisyGradient(Identity):
     """The identity, with noise in its gradient, and a rule for vmap of its own."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

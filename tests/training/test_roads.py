@@ -21,7 +21,16 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from mbkit import BatchingError, History, ModelBatch, OptimizerFactory, evaluate, fit
-from tests.oracle import MOMENTUM, SEEDS, assert_same_parameters, batches, snapshot, train_alone, trained_alone
+from tests.oracle import (
+    MOMENTUM,
+    SEEDS,
+    Identity,
+    assert_same_parameters,
+    batches,
+    snapshot,
+    train_alone,
+    trained_alone,
+)
 
 B, STEPS = 6, 4
 ROADS = {
@@ -266,18 +275,10 @@ class NoisyGradient(torch.autograd.Function):
         return gradient + 0.1 * torch.randn(gradient.shape, dtype=gradient.dtype)
 
 
-class NoisyUnderVmap(torch.autograd.Function):
+class NoisyUnderVmap(Identity):
     """The same for vmap, under which its backward draws."""
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
 
     backward = NoisyGradient.backward
 

@@ -200,12 +200,14 @@ def test_two_equal_runs_end_in_the_same_bits(monkeypatch, num_models):
     torch.testing.assert_close(runs[0][1:], runs[1][1:], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("width", "size", "how"), [
-    (128, "auto", "one by one"), (128, None, "all models at once"), (8, "auto", "all models at once"),
+@pytest.mark.parametrize(("width", "rest", "size", "how"), [
+    (128, 3, "auto", "one by one"), (128, 3, None, "all models at once"), (8, 3, "auto", "all models at once"),
+    (128, 2000, "auto", "all models at once"),
 ])  # fmt: skip
-def test_wide_convolutions_go_one_by_one_unless_it_is_said_otherwise(width, size, how):
+def test_mostly_wide_convolutions_go_one_by_one_unless_it_is_said_otherwise(width, rest, size, how):
     torch.manual_seed(0)
-    models = [nn.Sequential(nn.Conv2d(width, width, 3), nn.Flatten(), nn.Linear(width, 3)).double() for _ in range(2)]
+    layers = lambda: (nn.Conv2d(width, width, 3), nn.Flatten(), nn.Linear(width, rest))  # noqa: E731
+    models = [nn.Sequential(*layers()).double() for _ in range(2)]
     batch = ModelBatch(models)
     optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=0.01)
     pairs = [(torch.randn(2, width, 3, 3).double(), torch.tensor([0, 2])) for _ in range(2)]

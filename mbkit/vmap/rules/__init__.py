@@ -1,22 +1,7 @@
-"""What single operators do when M models call them at once: one file a family, each of which registers its rules."""
+"""What single operators do when M models call them at once: each file here has a family, and registers its rules."""
 
-from . import (
-    activations,
-    arithmetic,
-    autograd,
-    convolution,
-    data_dependent,
-    embedding,
-    linear,
-    losses,
-    normalization,
-    pooling,
-    randomness,
-    recurrent,
-    sparse,
-)
+import importlib
+import pkgutil
 
-__all__ = [
-    "activations", "arithmetic", "autograd", "convolution", "data_dependent", "embedding", "linear", "losses",
-    "normalization", "pooling", "randomness", "recurrent", "sparse",
-]  # fmt: skip
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
