@@ -19,7 +19,7 @@ from ..vmap import check_autocast
 from .configs import Parts, Router, cut, find_kinds, group_labels
 from .executors import run_jobs
 from .folder import batch_file, locked, plain_json, settle
-from .ranking import promoted
+from .ranking import ordered, promoted
 from .result import SweepResult, Trial
 from .worker import Job, Task, read_result
 
@@ -172,7 +172,7 @@ def sweep(
             going = list(range(len(configs)))
             for rung in range(len(rungs)):
                 run.train(rung, going, executor, workers)
-                going = promoted(trials, going, labels, rung, reduction_factor, patience)
+                going = promoted(trials, going, labels, reduction_factor, patience)
                 if not going:
                     break
     return SweepResult(trials, task, parts, labels, router)
@@ -192,7 +192,6 @@ class _Run:
     ) -> None:
         self.task, self.trials, self.parts, self.kinds, self.size = task, trials, parts, kinds, models_per_batch
         self.bar = Progress(None, "sweep", progress)
-        self._start = time.monotonic()
 
     def train(self, rung: int, going: Sequence[int], executor: Any, workers: Mapping[str, Any]) -> None:
         """Train the trials that have come this far up to a rung, those batches that are not there already."""
@@ -226,9 +225,9 @@ class _Run:
     def _text(self) -> str:
         done = self._total - self._left
         left = (time.monotonic() - self._begun) / done * self._left if done else 0.0
-        best = max((trial for trial in self.trials if trial.scores), key=Trial.key, default=None)
-        words = f", best {best.score:.4g} (trial {best.number})" if best else ""
-        return f"{self._label}{words}, {left:.0f} s left in this rung"
+        scored = [trial for trial in self.trials if trial.scores]
+        best = scored[ordered([trial.score for trial in scored])[0]]
+        return f"{self._label}, best {best.score:.4g} (trial {best.number}), {left:.0f} s left in this rung"
 
 
 def _check_rungs(rungs: Any) -> tuple[int, ...]:

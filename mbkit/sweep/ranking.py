@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
-__all__ = ["ordered", "promoted"]
+__all__ = ["group_scores", "ordered", "promoted"]
 
 
 def ordered(scores: Sequence[float]) -> list[int]:
@@ -19,11 +19,22 @@ def ordered(scores: Sequence[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda i: (math.isnan(scores[i]), -scores[i], i))
 
 
+def group_scores(trials: Iterable[Any], labels: Sequence[Hashable]) -> dict[Hashable, list[float]]:
+    """Return each label's mean scores, rung by rung; trials of one label have come equally far.
+
+    Args:
+        trials: some of a sweep's. labels: of all its trials.
+    """
+    groups: dict[Hashable, list[list[float]]] = {}
+    for trial in trials:
+        groups.setdefault(labels[trial.number], []).append(trial.scores)
+    return {label: [sum(each) / len(each) for each in zip(*scores, strict=True)] for label, scores in groups.items()}
+
+
 def promoted(
     trials: Sequence[Any],
     going: Sequence[int],
     labels: Sequence[Hashable],
-    rung: int,
     reduction_factor: int | None,
     patience: int | None,
 ) -> list[int]:
@@ -32,20 +43,14 @@ def promoted(
     Args:
         trials: of the sweep. going: the numbers of those that came to this rung.
         labels: of all trials; those of one label stand and fall by the mean of their scores.
-        rung, reduction_factor, patience: as `sweep` has them.
+        reduction_factor, patience: as `sweep` has them.
     """
-    groups: dict[Hashable, list[int]] = {}
-    for t in going:
-        groups.setdefault(labels[t], []).append(t)
-
-    def mean(label: Hashable, at: int) -> float:
-        return sum(trials[t].scores[at] for t in groups[label]) / len(groups[label])
-
-    names = list(groups)
+    means = group_scores((trials[t] for t in going), labels)
+    names = list(means)
     if reduction_factor is not None:
-        order = ordered([mean(name, rung) for name in names])
+        order = ordered([means[name][-1] for name in names])
         names = [names[i] for i in order[: max(1, len(names) // reduction_factor)]]
     if patience is not None:
-        courses = {name: ordered([mean(name, at) for at in range(rung + 1)])[0] for name in names}
-        names = [name for name in names if rung - courses[name] < patience]
-    return sorted(t for name in names for t in groups[name])
+        names = [name for name in names if len(means[name]) - 1 - ordered(means[name])[0] < patience]
+    kept = set(names)
+    return sorted(t for t in going if labels[t] in kept)

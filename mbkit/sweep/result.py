@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +12,7 @@ from ..batch.whole_state import load_whole
 from ..common.tables import Tables
 from .configs import Parts
 from .folder import batch_file, read_batch
-from .ranking import ordered
+from .ranking import group_scores, ordered
 from .worker import Task, build_batch, own_process
 
 __all__ = ["SweepResult", "Trial"]
@@ -62,11 +60,6 @@ class Trial:
         """How long it was trained."""
         return self.rungs[-1]
 
-    def key(self) -> tuple[bool, float, int]:
-        """Return what trials are compared by: higher is better, NaN lowest, and of equals the first is best."""
-        broken = math.isnan(self.score)
-        return not broken, 0.0 if broken else self.score, -self.number
-
 
 class SweepResult(Tables):
     """The trials of a sweep; it prints itself as a table, the best first.
@@ -95,26 +88,18 @@ class SweepResult(Tables):
     @property
     def ranked(self) -> list[Trial]:
         """The trials, the best first."""
-        return sorted(self.trials, key=Trial.key, reverse=True)
+        return [self.trials[i] for i in ordered([trial.score for trial in self.trials])]
 
     @property
     def best(self) -> Trial:
         """The trial with the highest score; of groups, the best trial of the best group."""
         means = self.group_scores()
-        top = ordered(list(means.values()))[0]
-        label = list(means)[top]
-        return max((t for t in self.trials if self._labels[t.number] == label), key=Trial.key)
+        label = list(means)[ordered(list(means.values()))[0]]
+        return next(trial for trial in self.ranked if self._labels[trial.number] == label)
 
     def group_scores(self) -> dict[Hashable, float]:
         """Return each group's score by its label: the highest mean of its trials at one rung."""
-        groups: dict[Hashable, list[Trial]] = {}
-        for trial in self.trials:
-            groups.setdefault(self._labels[trial.number], []).append(trial)
-        means = {
-            label: [statistics.fmean(each) for each in zip(*(t.scores for t in own), strict=True)]
-            for label, own in groups.items()
-        }
-        return {label: own[ordered(own)[0]] for label, own in means.items()}
+        return {label: own[ordered(own)[0]] for label, own in group_scores(self.trials, self._labels).items()}
 
     @property
     def table(self) -> SweepResult:
