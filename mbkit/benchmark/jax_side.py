@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,33 +33,28 @@ def make_step(
         raise NotImplementedError("JAX is not installed")
     import jax
     import jax.numpy as jnp
+    from jax.example_libraries.optimizers import adam
 
     stacked, _ = torch.func.stack_module_state(list(models))
     params = {name: jnp.asarray(p.detach().numpy()) for name, p in stacked.items()}
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    state = [params, zeros, zeros, jnp.zeros(len(models))]
-    rates = jnp.asarray([config["lr"] for config in configs])
+    rates, done = jnp.asarray([config["lr"] for config in configs]), itertools.count()
 
     def loss(params: dict, x: Any, y: Any) -> Any:
         logs = jax.nn.log_softmax(forward(params, x))
         return -jnp.take_along_axis(logs, y[:, None], 1).mean()
 
-    def one(params: dict, first: dict, second: dict, count: Any, rate: Any, x: Any, y: Any) -> tuple:
-        grads, count = jax.grad(loss)(params, x, y), count + 1
-        first = jax.tree.map(lambda a, g: 0.9 * a + 0.1 * g, first, grads)
-        second = jax.tree.map(lambda a, g: 0.999 * a + 0.001 * g * g, second, grads)
+    def one(state: Any, count: Any, rate: Any, x: Any, y: Any) -> Any:
+        _, update, read = adam(rate)
+        return update(count, jax.grad(loss)(read(state), x, y), state)
 
-        def update(p: Any, a: Any, b: Any) -> Any:
-            return p - rate * (a / (1 - 0.9**count)) / (jnp.sqrt(b / (1 - 0.999**count)) + 1e-8)
-
-        return jax.tree.map(update, params, first, second), first, second, count
-
-    run = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, 0, 0, None, None)))
+    run = jax.jit(jax.vmap(one, in_axes=(0, None, 0, None, None)))
+    init, _, read = adam(0.0)
+    state = [jax.vmap(init)(params)]
 
     def step(x: Tensor, y: Tensor) -> None:
-        state[:] = jax.block_until_ready(run(*state, rates, x.numpy(), y.numpy().astype("int32")))
+        state[0] = jax.block_until_ready(run(state[0], next(done), rates, x.numpy(), y.numpy().astype("int32")))
 
-    return step, lambda m, name: torch.from_numpy(np.array(state[0][name][m]))
+    return step, lambda m, name: torch.from_numpy(np.array(read(state[0])[name][m]))
 
 
 def _mlp(params: dict, x: Any) -> Any:

@@ -6,7 +6,7 @@ AttributeError somewhere in a training run. A test holds the table against the s
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from typing import Any
 
 import torch
@@ -73,7 +73,13 @@ PRIVATE_OF_COMPILE = {
 
 def missing_names(names: Any = tuple(PRIVATE)) -> list[str]:
     """Return those of some dotted names that the installed torch does not have."""
-    return [name for name in names if not _exists(name)]
+    missing = []
+    for name in names:
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            missing.append(name)
+    return missing
 
 
 def check_torch() -> None:
@@ -89,16 +95,3 @@ def check_torch() -> None:
             f"mbkit is tested with torch {_TESTED}, and torch {torch.__version__} has not all that it needs:{told}\n"
             "Install a torch of that range."
         )
-
-
-def _exists(name: str) -> bool:
-    found: Any = torch
-    parts = name.split(".")
-    for i, part in enumerate(parts[1:], 2):
-        if not hasattr(found, part):
-            try:
-                importlib.import_module(".".join(parts[:i]))
-            except ImportError:
-                return False
-        found = getattr(found, part, None)
-    return found is not None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..batch.loss_settings import LossSettings
 from ..batch.targets import TargetForms
+from ..common.checks import flag, whole_number
 from ..vmap import check_autocast
 
 __all__ = ["StepOptions"]
@@ -31,7 +32,7 @@ class StepOptions:
         >>> from torch import nn
         >>> StepOptions(nn.functional.mse_loss, chunk_size=0)
         Traceback (most recent call last):
-        ValueError: Expected a chunk_size of at least 1, got 0: pass 1 or more.
+        ValueError: Expected at least 1 as chunk_size (or 'auto', or None), got 0: pass 1 or more.
     """
 
     loss_fn: Callable[..., Tensor]
@@ -55,12 +56,6 @@ class StepOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "forms", TargetForms.made_of(self.shared_targets))
         check_autocast(self.autocast)
-        if not isinstance(self.compile, bool):
-            raise TypeError(f"Expected compile True or False, got {self.compile!r}: choose one of them.")
-        size = self.chunk_size
-        if size is None or (isinstance(size, str) and size == "auto"):
-            return
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"Expected chunk_size 'auto', None or a whole number, got {size!r}: pass 1 or more.")
-        if size < 1:
-            raise ValueError(f"Expected a chunk_size of at least 1, got {size}: pass 1 or more.")
+        flag(self.compile, "compile")
+        if self.chunk_size is not None and self.chunk_size != "auto":
+            whole_number(self.chunk_size, "chunk_size (or 'auto', or None)")

@@ -17,21 +17,7 @@ from .explorer import Explorer
 __all__ = ["FaultExplorer", "explore_faults"]
 
 NONE, ASK = "none", "?"
-IN_WORDS = {
-    "gradients are never cleared": "stale-gradients",
-    "other initial weights": "other-weights",
-    "the data in another order": "other-order",
-    "other dropout masks": "other-masks",
-    "eval mode in place of train mode": "other-mode",
-    "a wrong gradient": "wrong-gradient",
-    "the loss averaged over the models": "mean-loss",
-    "one norm clips all models": "clipped-across-models",
-    "model 0's learning rate for all": "setting-of-model-0",
-    "models share the optimizer's state": "shared-optimizer-state",
-    "an update leaks into another model": "leaking-update",
-    "models share memory": "shared-memory",
-    "the schedule runs M times as fast": "schedule-stepped-M-times",
-}
+IN_WORDS = {name.replace("-", " "): name for name in FAULTS}
 
 
 class FaultExplorer(Explorer):
