@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..common.python_random import PythonGenerator
 from ..common.random_streams import global_state, set_global_state
 from .loop import Pairs
 
@@ -120,7 +119,8 @@ class PositionedBatches:
         self._set_generators(state["now"])
 
     def _generators(self) -> dict[str, Any]:
-        return {"own": {path: own.get_state() for path, own in _held(self.batches).items()}, **global_state()}
+        own = {path: _ways(generator)[0](generator) for path, generator in _held(self.batches).items()}
+        return {"own": own, **global_state()}
 
     def _set_generators(self, state: dict[str, Any]) -> None:
         held = _held(self.batches)
@@ -131,28 +131,20 @@ class PositionedBatches:
             )
         set_global_state(state)
         for path, generator in held.items():
-            generator.set_state(state["own"][path])
+            _ways(generator)[1](generator, state["own"][path])
 
 
-class _NumpyGenerator:
-    """A generator of numpy with the methods of a torch.Generator."""
-
-    def __init__(self, generator: np.random.Generator) -> None:
-        self._source = generator.bit_generator
-
-    def get_state(self) -> dict[str, Any]:
-        return self._source.state
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._source.state = state
-
-
-_KINDS: dict[type, Callable[[Any], Any]] = {
-    torch.Generator: lambda generator: generator,
-    random.Random: lambda generator: PythonGenerator("random", generator),
-    np.random.RandomState: lambda generator: PythonGenerator("numpy.random", generator),
-    np.random.Generator: _NumpyGenerator,
+# How the state of each kind of generator is read, and how it is written.
+_KINDS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
+    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+    np.random.Generator: (lambda own: own.bit_generator.state, lambda own, to: setattr(own.bit_generator, "state", to)),
 }
+
+
+def _ways(generator: Any) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]]:
+    return next(ways for kind, ways in _KINDS.items() if isinstance(generator, kind))
 
 
 def _held(batches: Any) -> dict[str, Any]:
@@ -160,12 +152,12 @@ def _held(batches: Any) -> dict[str, Any]:
     owners, found, seen = [("", batches)], {}, set()
     for path, owner in owners:
         for name, value in getattr(owner, "__dict__", {}).items():
-            wrap = next((wrap for kind, wrap in _KINDS.items() if isinstance(value, kind)), None)
-            if id(value) in seen or (wrap is None and name not in _HOLDERS):
+            is_generator = isinstance(value, tuple(_KINDS))
+            if id(value) in seen or not (is_generator or name in _HOLDERS):
                 continue
             seen.add(id(value))
-            if wrap is not None:
-                found[path + name] = wrap(value)
+            if is_generator:
+                found[path + name] = value
             else:
                 owners += [(f"{path}{name}.{i}." if i else f"{path}{name}.", v) for i, v in enumerate(_parts(value))]
     return found
