@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from .common.machine import free_memory
 from .common.random_streams import seeded
 
-__all__ = ["GPT", "MLP", "PINN", "LSTMClassifier", "LeNet5", "ResNet", "TinyMLP", "build_models", "each_built"]
-
 
 class MLP(nn.Module):
     """Linear layers with ReLU between them, and dropout after each ReLU.

@@ -30,8 +30,6 @@ from ..training.sequential import LoneTrainer
 from ..training.step import Stepper
 from .jax_side import make_step as jax_step
 
-__all__ = ["BASELINES", "LOOP", "LOOP_AS_IT_IS", "Side"]
-
 LOOP, LOOP_AS_IT_IS = "sequential, malloc set", "sequential"
 _MANY = 1024  # models from which on modelbatch's setup and steps, a Python loop each, take minutes
 _Step = Callable[[Any, Any], Any]  # inputs and targets

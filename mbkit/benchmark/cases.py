@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from ..models import GPT, MLP, PINN, LeNet5, LSTMClassifier, ResNet, build_models
 
-__all__ = ["CASES", "NETWORKS", "Case", "cases_of"]
-
 
 def _images(count: int, generator: torch.Generator) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=generator)

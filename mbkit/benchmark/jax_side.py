@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from ..models import MLP, LeNet5
 
-__all__ = ["make_step"]
-
 
 def make_step(
     models: Sequence[nn.Module], configs: Sequence[dict[str, Any]]

@@ -20,8 +20,6 @@ from ..training.loop import walk
 from .baselines import BASELINES, Side
 from .result import BenchmarkResult
 
-__all__ = ["BenchmarkResult", "learning_rate_grid", "run_benchmark"]
-
 # Adam's useful range for a LeNet on CIFAR-10 in batches of 128: about 0.003 is best, both ends train, and worse.
 MIN_LR, MAX_LR = 3e-4, 1e-2
 BLOCK = 10  # steps that each model, or the batch, makes in one turn

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ..common.tables import Tables
 
-__all__ = ["BenchmarkResult", "Timing", "title_of"]
-
 
 @dataclass(frozen=True)
 class Timing:

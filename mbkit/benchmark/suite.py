@@ -23,8 +23,6 @@ from .baselines import BASELINES, LOOP, LOOP_AS_IT_IS
 from .cases import CASES, Case
 from .result import Timing, title_of
 
-__all__ = ["CASES", "Case", "SuiteResult", "run_suite"]
-
 ROUNDS = 5
 SECONDS = 0.2  # that a side's turn lasts, about, unless one step is longer
 _LONE = 8  # models that a loop trains in turn, and each process of a pool: all M would only take longer

@@ -13,11 +13,6 @@ from torch.utils._pytree import register_pytree_node, tree_leaves
 
 from .objects import tensors_of
 
-__all__ = [
-    "check_inputs", "check_numbers", "check_output", "check_seeds", "cut", "did_you_mean", "flag", "list_of_models",
-    "memory_of", "model_numbers", "open_mappings", "per_model", "whole_number",
-]  # fmt: skip
-
 _MAX_SEED = 2**63 - 1
 
 

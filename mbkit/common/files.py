@@ -25,8 +25,6 @@ try:
 except ImportError:  # Windows, where what a killed process left behind stays until it is removed by hand
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["describe", "read_tree", "temporary", "write_bytes", "write_tree"]
-
 _FORMAT = "mbkit-1"
 _CHECKSUM, _ZEROS = re.compile(rb'(?<="sha256":")[0-9a-f]{64}(?=")'), "0" * 64
 

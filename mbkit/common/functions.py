@@ -8,8 +8,6 @@ from functools import cache, cached_property, partial
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-__all__ = ["DYNAMIC", "at_hand", "depth_of_user", "names_in", "parts_of", "user_made"]
-
 _TRUSTED = {*sys.stdlib_module_names, "torch", "numpy", "mbkit"} - {"__main__"}  # they keep nothing of the user's
 _MADE_OF_PARTS = (MethodType, BuiltinFunctionType, partial, property, cached_property, staticmethod, classmethod)
 _PARTS = ("__self__", "__func__", "func", "args", "keywords", "fget", "fset")

@@ -16,8 +16,6 @@ import torch
 
 from .version import __version__
 
-__all__ = ["PeakMemory", "describe_machine", "free_memory", "measure_peak_memory", "synchronize", "tune_malloc"]
-
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h; a threshold for mmap would not do, glibc takes no more than 32 MiB
 _STATUS, _RESET, _SYSTEM = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
 _UNKNOWN = 4 << 30  # bytes that are taken to be free where the system does not tell

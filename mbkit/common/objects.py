@@ -23,8 +23,6 @@ from torch.distributions import Distribution, TransformedDistribution
 from torch.distributions.transforms import Transform
 from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_unflatten
 
-__all__ = ["Opened", "PerModelValue", "flatten", "map_tensors", "tensors_of", "unflatten"]
-
 
 class PerModelValue:
     """M values that cannot be stacked, such as numbers that the models computed themselves: `values`, a list."""

@@ -21,8 +21,6 @@ try:
 except ImportError:
     pickler = pickle
 
-__all__ = ["ProcessEnded", "Worker", "serve"]
-
 
 class ProcessEnded(RuntimeError):
     """A process has ended before it answered."""

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-__all__ = ["Progress"]
-
 _REDRAW_SECONDS = 0.1  # a message to the browser costs more than a small model's training step
 
 

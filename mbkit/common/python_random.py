@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["PYTHON_GENERATORS", "PythonGenerator", "generator_marks", "moved_generators"]
-
 
 class PythonGenerator:
     """A generator of Python's `random`, or of `numpy.random` as it was before numpy 1.17.

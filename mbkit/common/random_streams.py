@@ -13,11 +13,6 @@ from torch import Tensor
 
 from .python_random import PYTHON_GENERATORS, PythonGenerator, generator_marks, moved_generators
 
-__all__ = [
-    "GENERATOR", "OwnDraws", "global_state", "in_turn", "random_state", "seeded", "set_global_state",
-    "set_random_state",
-]  # fmt: skip
-
 
 def random_state() -> list[Tensor]:
     """Return the states of torch's default generators."""

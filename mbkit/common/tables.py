@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Tables", "html_table", "plain", "printable", "text_table"]
-
 Rows = Sequence[Sequence[str]]
 
 _PLAIN_SIGNS = str.maketrans("✗✓≈×·–—→…", "xv~x.-->~")

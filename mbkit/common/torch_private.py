@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["PRIVATE", "check_torch", "missing_names"]
-
 _TESTED = "2.9 to 2.14"
 
 # name: what it is for; the public way that was tried, and what it lacks

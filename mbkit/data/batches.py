@@ -12,8 +12,6 @@ from torch.utils._pytree import tree_map_only
 
 from ..common.checks import check_seeds, whole_number
 
-__all__ = ["Batches"]
-
 
 class Batches:
     """Walks over a data set in batches; the order of epoch e is a pure function of (seed, e).

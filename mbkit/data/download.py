@@ -16,8 +16,6 @@ from pathlib import Path
 from ..common.files import temporary
 from ..common.progress import Progress
 
-__all__ = ["fetch_archive"]
-
 _PIECE = 1 << 20  # bytes; what one step of the progress bar stands for
 
 

@@ -18,8 +18,6 @@ from .batches import Batches
 from .download import fetch_archive
 from .shipped import IN_CHECKOUT, is_installed, shipped
 
-__all__ = ["Batches", "ImageData", "demo_points", "load_cifar10", "load_digits", "load_images"]
-
 _URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as the page beside the archive says
 _MOST = 200_000_000  # bytes; the archive has 170,052,171

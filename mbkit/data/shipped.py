@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["is_installed", "shipped"]
-
 IN_WHEEL = Path(__file__).parents[1] / "shipped"  # an installed wheel has the files here, a checkout in data/
 IN_CHECKOUT = Path(__file__).parents[2] / "data"
 

@@ -17,11 +17,6 @@ from torch import Tensor
 
 from .curves import ALONE, BATCHED, GRAY, RAISED, RIGHT, WRONG, LearningRates, Picture, RateMap, label_decades, tidy
 
-__all__ = [
-    "LearningRates", "Picture", "accuracy", "benchmark", "combinations", "consistency", "differences", "heat_map",
-    "learning_rates", "scaling", "trainability",
-]  # fmt: skip
-
 # What a dtype's rounding may grow to in a few hundred steps, and where its axis begins: as powers of ten.
 ROUNDING = {torch.float32: (-5, -10), torch.float64: (-13, -18)}
 

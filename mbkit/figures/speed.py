@@ -7,8 +7,6 @@ from typing import Any
 
 from .curves import ALONE, BATCHED, GRAY, RIGHT, WRONG, Picture, label_decades, tidy
 
-__all__ = ["growth", "speedups"]
-
 
 def speedups(result: Any) -> Picture:
     """Draw how many times as fast as a loop each way to train is: a panel for each network, a bar for each way.

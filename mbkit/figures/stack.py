@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .curves import Picture
 
-__all__ = ["stacked_tensor", "strips"]
-
 OFFSET = 0.55  # of a cell: how far each sheet lies behind the one before
 
 

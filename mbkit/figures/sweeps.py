@@ -9,8 +9,6 @@ from matplotlib import colormaps
 
 from .curves import GRAY, Picture
 
-__all__ = ["parallel_coordinates"]
-
 _MOST_LINES = 2000  # past which a picture takes seconds and shows no more
 
 

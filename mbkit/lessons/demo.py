@@ -28,9 +28,6 @@ from ..common.random_streams import seeded
 from ..data.load import demo_points
 from ..models import TinyMLP
 
-__all__ = ["PRESETS", "Demo", "Draws", "draw", "preset"]
-
-
 # LBFGS wants a closure, SparseAdam sparse gradients.
 OPTIMIZERS = {
     name: cls

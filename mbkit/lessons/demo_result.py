@@ -12,8 +12,6 @@ from ..common.checks import did_you_mean
 from ..common.tables import Tables
 from .demo import PRESETS, Demo
 
-__all__ = ["DEMO_FAULTS", "PUBLISHED", "SWITCHES", "Dissection", "Outcome", "switches"]
-
 # What the library printed; only ever shown beside, or compared with, what is computed here.
 PUBLISHED: dict[str, list[str]] = {
     "Sequential": ["49.3%", "67.3%", "80.7%"],

@@ -25,8 +25,6 @@ from ..figures.curves import CEILING, RateMap
 from ..optim import OptimizerFactory
 from ..training.batched import train_steps
 
-__all__ = ["GROUPS", "WINDOW", "RateGrid", "Trainability", "TwoLayers", "film", "points", "spaced"]
-
 GROUPS = ("first", "second")
 WINDOW = ((0.01, 100.0), (0.01, 10.0))  # the demo's rates: from too slow to hopeless
 Range = tuple[float, float]

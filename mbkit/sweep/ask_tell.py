@@ -18,8 +18,6 @@ from .engine import sweep
 from .folder import locked, plain_json
 from .result import SweepResult
 
-__all__ = ["optuna_sweep"]
-
 
 def optuna_sweep(
     study: Any,

@@ -18,11 +18,6 @@ from ..batch.validate import check_models
 from ..common.checks import did_you_mean, whole_number
 from ..common.random_streams import global_state, set_global_state
 
-__all__ = [
-    "Parts", "Router", "build_model", "cut", "draw", "find_kinds", "grid", "group_labels", "is_range", "sample",
-    "seed_all",
-]  # fmt: skip
-
 
 def grid(space: Mapping[str, Sequence[Any]] | None = None, /, **values: Sequence[Any]) -> list[dict[str, Any]]:
     """Return every combination of some values as configurations for `sweep`; the last name changes fastest.

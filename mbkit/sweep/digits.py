@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.load import Batches, load_digits
+from ..data.batches import Batches
+from ..data.load import load_digits
 from ..models import MLP, LeNet5
 from .configs import sample
 from .engine import sweep
 from .result import SweepResult
-
-__all__ = ["MODELS", "digits_batches", "mlp", "sweep_digits"]
 
 
 def mlp(width: int, dropout: float) -> nn.Module:

@@ -23,8 +23,6 @@ from .ranking import ordered, promoted
 from .result import SweepResult, Trial
 from .worker import Job, Task, read_result
 
-__all__ = ["sweep"]
-
 
 def sweep(
     build: Callable[..., nn.Module],

@@ -14,8 +14,6 @@ from ..common.process import ProcessEnded, Worker
 from .folder import batch_file
 from .worker import Job, run_batch
 
-__all__ = ["WorkersLost", "run_job", "run_jobs"]
-
 _LOOK_EVERY = 0.5  # seconds from one look at the workers to the next
 _own = threading.local()
 

@@ -20,8 +20,6 @@ try:
 except ImportError:  # Windows, where nobody keeps a second driver out
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["batch_file", "locked", "plain_json", "read_batch", "settle", "state_file"]
-
 _locks: set[int] = set()
 
 

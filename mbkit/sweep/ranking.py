@@ -6,8 +6,6 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
-__all__ = ["group_scores", "ordered", "promoted"]
-
 
 def ordered(scores: Sequence[float]) -> list[int]:
     """Return places from the highest score to the lowest; NaN is lowest, and of equals the first comes first.

@@ -15,8 +15,6 @@ from .folder import batch_file, read_batch
 from .ranking import group_scores, ordered
 from .worker import Task, build_batch, own_process
 
-__all__ = ["SweepResult", "Trial"]
-
 _ROWS_SHOWN = 20
 
 

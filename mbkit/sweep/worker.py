@@ -23,8 +23,6 @@ from ..training.loop import arguments, walk
 from .configs import Parts, build_model, seed_all
 from .folder import batch_file, read_batch, state_file
 
-__all__ = ["Job", "Task", "build_batch", "own_process", "read_result", "run_batch"]
-
 _DONE, _STATE, _UNDER_WAY = "batch of a sweep", "optimizer of a sweep", "batch under way"
 _ONE_AT_A_TIME = threading.Lock()  # torch's generator and number of threads are the process's
 

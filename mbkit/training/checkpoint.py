@@ -21,8 +21,6 @@ from .options import StepOptions
 from .position import PositionedBatches
 from .recorder import Recording
 
-__all__ = ["Checkpoint", "load_run", "save_run"]
-
 _FILE = "run.safetensors"
 
 

@@ -14,8 +14,6 @@ from ..batch.targets import TargetForms, targets_at
 from .chunks import Chunks
 from .loop import Pairs, call, check_batches, first_tensor, part, walk
 
-__all__ = ["batch_accuracy", "count_correct", "evaluate"]
-
 
 def count_correct(outputs: Any, targets: Any) -> tuple[Tensor, Tensor] | None:
     """Count the right answers of M models, where that is defined.

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ..common.tables import Tables, plain
 
-__all__ = ["History", "Step"]
-
 _ROWS_SHOWN = 20
 
 

@@ -15,11 +15,6 @@ from ..batch.context import context_of
 from ..common.checks import open_mappings, whole_number
 from ..common.objects import map_tensors, tensors_of
 
-__all__ = [
-    "Pairs", "arguments", "call", "check_run", "check_schedule", "count_steps", "detach", "first_tensor", "goes_on",
-    "make_schedule", "part", "rounds", "split", "walk",
-]  # fmt: skip
-
 Pairs = Iterable[Any]  # (inputs, targets), or whatever `split` takes apart
 _TARGETS = ("labels", "label", "targets", "target", "y")
 

@@ -14,8 +14,6 @@ from ..batch.targets import TargetForms
 from ..common.checks import flag, whole_number
 from ..vmap import check_autocast
 
-__all__ = ["StepOptions"]
-
 
 @dataclass(frozen=True)
 class StepOptions:

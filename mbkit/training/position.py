@@ -15,8 +15,6 @@ from torch.utils._pytree import tree_leaves
 from ..common.random_streams import global_state, set_global_state
 from .loop import Pairs
 
-__all__ = ["PositionedBatches"]
-
 _HOLDERS = ("sampler", "batch_sampler", "dataset", "transform", "transforms", "collate_fn")
 
 

@@ -18,8 +18,6 @@ from ..common.progress import Progress
 from .history import History, Step
 from .loop import goes_on
 
-__all__ = ["Recording", "whole_update"]
-
 
 class _AtOnce(KeyboardInterrupt):
     """Ctrl-C for the second time, or in the middle of an update: it does not wait, and is not swallowed."""

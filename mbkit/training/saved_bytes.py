@@ -11,8 +11,6 @@ from torch.utils._pytree import tree_leaves
 
 from ..vmap import graph_nodes
 
-__all__ = ["MadeBytes", "saved_bytes"]
-
 
 def saved_bytes(outputs: Any, given: Any) -> int:
     """Return the bytes that the graph below `outputs` keeps for its backward pass, without those of `given` tensors.

@@ -21,8 +21,6 @@ from .history import History, Step
 from .loop import Pairs, call, check_run, count_steps, detach, first_tensor, make_schedule, part, rounds
 from .recorder import Recording, whole_update
 
-__all__ = ["LoneTrainer", "check_configs", "fit_alone", "fresh", "in_turn", "lone_step", "loss_of_model", "refuse_meta"]
-
 
 def fit_alone(
     models: Sequence[nn.Module],

@@ -25,8 +25,6 @@ from .faults import FAULTS, plant
 from .report import EquivalenceReport, Finding, finding
 from .subject import BatchRecipe, Recipe
 
-__all__ = ["Diagnosis", "diagnose", "diagnose_planted"]
-
 # In this order, for what one has found is made good in the next: the lone models follow the batch's real initial
 # weights, model 0's settings and its mode, and parameters in shared memory are left out.
 EXPERIMENTS = (

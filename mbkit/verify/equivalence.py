@@ -17,14 +17,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..batch.clip import norm_limits
 from ..batch.targets import TargetForms
 from ..common.checks import check_seeds, list_of_models
+from ..common.random_streams import in_turn
 from ..training.loop import check_run, part, walk
-from ..training.sequential import LoneTrainer, check_configs, fresh, in_turn, loss_of_model, refuse_meta
+from ..training.sequential import LoneTrainer, check_configs, fresh, loss_of_model, refuse_meta
 from ..vmap import autocast_to
 from .measure import gap
 from .report import EquivalenceReport
 from .subject import BatchRecipe, Recipe
-
-__all__ = ["EquivalenceReport", "Precision", "check_arguments", "compare", "endless"]
 
 # What a lone model is compared with to see how far rounding goes: itself, in another way. "last bits down" is for
 # coarse numbers, whose start is moved by four last bits up and down: there, rounding often turns the sign of the

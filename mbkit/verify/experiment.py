@@ -21,8 +21,6 @@ from .measure import apart, as_precision, few_examples, quiet, shared_memory
 from .report import Finding
 from .subject import BatchRecipe
 
-__all__ = ["LARGE", "SMALL", "Case", "Run", "Values"]
-
 # So small a loss is clipped by nobody, and so large a one by everybody who clips.
 SMALL, LARGE = 2.0**-20, 2.0**20
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; what is planted or made by mistake is far above

@@ -11,8 +11,6 @@ from .experiment import SMALL, Case
 from .measure import apart, quiet
 from .report import Finding, finding
 
-__all__ = ["leak", "schedule", "settings", "states"]
-
 
 def settings(case: Case) -> Finding:
     """Give each model model 0's value: where that changes nothing, but model 0's value does, it had it already."""

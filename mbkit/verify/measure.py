@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["alike", "apart", "as_precision", "few_examples", "gap", "quiet", "shared_memory"]
-
 FEW = 16  # examples in an experiment's batch: a fault does not hide from them, and they are quick
 
 

@@ -13,8 +13,6 @@ from .experiment import LARGE, SMALL, Case, Gap, Run
 from .measure import alike
 from .report import Finding, finding
 
-__all__ = ["clipping", "gradient", "masks", "memory", "order", "stale", "weights"]
-
 
 def memory(case: Case) -> Finding:
     """Look at the addresses of all models' numbers."""

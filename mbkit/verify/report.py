@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ..common.tables import Tables, plain
 
-__all__ = ["EquivalenceReport", "Finding", "finding"]
-
 # So many times the noise floor is allowed, for rounding of another kind is not rounding of another size; less where
 # numbers are so coarse that the noise floor is nearly the size of a fault, and was made by several last bits.
 FLOOR_FACTOR, COARSE_FACTOR = 30.0, 3.0

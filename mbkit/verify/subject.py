@@ -15,8 +15,6 @@ from ..optim import OptimizerFactory
 from ..training.loop import make_schedule
 from ..training.step import batch_step
 
-__all__ = ["BatchRecipe", "BatchSubject", "Recipe", "Subject"]
-
 
 class Subject(Protocol):
     """M models that somebody trains at once, seen from outside.

@@ -11,8 +11,6 @@ from ..lessons.demo_result import ACCURACY_TOLERANCE, JUDGED_STEPS, PARAMETER_TO
 from .controls import OPTIMIZERS, choice, log_range, slider, spread
 from .explorer import Explorer
 
-__all__ = ["ConsistencyExplorer", "explore_consistency"]
-
 
 class ConsistencyExplorer(Explorer):
     """Show the demo trained alone and in the batch, with controls for everything that could explain its table.

@@ -14,8 +14,6 @@ from IPython import get_ipython
 from ..common.checks import did_you_mean, whole_number
 from ..lessons.trainability import spaced
 
-__all__ = "OPTIMIZERS WIDE check_size choice code known log_range nearest objects slider spread".split()
-
 WIDE = {"description_width": "9em"}
 OPTIMIZERS = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "NAdam")
 MOST_NETWORKS, MOST_LOSSES = 256 * 256, 2**28  # the losses of all steps are kept: a gigabyte in float32

@@ -20,8 +20,6 @@ from ..training.batched import Step
 from .page import WIDTH, page
 from .worker import Worker
 
-__all__ = ["Explorer", "live_curves"]
-
 IDLE = ("step", "reset")  # the buttons that do something where nothing trains
 
 

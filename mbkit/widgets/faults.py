@@ -14,8 +14,6 @@ from ..verify.faults import FAULTS
 from .controls import choice, log_range, slider, spread
 from .explorer import Explorer
 
-__all__ = ["FaultExplorer", "explore_faults"]
-
 NONE, ASK = "none", "?"
 IN_WORDS = {name.replace("-", " "): name for name in FAULTS}
 

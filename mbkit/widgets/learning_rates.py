@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from ..batch.model_batch import ModelBatch
 from ..common.checks import whole_number
 from ..common.random_streams import seeded
-from ..data.load import Batches, demo_points
+from ..data.batches import Batches
+from ..data.load import demo_points
 from ..figures import curves
 from ..models import MLP, build_models
 from ..optim import OptimizerFactory
 from ..training.batched import train_steps
 from .controls import OPTIMIZERS, WIDE, check_size, choice, known, log_range, nearest, objects, slider, spread
 from .explorer import Explorer
-
-__all__ = ["LearningRateExplorer", "explore_learning_rates"]
 
 
 class LearningRateExplorer(Explorer):

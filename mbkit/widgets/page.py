@@ -6,8 +6,6 @@ import html
 
 import ipywidgets as ipw
 
-__all__ = ["WIDTH", "page"]
-
 WIDTH = 860  # of a picture, in CSS pixels; on a narrower page it shrinks as a whole
 
 STYLE = """

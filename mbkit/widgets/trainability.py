@@ -18,8 +18,6 @@ from ..lessons.trainability import GROUPS, WINDOW, Range, RateGrid, Trainability
 from .controls import OPTIMIZERS, WIDE, check_size, choice, known, objects, slider
 from .explorer import Explorer
 
-__all__ = ["TrainabilityExplorer", "explore_trainability"]
-
 SIZES = (16, 32, 64, 128, 256)
 
 

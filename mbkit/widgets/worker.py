@@ -9,8 +9,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["Worker"]
-
 _FRAME_SECONDS = 0.05  # between two pictures, or twice as long as drawing one takes, so that most time is for training
 _DONE = object()
 _OPEN: weakref.WeakSet[Worker] = weakref.WeakSet()
