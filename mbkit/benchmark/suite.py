@@ -187,15 +187,8 @@ def _measure(case: Case, workers: dict[str, Worker], patience: float, end: float
             return None
 
     for side in workers:
-        ask(
-            side,
-            Turns,
-            side,
-            case,
-            SECONDS,
-            torch.get_num_threads(),
-            limit=min(patience, max(1.0, end - time.monotonic())),
-        )
+        limit = min(patience, max(1.0, end - time.monotonic()))
+        ask(side, Turns, side, case, SECONDS, torch.get_num_threads(), limit=limit)
         if side not in row["missing"]:
             row["seconds"][side], row["costs"][side] = [], ask(side, "costs")
     for turn in range(ROUNDS):

@@ -34,7 +34,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         >>> describe_machine(torch.device("cpu"))["torch"] == torch.__version__
         True
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    processor = _line(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
     return {
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
@@ -90,21 +91,15 @@ def measure_peak_memory(device: torch.device) -> Iterator[PeakMemory]:
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
         return
+    before = None
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = _line(_STATUS, "VmRSS") if device.type == "cpu" and _reset_high_water() else None
+        _RESET.write_text("5")  # its high-water mark
+        before = _bytes(_STATUS, "VmRSS") if device.type == "cpu" else None
     yield peak
-    after = _line(_STATUS, "VmHWM")
+    after = _bytes(_STATUS, "VmHWM")
     if before is not None and after is not None:
         peak.bytes = max(0, after - before)
-
-
-def _reset_high_water() -> bool:
-    try:
-        _RESET.write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 def free_memory(device: torch.device) -> int:
@@ -117,19 +112,17 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for new tensors
         return torch.cuda.mem_get_info(device)[0] + kept
-    free = _line(_SYSTEM, "MemAvailable")
+    free = _bytes(_SYSTEM, "MemAvailable")
     return _UNKNOWN if free is None else free
 
 
-def _line(file: Path, field: str) -> int | None:
-    """A line of a file in /proc, in bytes."""
+def _line(file: Path, field: str) -> str:
+    """Return what a file in /proc says of a field; nothing where there is none."""
     with contextlib.suppress(OSError, StopIteration):
-        return next(int(line.split()[1]) * 1024 for line in file.read_text().splitlines() if line.startswith(field))
-    return None
+        return next(line.split(":", 1)[1].strip() for line in file.read_text().splitlines() if line.startswith(field))
+    return ""
 
 
-def _processor() -> str:
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
+def _bytes(file: Path, field: str) -> int | None:
+    said = _line(file, field)
+    return int(said.split()[0]) * 1024 if said else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -164,68 +163,55 @@ def sweep(
             save_every, settled["threads"], getattr(torch, settled["dtype"].removeprefix("torch.")),
         )  # fmt: skip
         trials = [Trial(t, config, seed) for t, (config, seed) in enumerate(zip(configs, seeds, strict=True))]
-        run = _Run(task, trials, parts, settled["kinds"], models_per_batch, progress)
         workers = {"max_retries": max_retries, "no_workers_timeout": no_workers_timeout}
-        with run.bar:
-            going = list(range(len(configs)))
-            for rung in range(len(rungs)):
-                run.train(rung, going, executor, workers)
-                going = promoted(trials, going, labels, reduction_factor, patience)
-                if not going:
-                    break
+        going = list(range(len(configs)))
+        for rung in range(len(rungs)):
+            batches = cut(going, settled["kinds"], models_per_batch)
+            _train_rung(task, rung, batches, trials, parts, executor, workers, progress)
+            going = promoted(trials, going, labels, reduction_factor, patience)
+            if not going:
+                break
     return SweepResult(trials, task, parts, labels, router)
 
 
-class _Run:
-    """The rungs of one sweep: jobs, files that are no longer needed, and what is shown meanwhile."""
+def _train_rung(
+    task: Task,
+    rung: int,
+    batches: Sequence[Sequence[int]],
+    trials: list[Trial],
+    parts: Sequence[Parts],
+    executor: Any,
+    workers: Mapping[str, Any],
+    progress: bool,
+) -> None:
+    """Train the trials that have come this far up to a rung, those batches that are not there already."""
+    label = f"sweep, rung {rung + 1} of {len(task.rungs)}"
+    with Progress(sum(map(len, batches)), label, progress) as bar:
 
-    def __init__(
-        self,
-        task: Task,
-        trials: list[Trial],
-        parts: Sequence[Parts],
-        kinds: Sequence[int],
-        models_per_batch: int,
-        progress: bool,
-    ) -> None:
-        self.task, self.trials, self.parts, self.kinds, self.size = task, trials, parts, kinds, models_per_batch
-        self.bar = Progress(None, "sweep", progress)
+        def note(job: Job, result: Mapping[str, list[float]]) -> None:
+            for row, (t, *seen) in enumerate(zip(job.trials, result["scores"], result["losses"], strict=True)):
+                trials[t].note(task.rungs[rung], *seen, (job.number, row))
+            bar.advance(lambda: _best(trials), len(job.trials))
 
-    def train(self, rung: int, going: Sequence[int], executor: Any, workers: Mapping[str, Any]) -> None:
-        """Train the trials that have come this far up to a rung, those batches that are not there already."""
-        jobs = []
-        for number, own in enumerate(cut(going, self.kinds, self.size)):
-            trials = [self.trials[t] for t in own]
-            sources = tuple(trial.places[-1] for trial in trials) if rung else ()
-            seeds, parts = tuple(trial.seed for trial in trials), tuple(self.parts[t] for t in own)
-            jobs.append(Job(self.task, rung, number, tuple(own), parts, seeds, sources))
-        self._label, self._left = f"rung {rung + 1} of {len(self.task.rungs)}", len(going)
-        self._begun, self._total = time.monotonic(), self._left
         left = []
-        for job in jobs:
-            if batch_file(self.task.folder, rung, job.number).exists():
-                self._note(job, read_result(job))
+        for number, own in enumerate(batches):
+            sources = tuple(trials[t].places[-1] for t in own) if rung else ()
+            seeds, parts_of = tuple(trials[t].seed for t in own), tuple(parts[t] for t in own)
+            job = Job(task, rung, number, tuple(own), parts_of, seeds, sources)
+            if batch_file(task.folder, rung, number).exists():
+                note(job, read_result(job))
             else:
                 left.append(job)
-        self._begun, self._total = time.monotonic(), self._left
-        run_jobs(left, executor, self._note, **workers)
-        if rung:
-            for file in Path(self.task.folder, f"rung-{rung - 1}").glob("*.state.safetensors"):
-                file.unlink()
+        run_jobs(left, executor, note, **workers)
+    if rung:
+        for file in Path(task.folder, f"rung-{rung - 1}").glob("*.state.safetensors"):
+            file.unlink()
 
-    def _note(self, job: Job, result: Mapping[str, list[float]]) -> None:
-        epochs = self.task.rungs[job.rung]
-        for row, (t, *seen) in enumerate(zip(job.trials, result["scores"], result["losses"], strict=True)):
-            self.trials[t].note(epochs, *seen, (job.number, row))
-        self._left -= len(job.trials)
-        self.bar.advance(self._text, len(job.trials))
 
-    def _text(self) -> str:
-        done = self._total - self._left
-        left = (time.monotonic() - self._begun) / done * self._left if done else 0.0
-        scored = [trial for trial in self.trials if trial.scores]
-        best = scored[ordered([trial.score for trial in scored])[0]]
-        return f"{self._label}, best {best.score:.4g} (trial {best.number}), {left:.0f} s left in this rung"
+def _best(trials: Sequence[Trial]) -> str:
+    scored = [trial for trial in trials if trial.scores]
+    best = scored[ordered([trial.score for trial in scored])[0]]
+    return f"best {best.score:.4g} (trial {best.number})"
 
 
 def _check_rungs(rungs: Any) -> tuple[int, ...]:

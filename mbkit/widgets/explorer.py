@@ -63,19 +63,13 @@ class Explorer(ipw.VBox):
         self.status, click = ipw.HTML(), ipw.Text(continuous_update=False)
         click.add_class("mbkit-click")
         click.observe(lambda click: self.worker.drawn and self._clicked(*map(float, click["new"].split()[:2])), "value")
-        self.buttons = {}
-        for name, act in (
-            ("pause", lambda: self.worker.pause(self.worker.state == "running")),
-            ("step", self._step),
-            ("reset", self.request),
-            ("stop", lambda: self.worker.stop()),
-        ):
-            self.buttons[name] = ipw.Button(description=name.capitalize())
-            self.buttons[name].on_click(lambda _, act=act: act())
-        boxes = [
-            ipw.HBox(list(row), layout=ipw.Layout(flex_flow="row wrap"))
-            for row in (*(row.values() for row in rows), self.buttons.values())
-        ]
+        self.buttons = {name: ipw.Button(description=name.capitalize()) for name in ("pause", "step", "reset", "stop")}
+        self.buttons["pause"].on_click(lambda _: self.worker.pause(self.worker.state == "running"))
+        self.buttons["step"].on_click(lambda _: self._step())
+        self.buttons["reset"].on_click(lambda _: self.request())
+        self.buttons["stop"].on_click(lambda _: self.worker.stop())
+        layout = {"flex_flow": "row wrap"}
+        boxes = [ipw.HBox(list(row.values()), layout=ipw.Layout(**layout)) for row in (*rows, self.buttons)]
         self._cell, self._run = _cell_and_run()
         self.worker, self._dimming = Worker(self._start, self._show, self._say), threading.Lock()
         super().__init__([page(self.shows, height), *boxes, self.image, click, self.status])
