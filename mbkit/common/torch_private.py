@@ -49,6 +49,10 @@ PRIVATE = {
     "torch._fused_adam_": "the kernel behind torch.optim.Adam(fused=True), over tensors of M models; the class has one "
     "learning rate a group",
     "torch._fused_adamw_": "likewise",
+    **dict.fromkeys(
+        [f"torch._foreach_{name}" for name in "add_ addcdiv_ addcmul_ div div_ lerp_ mul mul_ sqrt".split()],
+        "one call for all parameters in an update; torch's own foreach optimizers have one learning rate a group",
+    ),
     "torch._is_all_true": "a compiled step sees what torch.distributions checks; all() is also what models branch on",
     "torch._pack_padded_sequence": "the rule of what torch.nn.utils.rnn calls, which is this",
     "torch._pad_packed_sequence": "likewise",

@@ -11,44 +11,41 @@ stay:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .each import Each
 from .hyperparameters import Hyperparameters
 
-__all__ = [
-    "States", "Tensors", "add", "add_", "ascend", "averages", "choose", "count", "decay", "lerp", "shift_",
-]  # fmt: skip
-
-Tensors = list[Tensor]
 States = list[dict[str, Tensor]]
+Some = TypeVar("Some", Tensor, Each)
 
 
-def choose(flag: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
+def choose(flag: bool | Some, yes: Some, no: Some) -> Some:
     """Return `yes` where the flag is on and `no` elsewhere; without any work if it is one for all models."""
     if isinstance(flag, bool):
         return yes if flag else no
-    return torch.where(flag, yes, no)
+    return yes.where(flag, no)
 
 
-def add(x: Tensor, y: Tensor, a: Tensor) -> Tensor:
+def add(x: Some, y: Some, a: Some) -> Some:
     """Return x + a*y. torch's add, unlike the other kernels, rounds its number to x's dtype (think of bfloat16)."""
-    return torch.addcmul(x, y, a.to(x.dtype))
+    return x.addcmul(y, a.to(x.dtype))
 
 
-def add_(x: Tensor, y: Tensor, a: Tensor) -> Tensor:
+def add_(x: Some, y: Some, a: Some) -> Some:
     """Add a*y to x in place."""
     return x.addcmul_(y, a.to(x.dtype))
 
 
-def shift_(x: Tensor, a: Tensor) -> Tensor:
+def shift_(x: Some, a: Some) -> Some:
     """Add a to x in place."""
     return x.add_(a.to(x.dtype))
 
 
-def lerp(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+def lerp(x: Some, y: Some, weight: Some) -> Some:
     """Move x in place toward y. lerp, unlike the others, refuses a weight of another dtype (float32 for bfloat16)."""
     if x.dtype == weight.dtype:
         return x.lerp_(y, weight)
@@ -58,39 +55,42 @@ def lerp(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- what the rules share
 
 
+def kept(states: States, name: str) -> Each:
+    """Return what is kept under a name for each parameter."""
+    return Each(state[name] for state in states)
+
+
 def averages(h: Hyperparameters) -> tuple[Tensor, Tensor, Tensor]:
     """Return the weights of running averages: 1 - beta1, beta2 and 1 - beta2, each `[M]`."""
     beta1, beta2 = h["betas"].unbind(-1)
     return 1 - beta1, beta2, 1 - beta2
 
 
-def ascend(grads: Tensors, h: Hyperparameters) -> Tensors:
+def ascend(grad: Each, h: Hyperparameters) -> Each:
     """Turn the gradients around for the models that maximize."""
     if h.on("maximize") is False:
-        return list(grads)
-    (flags,) = h.once("maximize", lambda: [h.on("maximize")])
-    return [choose(flag, -grad, grad) for flag, grad in zip(flags, grads, strict=True)]
+        return grad
+    (flag,) = h.once("maximize", lambda: [h.on("maximize")])
+    return choose(flag, -grad, grad)
 
 
-def decay(params: Tensors, grads: Tensors, h: Hyperparameters, decoupled: bool | Tensor = False) -> Tensors:
+def decay(param: Each, grad: Each, h: Hyperparameters, decoupled: bool | Tensor = False) -> Each:
     """Apply weight decay: to the gradient, or straight to the parameter for the models that decouple it."""
     coupled = h.on("weight_decay")
     if coupled is False:
-        return grads
+        return grad
     if decoupled is not False:
-        (factors,) = h.once("decoupled", lambda: [1 - h["lr"] * h["weight_decay"] * decoupled])
-        for param, column in zip(params, factors, strict=True):
-            param.mul_(column)
+        (factor,) = h.once("decoupled", lambda: [1 - h["lr"] * h["weight_decay"] * decoupled])
+        param.mul_(factor)
         if decoupled is True:
-            return grads
+            return grad
         coupled = ~decoupled if coupled is True else coupled & ~decoupled
-    flags, columns = h.once("coupled", lambda: (coupled, h["weight_decay"]))
-    return [
-        choose(flag, add(grad, param, column), grad)
-        for flag, column, grad, param in zip(flags, columns, grads, params, strict=True)
-    ]
+    flag, column = h.once("coupled", lambda: (coupled, h["weight_decay"]))
+    return choose(flag, add(grad, param, column), grad)
 
 
-def count(states: States, name: str, h: Hyperparameters, by: Any = 1) -> Tensor:
-    """Advance the models' counts and return them as `[P, M]`, in the columns' dtype."""
-    return torch.stack([state[name].add_(by) for state in states]).to(h["lr"].dtype)
+def count(states: States, name: str, h: Hyperparameters, by: Tensor | None = None) -> Tensor:
+    """Advance the models' counts, by 1 or by `[M]`, and return them as `[P, M]`, in the columns' dtype."""
+    counts = kept(states, name)
+    by = h.kept("one", lambda: torch.ones_like(counts[0])) if by is None else by
+    return torch.stack(counts.add_(Each([by] * len(counts)))).to(h["lr"].dtype)

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-__all__ = [
-    "ALL", "SWITCHES", "Columns", "Hyperparameters", "ModelGroup", "ModelGroups", "cut", "numbers_of", "plain",
-]  # fmt: skip
+from .each import Each
 
 SWITCHES = ("foreach", "fused", "capturable", "differentiable")
 """Arguments of torch.optim's classes that choose an implementation, not an update."""
@@ -147,9 +145,7 @@ class Columns:
             self._values[name] = _to_column(name, values)
             self.flags[name] = True if all(values) else None if any(values) else False
             for device, columns in self._devices.items():
-                column = _move(self._values[name], device)
-                stays = name in columns and columns[name].shape == column.shape  # where a replayed step reads it
-                columns[name] = columns[name].copy_(column) if stays else column
+                columns[name] = _move(self._values[name], device)
         if "fused" in self.changed:
             given = {group.get("fused") for group in self.groups}
             self.fused = given.pop() if len(given) == 1 else False if False in given else None
@@ -197,27 +193,31 @@ class Hyperparameters:
         agreed = self.flags[name]
         return self.columns[name] != 0 if agreed is None else agreed
 
-    def once(self, what: str, make: Callable[[], Sequence[bool | Tensor]]) -> list[list[Any]]:
-        """Return for each of some columns what `spread` does, made anew only when a hyperparameter was written."""
+    def kept(self, what: str, make: Callable[[], Any]) -> Any:
+        """Return what `make` does, which is called anew only when a hyperparameter was written."""
         if what not in self._kept:
-            self._kept[what] = [self.spread(column) for column in make()]
+            self._kept[what] = make()
         return self._kept[what]
 
-    def spread(self, column: bool | Tensor) -> list[Any]:
+    def once(self, what: str, make: Callable[[], Sequence[bool | Tensor]]) -> list[bool | Each]:
+        """Return for each of some columns what `spread` does; `kept`."""
+        return self.kept(what, lambda: [self.spread(column) for column in make()])
+
+    def spread(self, column: bool | Tensor) -> bool | Each:
         """Return the column for each of the P parameters, rounded once to their dtype.
 
         Args:
             column: `[M]`, the same for all parameters, or `[P, M]`, one row per parameter; or one bool for all.
 
         Returns:
-            P tensors `[M, 1, ...]`, each with as many dimensions as its parameter (or P times the bool).
+            P tensors `[M, 1, ...]`, each with as many dimensions as its parameter (or the bool).
         """
         if isinstance(column, bool):
-            return [column] * len(self._dims)
+            return column
         if column.dtype != torch.bool:
             column = column.to(self._dtype)
         rows = column.unbind(0) if column.dim() == 2 else [column] * len(self._dims)
-        return [row.view(-1, *[1] * (dim - 1)) for row, dim in zip(rows, self._dims, strict=True)]
+        return Each(row.view(-1, *[1] * (dim - 1)) for row, dim in zip(rows, self._dims, strict=True))
 
 
 def _agreed(name: str, values: list[Any]) -> Any:

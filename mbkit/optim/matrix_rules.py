@@ -7,13 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from .arithmetic import States, Tensors, add_, ascend, choose, count, lerp
+from .arithmetic import States, add_, ascend, choose, count, lerp
+from .each import Each
 from .hyperparameters import Hyperparameters
 
-__all__ = ["adafactor", "factors", "muon"]
 
-
-def muon(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
+def muon(params: Each, grads: Each, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.Muon: all models' matrices are made orthogonal at once, by batched products in bfloat16."""
     (a, b, c), smallest = h.on("ns_coefficients"), h.on("eps")
     ratios = [_muon_ratio(h.flags["adjust_lr_fn"], *param.shape[1:]) for param in params]
@@ -41,7 +40,7 @@ def _muon_ratio(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
     return math.sqrt(max(1, rows / columns)) if adjust_lr_fn in (None, "original") else 1.0
 
 
-def adafactor(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
+def adafactor(params: Each, grads: Each, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.Adafactor, whose second moments are products of a column and a row, from matrices on."""
     steps, grads = count(states, "step", h), ascend(grads, h)
     eps1, eps2 = h["eps"].unbind(-1)
@@ -50,12 +49,12 @@ def adafactor(params: Tensors, grads: Tensors, states: States, h: Hyperparameter
     scales = torch.stack([_norm(param) / root for param, root in zip(params, roots, strict=True)])
     rates = torch.maximum(eps2, scales) * torch.minimum(h["lr"], 1 / steps**0.5)
     decay = 1 - h["lr"] * h["weight_decay"]
-    fixed = h.once("adafactor", lambda: (h.on("weight_decay"), decay, eps1, eps1 * eps1))
+    decays, factors, *fixed = h.once("adafactor", lambda: (h.on("weight_decay"), decay, eps1, eps1 * eps1))
+    if decays is not False:
+        params.copy_(choose(decays, params * factors, params))
     columns = zip(*fixed, h.spread(steps ** h["beta2_decay"]), strict=True)
-    for i, (decays, factor, smallest, square, part) in enumerate(columns):
+    for i, (smallest, square, part) in enumerate(columns):
         param, grad, state = params[i], grads[i], states[i]
-        if decays is not False:
-            param.copy_(choose(decays, param * factor, param))
         if param.dim() > 2:
             rows = state["row_var"]
             for kept, dim in ((rows, -1), (state["col_var"], -2)):

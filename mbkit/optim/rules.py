@@ -1,8 +1,8 @@
 """Stacked update rules: what torch.optim does to one model's parameters, done to M models' at once, to the same bits.
 
-Every rule is a function `rule(params, grads, states, h)` that works in place:
+Every rule is a function `rule(param, grad, states, h)` that works in place:
 
-- params, grads: P real tensors `[M, ...]` of one dtype each; only parameters that have a gradient.
+- param, grad: P real tensors `[M, ...]` of one dtype, as an `Each`; only parameters that have a gradient.
 - states: P dicts of tensors, `[M, ...]` like the parameter, or `[M]` for a count.
 - h: a `Hyperparameters`; `h["lr"]` is a float64 tensor `[M]`.
 
@@ -25,16 +25,15 @@ from typing import Any
 
 import torch
 
-from .arithmetic import States, Tensors, add, add_, ascend, averages, choose, count, decay, lerp, shift_
+from .arithmetic import States, add, add_, ascend, averages, choose, count, decay, kept, lerp, shift_
+from .each import Each
 from .hyperparameters import SWITCHES, Hyperparameters
 from .matrix_rules import adafactor, factors, muon
 
-__all__ = ["RULES", "Rule", "known_hyperparameters", "ruled_class"]
 
-
-def sgd(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
+def sgd(param: Each, grad: Each, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.SGD. `momentum_steps` counts a model's steps with momentum: its first one fills the buffer."""
-    grads = decay(params, ascend(grads, h), h)
+    grad = decay(param, ascend(grad, h), h)
     uses = h.on("momentum")
     if uses is not False:
         # The first momentum is the gradient itself, undampened; the buffer is zero until then. A model without
@@ -43,140 +42,128 @@ def sgd(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> 
         part, stay = torch.where(first, 1, 1 - h["dampening"]), h["momentum"]
         if uses is not True:
             part, stay = torch.where(uses, part, 0), torch.where(uses, stay, 1)
-        fixed = h.once("momentum", lambda: (stay, h["momentum"], uses, h.on("nesterov")))
-        for i, (keep, momentum, uses, nesterov, take) in enumerate(zip(*fixed, h.spread(part), strict=True)):
-            grad, buffer = grads[i], states[i]["momentum_buffer"]
-            add_(buffer.mul_(keep), grad, take)
-            ahead = buffer if nesterov is False else add(grad, buffer, momentum)
-            grads[i] = choose(uses, choose(nesterov, ahead, buffer), grad)
-    (rates,) = h.once("rates", lambda: [-h["lr"]])
-    for param, grad, lr in zip(params, grads, rates, strict=True):
-        add_(param, grad, lr)
+        keep, momentum, uses, nesterov = h.once("momentum", lambda: (stay, h["momentum"], uses, h.on("nesterov")))
+        buffer = kept(states, "momentum_buffer")
+        add_(buffer.mul_(keep), grad, h.spread(part))
+        ahead = buffer if nesterov is False else add(grad, buffer, momentum)
+        grad = choose(uses, choose(nesterov, ahead, buffer), grad)
+    add_(param, grad, *h.once("rate", lambda: [-h["lr"]]))
 
 
-def adam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
+def adam(param: Each, grad: Each, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.Adam, and AdamW, which is Adam with decoupled weight decay."""
     steps = count(states, "step", h)
-    grads = decay(params, ascend(grads, h), h, h.on("decoupled_weight_decay"))
-    correction1, correction2 = (1 - h["betas"].T.unsqueeze(1) ** steps).unbind(0)
-    fixed = h.once("adam", lambda: (*averages(h), h["eps"], h.on("amsgrad")))
-    changing = map(h.spread, (correction2.sqrt(), -(h["lr"] / correction1)))
-    for i, (take1, keep2, take2, eps, amsgrad, root, step_size) in enumerate(zip(*fixed, *changing, strict=True)):
-        param, grad, state = params[i], grads[i], states[i]
-        second = state["exp_avg_sq"]
-        lerp(state["exp_avg"], grad, take1)
-        second.mul_(keep2).addcmul_(grad * take2, grad)
-        if amsgrad is not False:
-            largest = state["max_exp_avg_sq"]
-            largest.copy_(choose(amsgrad, torch.maximum(largest, second), largest))
-            second = choose(amsgrad, largest, second)
-        denominator = shift_((second.sqrt() / root).to(param.dtype), eps)
-        param.addcdiv_(state["exp_avg"] * step_size, denominator)
+    grad = decay(param, ascend(grad, h), h, h.on("decoupled_weight_decay"))
+    bases, fall = h.kept("adam", lambda: (h["betas"].T.unsqueeze(1), -h["lr"]))
+    correction1, correction2 = torch.rsub(bases.pow(steps), 1).unbind(0)
+    take1, keep2, take2, eps, amsgrad = h.once("adam's", lambda: (*averages(h), h["eps"], h.on("amsgrad")))
+    root, step_size = map(h.spread, (correction2.sqrt(), fall / correction1))
+    mean, second = kept(states, "exp_avg"), kept(states, "exp_avg_sq")
+    lerp(mean, grad, take1)
+    second.mul_(keep2).addcmul_(grad * take2, grad)
+    if amsgrad is not False:
+        largest = kept(states, "max_exp_avg_sq")
+        largest.copy_(choose(amsgrad, largest.maximum(second), largest))
+        second = choose(amsgrad, largest, second)
+    denominator = shift_(second.sqrt().div_(root), eps)
+    param.addcdiv_(mean * step_size, denominator)
 
 
-def rmsprop(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
+def rmsprop(param: Each, grad: Each, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.RMSprop."""
     count(states, "step", h)
-    grads = decay(params, ascend(grads, h), h)
+    grad = decay(param, ascend(grad, h), h)
     flags = (h.on("centered"), h.on("momentum"))
     fixed = h.once("rmsprop", lambda: (h["alpha"], 1 - h["alpha"], h["eps"], h["momentum"], -h["lr"], *flags))
-    for i, (keep, take, eps, momentum, lr, centered, uses) in enumerate(zip(*fixed, strict=True)):
-        param, grad, state = params[i], grads[i], states[i]
-        square = state["square_avg"].mul_(keep).addcmul_(grad * take, grad)
-        if centered is not False:
-            mean = state["grad_avg"]
-            mean.copy_(choose(centered, lerp(mean.clone(), grad, take), mean))
-            square = choose(centered, torch.addcmul(square, mean, mean, value=-1), square)
-        root = shift_(square.sqrt(), eps)
-        if uses is False:
-            param.addcdiv_(grad * lr, root)
-            continue
-        buffer = state["momentum_buffer"]
-        moved = (buffer if uses is True else buffer.clone()).mul_(momentum).addcdiv_(grad, root)
-        if uses is True:
-            add_(param, moved, lr)
-        else:
-            buffer.copy_(torch.where(uses, moved, buffer))
-            param.copy_(torch.where(uses, add(param, moved, lr), torch.addcdiv(param, grad * lr, root)))
+    keep, take, eps, momentum, lr, centered, uses = fixed
+    square = kept(states, "square_avg").mul_(keep).addcmul_(grad * take, grad)
+    if centered is not False:
+        mean = kept(states, "grad_avg")
+        mean.copy_(choose(centered, lerp(mean.clone(), grad, take), mean))
+        square = choose(centered, square.addcmul(-mean, mean), square)
+    root = shift_(square.sqrt(), eps)
+    if uses is False:
+        param.addcdiv_(grad * lr, root)
+        return
+    buffer = kept(states, "momentum_buffer")
+    moved = (buffer if uses is True else buffer.clone()).mul_(momentum).addcdiv_(grad, root)
+    if uses is True:
+        add_(param, moved, lr)
+    else:
+        buffer.copy_(choose(uses, moved, buffer))
+        param.copy_(choose(uses, add(param, moved, lr), param.clone().addcdiv_(grad * lr, root)))
 
 
-def adagrad(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
+def adagrad(param: Each, grad: Each, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.Adagrad."""
     steps = count(states, "step", h)
-    grads = decay(params, ascend(grads, h), h)
-    rates = h["lr"] / (1 + (steps - 1) * h["lr_decay"])
-    for i, (eps, rate) in enumerate(zip(*h.once("adagrad", lambda: [h["eps"]]), h.spread(-rates), strict=True)):
-        root = shift_(states[i]["sum"].addcmul_(grads[i], grads[i]).sqrt(), eps)
-        params[i].addcdiv_(grads[i] * rate, root)
+    grad = decay(param, ascend(grad, h), h)
+    rate = h.spread(-(h["lr"] / (1 + (steps - 1) * h["lr_decay"])))
+    root = shift_(kept(states, "sum").addcmul_(grad, grad).sqrt(), *h.once("adagrad", lambda: [h["eps"]]))
+    param.addcdiv_(grad * rate, root)
 
 
-def adadelta(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
+def adadelta(param: Each, grad: Each, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.Adadelta."""
     count(states, "step", h)
-    grads = decay(params, ascend(grads, h), h)
-    fixed = h.once("adadelta", lambda: (h["rho"], 1 - h["rho"], h["eps"], -h["lr"]))
-    for i, (keep, take, eps, lr) in enumerate(zip(*fixed, strict=True)):
-        param, grad, squares, deltas = params[i], grads[i], states[i]["square_avg"], states[i]["acc_delta"]
-        squares.mul_(keep).addcmul_(grad * take, grad)
-        root = shift_(squares.clone(), eps).sqrt_()
-        delta = shift_(deltas.clone(), eps).sqrt_().div_(root).mul_(grad)
-        deltas.mul_(keep).addcmul_(delta * take, delta)
-        add_(param, delta, lr)
+    grad = decay(param, ascend(grad, h), h)
+    keep, take, eps, lr = h.once("adadelta", lambda: (h["rho"], 1 - h["rho"], h["eps"], -h["lr"]))
+    squares, deltas = kept(states, "square_avg"), kept(states, "acc_delta")
+    squares.mul_(keep).addcmul_(grad * take, grad)
+    root = shift_(squares.clone(), eps).sqrt_()
+    delta = shift_(deltas.clone(), eps).sqrt_().div_(root).mul_(grad)
+    deltas.mul_(keep).addcmul_(delta * take, delta)
+    add_(param, delta, lr)
 
 
-def adamax(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
+def adamax(param: Each, grad: Each, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.Adamax."""
     steps = count(states, "step", h)
-    grads = decay(params, ascend(grads, h), h)
-    rates = h.spread(-(h["lr"] / (1 - h["betas"][:, 0] ** steps)))
-    fixed = h.once("adamax", lambda: (*averages(h), h["eps"]))
-    for i, (take, keep, _, eps, rate) in enumerate(zip(*fixed, rates, strict=True)):
-        mean = lerp(states[i]["exp_avg"], grads[i], take)
-        norm = states[i]["exp_inf"].mul_(keep)
-        torch.maximum(norm, shift_(grads[i].abs(), eps), out=norm)
-        params[i].addcdiv_(mean * rate, norm)
+    grad = decay(param, ascend(grad, h), h)
+    rate = h.spread(-(h["lr"] / (1 - h["betas"][:, 0] ** steps)))
+    take, keep, _, eps = h.once("adamax", lambda: (*averages(h), h["eps"]))
+    mean = lerp(kept(states, "exp_avg"), grad, take)
+    norm = kept(states, "exp_inf").mul_(keep)
+    norm.copy_(norm.maximum(shift_(grad.abs(), eps)))
+    param.addcdiv_(mean * rate, norm)
 
 
-def nadam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
+def nadam(param: Each, grad: Each, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.NAdam, which keeps the product of its momenta in float32."""
     beta1, beta2 = h["betas"].unbind(-1)
     steps = count(states, "step", h)
-    grads = decay(params, ascend(grads, h), h, h.on("decoupled_weight_decay"))
+    grad = decay(param, ascend(grad, h), h, h.on("decoupled_weight_decay"))
     mu = beta1 * (1 - 0.5 * 0.96 ** (steps * h["momentum_decay"]))
     mu_next = beta1 * (1 - 0.5 * 0.96 ** ((steps + 1) * h["momentum_decay"]))
-    kept = [state["mu_product"] for state in states]
-    product = torch.stack([p.mul_(row.to(p.dtype)) for p, row in zip(kept, mu, strict=True)]).to(mu.dtype)
+    product = kept(states, "mu_product")
+    product = torch.stack(product.mul_(Each(mu).to(product.dtype))).to(mu.dtype)
     rate, rate_next = -h["lr"] * (1 - mu) / (1 - product), -h["lr"] * mu_next / (1 - product * mu_next)
-    fixed, changing = h.once("nadam", lambda: (*averages(h), h["eps"])), (1 - beta2**steps, rate, rate_next)
-    columns = zip(*fixed, *map(h.spread, changing), strict=True)
-    for i, (take1, keep2, take2, eps, correction2, rate, rate_next) in enumerate(columns):
-        param, grad, second = params[i], grads[i], states[i]["exp_avg_sq"]
-        mean = lerp(states[i]["exp_avg"], grad, take1)
-        second.mul_(keep2).addcmul_(grad * take2, grad)
-        denominator = shift_((second / correction2).to(param.dtype).sqrt_(), eps)
-        param.addcdiv_(grad * rate, denominator).addcdiv_(mean * rate_next, denominator)
+    take1, keep2, take2, eps = h.once("nadam", lambda: (*averages(h), h["eps"]))
+    correction2, rate, rate_next = map(h.spread, (1 - beta2**steps, rate, rate_next))
+    mean = lerp(kept(states, "exp_avg"), grad, take1)
+    second = kept(states, "exp_avg_sq").mul_(keep2).addcmul_(grad * take2, grad)
+    denominator = shift_((second / correction2).to(param.dtype).sqrt_(), eps)
+    param.addcdiv_(grad * rate, denominator).addcdiv_(mean * rate_next, denominator)
 
 
-def radam(params: Tensors, grads: Tensors, states: States, h: Hyperparameters) -> None:
+def radam(param: Each, grad: Each, states: States, h: Hyperparameters) -> None:
     """Follow torch.optim.RAdam. Models whose average is still too short to be rectified take the plain step."""
     beta1, beta2 = h["betas"].unbind(-1)
     steps = count(states, "step", h)
-    grads = decay(params, ascend(grads, h), h, h.on("decoupled_weight_decay"))
+    grad = decay(param, ascend(grad, h), h, h.on("decoupled_weight_decay"))
     correction1, correction2 = 1 - beta1**steps, 1 - beta2**steps
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * steps * beta2**steps / correction2
     rectify = ((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)).sqrt()
-    fixed = h.once("radam", lambda: (*averages(h), h["eps"], h["lr"]))
-    columns = zip(*fixed, *map(h.spread, (correction1, correction2.sqrt(), rectify, length > 5)), strict=True)
-    for i, (take1, keep2, take2, eps, lr, bias1, root2, factor, long) in enumerate(columns):
-        param, grad, second = params[i], grads[i], states[i]["exp_avg_sq"]
-        mean = lerp(states[i]["exp_avg"], grad, take1)
-        second.mul_(keep2).addcmul_(grad * take2, grad)
-        step = ((mean / bias1).to(param.dtype) * lr).to(param.dtype)
-        # torch divides a number by a tensor in two steps: number * (1 / tensor)
-        adaptive = (shift_(second.sqrt(), eps).reciprocal_() * root2).to(param.dtype)
-        rectified = ((step * adaptive) * factor).to(param.dtype)
-        param.sub_(torch.where(long, rectified, step))
+    take1, keep2, take2, eps, lr = h.once("radam", lambda: (*averages(h), h["eps"], h["lr"]))
+    bias1, root2, factor, long = map(h.spread, (correction1, correction2.sqrt(), rectify, length > 5))
+    mean = lerp(kept(states, "exp_avg"), grad, take1)
+    second = kept(states, "exp_avg_sq").mul_(keep2).addcmul_(grad * take2, grad)
+    step = (mean / bias1).to(param.dtype).mul_(lr)
+    # torch divides a number by a tensor in two steps: number * (1 / tensor)
+    adaptive = shift_(second.sqrt(), eps).reciprocal_().mul_(root2)
+    rectified = (step * adaptive).mul_(factor)
+    param.sub_(choose(long, rectified, step))
 
 
 @dataclass(frozen=True)
@@ -194,7 +181,7 @@ class Rule:
         real_only: whether the class refuses complex parameters.
     """
 
-    update: Callable[[Tensors, Tensors, States, Hyperparameters], None]
+    update: Callable[[Each, Each, States, Hyperparameters], None]
     counts: dict[str, float]
     state: tuple[str, ...] | Callable[[torch.Size], dict[str, torch.Size]]
     optional: dict[str, str] = field(default_factory=dict)

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from ..batch.freeze import rows_where
 from ..vmap import models_with_gradient
 from .base import BatchOptimizer, construct, lone_shapes, parameters_of
+from .each import Each
 from .fused import can_fuse, fused_adam_, prefers_kernel
 from .hyperparameters import ALL, Columns, ModelGroups, cut
 from .rules import RULES, Rule, known_hyperparameters, ruled_class
-
-__all__ = ["StackedOptimizer"]
 
 _BLOCK = {"cpu": 8 << 20}  # bytes of parameters updated at once: what a rule makes on its way then takes little memory
 _BLOCK_ELSEWHERE = 64 << 20  # and, on a CPU, stays in the cache: 256 LeNets' RMSprop takes 0.4 of the time
@@ -100,7 +99,7 @@ class StackedOptimizer(BatchOptimizer):
                 copies = [(tensor[rows], tensor[rows].clone(), who[rows]) for tensor, who in kept]
                 own = [dict(zip(state, cut(list(state.values()), rows), strict=True)) for state in states]
                 h = columns.at(cut(params, rows), rows)
-                self.rule.update(cut(params, rows), cut(grads, rows), own, h)
+                self.rule.update(Each(cut(params, rows)), Each(cut(grads, rows)), own, h)
                 for tensor, copy, who in copies:
                     tensor.copy_(rows_where(who, tensor, copy))
         return loss

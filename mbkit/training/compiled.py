@@ -32,16 +32,16 @@ from ..batch.call import attempt
 from ..batch.clip import clip_by_norm_, norm_limits
 from ..batch.context import context_of
 from ..batch.loss import call_losses
+from ..common.checks import take_apart
 from ..common.objects import flatten, unflatten
+from ..optim.each import Each
 from ..optim.hyperparameters import Hyperparameters
-from ..vmap import LayoutMatters, TracedStreams, autocast_off, copy_module, read_state, rows_like, tensors_in
+from ..vmap import LayoutMatters, State, TracedStreams, autocast_off, copy_module, rows_like
 from .compilable import CannotCompile, check_graph, check_module, check_step
-from .convolutions import parts_for
 from .graph_passes import improve
 from .guards import Guards
 from .loop import arguments
 from .options import StepOptions
-from .replay import Replay
 
 __all__ = ["CannotCompile", "CompiledStep"]
 
@@ -134,7 +134,7 @@ class CompiledStep:
             return
         before, self._guards = self._guards, None
         check_module(template)
-        self._kept = tensors_in(read_state(template))
+        self._kept = State(template).tensors
         roots = {"": template, "loss_fn": self.options.loss_fn, "loss_settings": self.settings and self.settings.values}
         guards = Guards(roots, self._kept)
         if before is not None:
@@ -170,7 +170,7 @@ class _Program:
     def __init__(self, step: CompiledStep, leaves: list, spec: Any) -> None:
         self._step, self._leaves, self._spec = step, leaves, spec
         self._optimizer, self._template = step.optimizer, context_of(step.batch).template
-        self._kept = tensors_in(read_state(self._template))
+        self._kept = State(self._template).tensors
         self._reached: list[int] | None = None  # the kept tensors that the loss depends on and that are trained
         self._guards = step._guards  # which keeps alive what the key goes by
         self._draws: list[tuple] = []
@@ -181,13 +181,12 @@ class _Program:
             self._trace(self._arguments(self._kept, leaves, blank))  # learns what is drawn, assumed and reached
             operands = self._arguments(self._kept, leaves, blank)
             width = _SIMD_BITS.get(torch.backends.cpu.get_cpu_capability())
+            options = {"triton.cudagraphs": self._kept[0].is_cuda, "cpp.simdlen": width}
             graph = self._trace(operands)
             mode = FakeTensorMode(shape_env=ShapeEnv())  # without it, inductor keeps nothing for other processes
             forms = [mode.from_tensor(operand, static_shapes=True) for operand in operands]
             with tracing(TracingContext(mode)), autocast_off(self._kept[0].device.type):  # its casts are in the graph
-                self._run = torch._inductor.compile(graph, forms, options={"cpp.simdlen": width})
-        if all(operand.is_cuda for operand in operands):
-            self._run = Replay(self._run, sum(isinstance(leaf, Tensor) for leaf in leaves) + len(self._draws))
+                self._run = torch._inductor.compile(graph, forms, options=options)
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def __call__(self, kept: list[Tensor], leaves: list) -> tuple[Tensor, Any] | None:
@@ -227,8 +226,7 @@ class _Program:
     def _trace(self, operands: list[Tensor]) -> torch.fx.GraphModule:
         try:
             with self._guards.untouched():
-                parts = parts_for(self._kept[0])
-                graph = make_fx(self._step_of, parts, "fake", _allow_non_fake_inputs=True)(*operands)
+                graph = make_fx(self._step_of, tracing_mode="fake", _allow_non_fake_inputs=True)(*operands)
         except LayoutMatters:
             context_of(self._step.batch).folding = False
             return self._trace(operands)
@@ -260,14 +258,13 @@ class _Program:
         own = [o if k.requires_grad else t for o, t, k in zip(own, kept, self._kept, strict=True)]
         twins = {id(k): o for k, o in zip(self._kept, own, strict=True)}
         template = copy_module(self._template, twins)
-        before = read_state(template)
+        before = State(template)
         attributes = [twins[id(t)] for t in whole.attributes]
         mine = {"template": template, "attributes": attributes, "streams": streams, "slow_losses": set()}
         context = replace(whole, **mine, traced=True)
-        args, kwargs = arguments(x)
         with torch.enable_grad():
-            outputs, after, _ = attempt(context, before, args, kwargs, whole.shared_input)
-            for path, _, name in before.keys() ^ after.keys() | {k for k in after if after[k] is not before.get(k)}:
+            outputs, changes, _ = attempt(context, before, *take_apart(*arguments(x)), whole.shared_input)
+            for path, _, name in changes:
                 raise CannotCompile(f"a call assigns '{path}.{name}' anew".replace("'.", "'"))
             losses = call_losses(context, outputs, y, step.options.loss_fn, step.options.forms, step.settings)
             total, trained = losses.sum(), [i for i, t in enumerate(self._kept) if t.requires_grad]
@@ -279,8 +276,8 @@ class _Program:
             place = {id(self._kept[i]): i for i in reached}
             for params, states, columns, flags in lots:
                 places = [place[id(p)] for p in params]
-                mine = [kept[i] for i in places]
-                rule.update(mine, [reached[i] for i in places], states, Hyperparameters(columns, flags, mine))
+                mine = Each(kept[i] for i in places)
+                rule.update(mine, Each(reached[i] for i in places), states, Hyperparameters(columns, flags, mine))
         self._reached, self.sources = list(reached), None
         leaves, self._output_spec = flatten(outputs)
         self._output_leaves = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]

@@ -23,6 +23,7 @@ from torch import nn, optim
 
 from mbkit import ModelBatch
 from mbkit.optim import OptimizerFactory
+from mbkit.optim.each import Each
 from mbkit.optim.hyperparameters import Hyperparameters, ModelGroup
 from mbkit.optim.rules import RULES
 
@@ -210,4 +211,4 @@ def test_rules_never_read_a_value_in_python(cls: type) -> None:
         params = [mode.from_tensor(p.detach()) for p in params]
         states = [{k: mode.from_tensor(v) for k, v in optimizer.state[p].items()} for p in batch.parameters()]
         h = Hyperparameters(fake, columns.flags, params)
-        RULES[cls].update(params, [torch.ones_like(p) for p in params], states, h)
+        RULES[cls].update(Each(params), Each(map(torch.ones_like, params)), states, h)
