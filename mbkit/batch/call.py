@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch._functorch.vmap import lazy_load_decompositions
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..common.checks import check_inputs, check_numbers, check_output, open_mappings
+from ..common.checks import check_inputs, check_numbers, check_output, take_apart
 from ..common.functions import depth_of_user
 from ..common.objects import tensors_of
 from ..vmap import (
@@ -37,19 +36,16 @@ from ..vmap import (
     merge,
     module_path,
     own_rows,
-    read_state,
     running_modules,
     tensors_in,
     watch_backward,
-    write_state,
+    write_changes,
 )
 from .context import CallContext
 from .freeze import held
 from .hooks import hooked
 from .kept import kept_by
 from .memory import Memory
-
-__all__ = ["NO_FAULT_OF_VMAP", "PLAIN_ERRORS", "at_once", "attempt", "call_models"]
 
 # Errors that can be raised again under the same name with a longer text.
 PLAIN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
@@ -77,24 +73,26 @@ def call_models(
         The model's own nested output, or what `in_turn` returns, each tensor `[M, ...]`. Numbers that differ between
         the models are a `PerModel`, other values (and what cannot be taken apart, such as a file) a `PerModelValue`.
     """
-    check_numbers(tree_leaves(open_mappings((args, kwargs))), context.template)
+    leaves, rebuild = take_apart(args, kwargs)
+    check_numbers(leaves, context.template)
     with held(context):
-        return _call(context, args, kwargs, shared, in_turn, method)
+        return _call(context, leaves, rebuild, shared, in_turn, method)
 
 
-def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn: Callable | None, method: str) -> Any:
+def _call(
+    context: CallContext, leaves: list[Any], rebuild: Callable, shared: bool, in_turn: Callable | None, method: str
+) -> Any:
     template, slow = context.template, context.model_by_model
     reasons: dict[str, str] = {}  # of the paths that are added in this call
-    before = read_state(template)
+    before = State(template)
     for path in set() if in_turn else hooked(before.modules) - slow:
         slow.add(path)
         reasons[path] = "its hooks are to see each model's own tensors and gradients"
     while True:
         memory = Memory(context, before, method)
         try:
-            output, after, attributes = attempt(context, before, args, kwargs, shared, in_turn, method)
-            write_state(before, after)
-            context.attributes = attributes
+            output, changes, context.attributes = attempt(context, before, leaves, rebuild, shared, in_turn, method)
+            write_changes(before, changes)
             break
         except Exception as error:
             undone = memory.undo(error)
@@ -118,9 +116,7 @@ def _call(context: CallContext, args: tuple, kwargs: dict, shared: bool, in_turn
         raise _named(output.error, context.num_models) from output.error
     made = [] if isinstance(output, nn.Module) else tensors_of(output)
     context.returned = list(map(weakref.ref, made))
-    watch_backward(
-        [*made, *context.attributes], (*before.values(), *tree_leaves((args, kwargs))), context.num_models, bool(slow)
-    )
+    watch_backward([*made, *context.attributes], (*before.values(), *leaves), context.num_models, bool(slow))
     for path, reason in reasons.items():
         kind = f" ({type(before.modules[path]).__name__})" if path in before.modules else ""
         where = f"'{path}'{kind}" if path else "The whole model"
@@ -154,28 +150,28 @@ def _named(error: Exception, num_models: int) -> Exception:
 def attempt(
     context: CallContext,
     before: State,
-    args: tuple,
-    kwargs: dict,
+    leaves: list[Any],
+    rebuild: Callable,
     shared: bool,
     in_turn: Callable | None = None,
     method: str = "",
-) -> tuple[Any, State, list[Tensor]]:
+) -> tuple[Any, dict, list[Tensor]]:
     """Call the template once for all models, and change nothing of it but by edits in place.
 
     Args:
         context: the models.
-        before: the template's state, as `read_state` returns it.
-        args, kwargs, shared, in_turn, method: as for `call_models`.
+        before: the template's state.
+        leaves, rebuild: of the arguments, from `take_apart`.
+        shared, in_turn, method: as for `call_models`.
 
     Returns:
-        The output, the state after the call, and the stacked tensors among the plain attributes in it.
+        The output, what the call has changed, and the stacked tensors that then are among the plain attributes.
     """
     template, attributes = context.template, context.attributes
-    leaves, spec = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     if not shared:
         check_inputs(leaves, context.num_models)
-    kept = tensors_in(before)
+    kept = before.tensors
     stacked = {id(t) for key, t in before.items() if key[1] != "__dict__"} | set(map(id, attributes))
     device = next((t.device for t in (*kept, *(leaves[i] for i in places))), torch.device("cpu"))
 
@@ -189,12 +185,12 @@ def attempt(
                 mine = [t.detach() if alone and t.requires_grad else t for t in tensors[: len(kept)]]
                 return run([*mine, *tensors[len(kept) :]], flags)
 
-            output, after, new = call_in_turn(before, args, kwargs, turns, on, in_turn, whole=True, method=method)
+            output, changes, new = call_in_turn(before, *rebuild(leaves), turns, on, in_turn, whole=True, method=method)
         if not in_turn and not isinstance(output, Failure) and not method:
             check_output(output, template)
     else:
         kept = [t for t in kept if id(t) in stacked]
-        seen: list[State] = []
+        seen: list[dict] = []
         kept_outside = kept_by(context, method=method)
 
         def one_model(mode: Pass, *own: Tensor) -> tuple[Tensor, ...]:
@@ -205,23 +201,25 @@ def attempt(
             slow = [copied.module.get_submodule(path) for path in context.model_by_model if path in before.modules]
             for module in slow:
                 vars(module)["_call_impl"] = OnStack(kept_outside.left_alone()(loop_inside), mode, module)
-            my_args, my_kwargs = tree_unflatten(mine, spec)
             with kept_outside.under_vmap():
-                output = call_named(copied.module, method, my_args, my_kwargs)
+                output = call_named(copied.module, method, *rebuild(mine))
             for module in slow:  # a circle, which would keep tensors alive
                 del vars(module)["_call_impl"]
             if not method:
                 check_output(output, template)
-            merged, fresh = merge([copied.state_after(output)], before)
+            merged, fresh = merge([copied.changes(output)], before)
             seen.append(merged)
             return tuple(column[0] for column in fresh)
 
         tensors = [*kept, *(leaves[i] for i in places)]
         in_dims = [0] * len(kept) + [None if shared else 0] * len(places)
         results = at_once(context, one_model, tensors, in_dims)
-        output, after, new = materialize(seen[0], [t.contiguous() if is_folded(t) else t for t in results])
-    standing = set(map(id, tensors_in({key: value for key, value in after.items() if key[1] == "__dict__"})))
-    return output, after, [t for t in (*attributes, *new) if id(t) in standing]
+        output, changes, new = materialize(seen[0], [t.contiguous() if is_folded(t) else t for t in results])
+    if not attributes and not new:
+        return output, changes, attributes
+    standing = tensors_in({key: value for key, value in (before | changes).items() if key[1] == "__dict__"})
+    standing = set(map(id, standing))
+    return output, changes, [t for t in (*attributes, *new) if id(t) in standing]
 
 
 def at_once(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..common.checks import model_numbers
-from ..vmap import BatchingError, PerModelValue, read_state, tensors_in, write_state
+from ..vmap import BatchingError, PerModelValue, State, write_state
 from .context import CallContext, context_of
 
 __all__ = ["CanFreeze", "check_on_nonfinite", "held", "nonfinite_models", "rows_where", "stop_nonfinite"]
@@ -79,20 +79,21 @@ def rows_where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return torch.where(mask.to(yes.device).view(-1, *[1] * (yes.dim() - 1)), yes, no)
 
 
-@contextmanager
-def held(context: CallContext) -> Iterator[None]:
+def held(context: CallContext) -> AbstractContextManager:
     """Run a call of the models, and put back what it changed of frozen models: tensors, attributes, random streams.
 
     Raises:
         BatchingError: the call changed something that is one Python value for all models.
     """
-    frozen, template = context.frozen, context.template
-    if frozen is None:
-        yield
-        return
-    streams, before = context.streams.remember(), read_state(template)
+    return nullcontext() if context.frozen is None else _held(context, context.frozen)
+
+
+@contextmanager
+def _held(context: CallContext, frozen: Tensor) -> Iterator[None]:
+    template = context.template
+    streams, before = context.streams.remember(), State(template)
     own = set(map(id, (*context.attributes, *template.parameters(), *template.buffers())))
-    copies = {id(t): (t, t.detach().clone()) for t in tensors_in(before) if id(t) in own}
+    copies = {id(t): (t, t.detach().clone()) for t in before.tensors if id(t) in own}
     replaced: dict[int, Tensor] = {}
 
     def mixed(was: Any, now: Any) -> Any:
@@ -114,7 +115,7 @@ def held(context: CallContext) -> Iterator[None]:
         for tensor, copy in copies.values():
             if tensor.shape == copy.shape:
                 tensor.data.copy_(rows_where(frozen, copy, tensor.data))
-        after = read_state(template)
+        after = State(template)
         now = dict(after)
         for key, value in after.items():
             if value is not before.get(key):

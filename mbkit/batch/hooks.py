@@ -17,8 +17,6 @@ from .context import CallContext
 from .kept import Kept
 from .stack import may_keep
 
-__all__ = ["hooked", "refuse_late_reader"]
-
 _COLLECTIONS = (list, dict, set, deque)
 
 
@@ -29,7 +27,9 @@ def hooked(modules: dict[str, nn.Module]) -> set[str]:
     return {
         path
         for path, module in modules.items()
-        if module._backward_hooks or module._backward_pre_hooks or any(True for _ in _keepers(module))
+        if module._backward_hooks
+        or module._backward_pre_hooks
+        or ((module._forward_hooks or module._forward_pre_hooks) and any(True for _ in _keepers(module)))
     }
 
 

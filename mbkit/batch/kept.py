@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any
@@ -24,8 +24,6 @@ from ..vmap import BatchingError, PerModel, as_one_model_sees, as_stacked, graph
 from .context import CallContext
 from .kept_parts import MARK, marked, together
 from .python_values import Place, PythonValues, read, same, unchanged, write
-
-__all__ = ["Kept", "kept_by"]
 
 _FIXED = (type, ModuleType, FunctionType, property, staticmethod, classmethod)
 _MOST = 2_000  # objects that are looked at, and at what they hold in every call: what is kept stands near the layers
@@ -105,15 +103,15 @@ class Kept:
                 "all models would share: make it a part of each model, and let forward return it beside the outputs."
             )
 
-    @contextmanager
-    def under_vmap(self) -> Iterator[None]:
+    def under_vmap(self) -> AbstractContextManager:
         """Call functions under vmap: each model sees its own share of what is kept, and what they keep is unwrapped.
 
         After an error everything that is kept is what it was before.
         """
-        if not self._places and not self._caches:
-            yield
-            return
+        return self._under_vmap() if self._places or self._caches else nullcontext()
+
+    @contextmanager
+    def _under_vmap(self) -> Iterator[None]:
         before = self._read()
         misses = [cache.cache_info().misses for cache in self._caches]
         known: dict[int, tuple[Tensor, Tensor]] = {}  # what a model sees of a tensor, and the tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +21,6 @@ from .hooks import refuse_late_reader
 from .kept import kept_by
 from .loss_settings import LossSettings
 from .targets import TargetForms
-
-__all__ = ["call_losses", "loss_code", "one_number"]
 
 
 def call_losses(
@@ -64,8 +61,10 @@ def call_losses(
             raise BatchingError("the models' outputs hold values that differ and are no numbers")
         remaining = iter(mine)
         my_outputs, my_targets, keywords = (unflatten([next(remaining) for _ in own], spec) for own, spec in flat)
-        with kept.under_vmap() if mode is not None else nullcontext():
+        if mode is None:
             return (one_number(loss_fn(my_outputs, my_targets, **keywords)),)
+        with kept.under_vmap():
+            return (loss_fn(my_outputs, my_targets, **keywords),)
 
     with held(context):
         context.streams.meet(code)
@@ -74,7 +73,7 @@ def call_losses(
             try:
                 differ = settings.differ or any(type(leaf) is PerModel for leaf in made)
                 rules = replace(context, per_model_settings=True) if differ else context
-                losses = at_once(rules, one_model, tensors, in_dims)[0]
+                losses = at_once(rules, one_model, tensors, in_dims)[0].reshape(context.num_models)
             except NO_FAULT_OF_VMAP:
                 raise
             except Exception as error:

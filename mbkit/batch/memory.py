@@ -9,10 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ..vmap import HOOKS, LayoutMatters, State, read_state, tensors_in, version, write_state
+from ..vmap import HOOKS, LayoutMatters, State, version, write_state
 from .context import CallContext
-
-__all__ = ["Memory"]
 
 
 class Memory:
@@ -31,7 +29,7 @@ class Memory:
         flags = method, *(module.training for module in before.modules.values())
         self.steady: dict[int, weakref.ref] = context.steady.setdefault(flags, {})
         self.streams, self.next_hook = context.streams.remember(), RemovableHandle.next_id
-        self.tensors = [(t, version(t), None if self._is_steady(t) else t.detach().clone()) for t in tensors_in(before)]
+        self.tensors = [(t, version(t), None if self._is_steady(t) else t.detach().clone()) for t in before.tensors]
 
     def _is_steady(self, tensor: Tensor) -> bool:
         known = self.steady.get(id(tensor))  # an id may be that of a tensor long gone
@@ -55,7 +53,7 @@ class Memory:
                 tensor.data = copied
             elif version(tensor) != was:
                 changed = tensor
-        write_state(read_state(template), self.before)
+        write_state(State(template), self.before)
         self.context.attributes = self.attributes
         if changed is not None and isinstance(error, (RuntimeError, LayoutMatters)):
             states = self.before.items()

@@ -23,7 +23,6 @@ from ..vmap import (
     merge,
     models_with_gradient,
     note_models_with_gradient,
-    read_state,
     stack_alike,
 )  # fmt: skip
 from .context import CallContext, context_of
@@ -125,7 +124,7 @@ def _take_kept(sources: list[tuple[CallContext, list[int]]], models: list[nn.Mod
     keys: dict[Any, None] = {}
     for context, _ in sources:
         own = set(map(id, context.attributes))
-        for key, value in read_state(context.template).items():
+        for key, value in State(context.template).items():
             if key[1] == "__dict__" and any(isinstance(v, PerModelValue) or id(v) in own for v in tree_leaves(value)):
                 keys[key] = None
     kept = {}

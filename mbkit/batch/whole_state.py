@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..vmap import PerModelValue, read_state, tensors_in
+from ..vmap import PerModelValue, State
 from .context import context_of
 
 __all__ = ["load_whole", "save_whole", "snapshot"]
@@ -22,7 +22,7 @@ def snapshot(batch: Any) -> Callable[[], None]:
         for _, module in context.template.named_modules()
         for store in (vars(module)["_parameters"], vars(module)["_buffers"], vars(module))
     ]
-    copies = [(t, t.detach().clone()) for t in tensors_in(read_state(context.template))]
+    copies = [(t, t.detach().clone()) for t in State(context.template).tensors]
     frozen, attributes = context.frozen, context.attributes
     seeds, streams = list(context.streams.seeds), context.streams.state()
 
@@ -47,7 +47,7 @@ def save_whole(batch: Any) -> dict[str, Any]:
     context = context_of(batch)
     stacked, kept = set(map(id, context.attributes)), {id(t) for t in batch.state_dict(keep_vars=True).values()}
     others = []
-    for (path, store, name), value in read_state(context.template).items():
+    for (path, store, name), value in State(context.template).items():
         own = value.values if isinstance(value, PerModelValue) else value
         leaves = tree_leaves(own)
         if store == "_parameters" or id(value) in kept or not all(map(_is_plain, leaves)):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import register_pytree_node, tree_leaves
+from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_unflatten
 
 from .objects import tensors_of
 
@@ -220,6 +220,14 @@ def open_mappings(tree: Any) -> Any:
             )
             return open_mappings(tree)
     return tree
+
+
+def take_apart(args: tuple, kwargs: dict) -> tuple[list[Any], Callable[[list[Any]], tuple[tuple, dict]]]:
+    """Return the leaves of a call's arguments, and a function that rebuilds the arguments around other leaves."""
+    if not kwargs and all(isinstance(arg, Tensor) for arg in args):  # as most are; the walk takes longer than a layer
+        return list(args), lambda leaves: (tuple(leaves), {})
+    leaves, spec = tree_flatten(open_mappings((args, kwargs)))
+    return leaves, lambda leaves: tree_unflatten(leaves, spec)
 
 
 def check_numbers(leaves: list[Any], model: nn.Module) -> None:

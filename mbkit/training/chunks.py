@@ -25,7 +25,7 @@ from ..batch.model_batch import ModelBatch
 from ..batch.targets import targets_at
 from ..common.checks import check_inputs, check_output, open_mappings
 from ..common.machine import free_memory
-from ..vmap import HOOKS, SharedObjects, copy_module, has_grad_hooks, keep_hooks, new_hooks, read_state
+from ..vmap import HOOKS, SharedObjects, State, copy_module, has_grad_hooks, keep_hooks, new_hooks
 from .backward import backward_pass, is_main_thread
 from .gather import Gradients, join_outputs, keep_state
 from .loop import arguments, call, detach, first_tensor
@@ -98,7 +98,7 @@ class Chunks:
             self.how = "all models at once"
             return _backward_of_the_whole(batch, x, y, options)
         gradients = Gradients(parameters, self.num_models)
-        undo = None if self._has_stepped else Memory(context, read_state(context.template)).undo
+        undo = None if self._has_stepped else Memory(context, State(context.template)).undo
         try:
             if self._is_one_by_one:
                 self.how = "one by one"
@@ -177,7 +177,7 @@ class Chunks:
             return
         if not shared_input:
             check_inputs(tree_leaves(inputs), self.num_models)
-        before, after, sizes, changed, stop = read_state(whole.template), [], [], set(), 0
+        before, after, sizes, changed, stop = State(whole.template), [], [], set(), 0
         shared, assigned, hooks = SharedObjects(), [], []
         for key, value in before.items():
             shared.note(key[2], tree_leaves(value))
@@ -190,13 +190,13 @@ class Chunks:
                 models = slice(stop, min(stop + self._first_size, self.num_models))
                 chunk, stop = self._chunk(models), models.stop
                 with part(models):
-                    given = read_state(chunk.template)
+                    given = State(chunk.template)
                     args, kwargs = inputs if shared_input else tree_map_only(Tensor, partial(_rows, models), inputs)
                     yield models, chunk, self._measured(chunk, args, kwargs, shared_input)
                     assigned.append(shared.take_back())
                     whole.folding, whole.own_rows = chunk.folding, chunk.own_rows  # what it has learnt
                     hooks.append(new_hooks(before, chunk.template))
-                    now = read_state(chunk.template)
+                    now = State(chunk.template)
                     after.append(now)
                     changed |= {key for key, value in now.items() if value is not given.get(key)}
                     sizes.append(chunk.num_models)

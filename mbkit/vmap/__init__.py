@@ -4,6 +4,7 @@
 of layers. `in_turn` is the way of last resort: exact whatever is called, at the speed of a loop.
 """
 
+from ..common.objects import PerModelValue
 from . import rules
 from .autocast import autocast_off, autocast_to, check_autocast
 from .errors import BatchingError, ClosedOutput, SharedInput, call_named, has_method, module_path, running_modules
@@ -28,12 +29,11 @@ from .state import (
     OUTPUT,
     Absent,
     OnStack,
-    PerModelValue,
     State,
     keep_hooks,
     new_hooks,
-    read_state,
     tensors_in,
+    write_changes,
     write_state,
 )  # fmt: skip
 from .streams import SharedDraw, Streams, TracedStreams, rows_like
@@ -46,6 +46,6 @@ __all__ = [
     "call_in_turn", "call_named", "check_autocast", "copy_module", "given_to_models", "graph_nodes",
     "has_grad_hooks", "has_method", "is_folded", "keep_hooks", "loop_inside", "mark_rows", "materialize",
     "memory_order", "merge", "models_with_gradient", "module_path", "new_hooks", "note_models_with_gradient",
-    "own_rows", "place", "read_state", "rows_like", "rules", "running_modules", "separate_gradients", "stack_alike",
-    "tensors_in", "version", "watch_backward", "write_state",
+    "own_rows", "place", "rows_like", "rules", "running_modules", "separate_gradients", "stack_alike",
+    "tensors_in", "version", "watch_backward", "write_changes", "write_state",
 ]  # fmt: skip

@@ -23,10 +23,8 @@ from .per_model import PerModel
 from .registry import Pass
 from .shared_objects import SharedObjects, is_object
 from .snapshot import version
-from .state import OUTPUT, State, keep_hooks, new_hooks, read_state, tensors_in, write_state
+from .state import OUTPUT, State, keep_hooks, new_hooks, write_changes
 from .unwrap import call_unwrapped, stack_alike
-
-__all__ = ["Failure", "call_in_turn", "edits_in_place", "loop_inside", "model_by_model"]
 
 _NOT_EDITS = ("__init__", "__int__", "__index__", "__iter__", "__invert__")
 
@@ -69,9 +67,9 @@ def loop_inside(mode: Pass, module: nn.Module, *args: Any, **kwargs: Any) -> Any
     for leaf in tree_leaves((args, kwargs)):
         if is_object(leaf) and not isinstance(leaf, (Enum, partial)):
             raise BatchingError(f"it gets a {type(leaf).__name__}, one object in which all models would keep theirs")
-    before = read_state(module)
-    output, after, _ = _inside_vmap(mode, before, args, kwargs)
-    write_state(before, after)
+    before = State(module)
+    output, changes, _ = _inside_vmap(mode, before, args, kwargs)
+    write_changes(before, changes)
     return output
 
 
@@ -115,13 +113,13 @@ def call_in_turn(
         method: what of the module is called, by its dotted name; "" for the module itself.
 
     Returns:
-        The output, the state after the calls, and the new tensors `[M, ...]` in plain attributes. If calls of the whole
-        model have raised, the first error as a `Failure`: each model has got as far as it gets alone.
+        The output, what the calls have changed, and the new tensors `[M, ...]` in plain attributes. If calls of the
+        whole model have raised, the first error as a `Failure`: each model has got as far as it gets alone.
     """
     leaves, spec = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     generators = [(leaf, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
-    kept, next_hook = tensors_in(before), RemovableHandle.next_id
+    kept, next_hook = before.tensors, RemovableHandle.next_id
     merged: list[dict] = []
     failures: list[Exception] = []
 
@@ -159,7 +157,7 @@ def call_in_turn(
                     moved.add(i)
                     tensor = tensor.data.clone()  # what has grown in place reaches into the next model's
                 columns[i].append(tensor)
-            states.append(copies[-1].state_after(output, edited))
+            states.append(copies[-1].changes(output, edited))
         if not failures:
             SharedObjects.keep([copied.assigned for copied in copies])
             if RemovableHandle.next_id != next_hook and before.modules:
@@ -181,13 +179,13 @@ def call_in_turn(
                 stacks[i].copy_(stack_alike(columns[i]))
             elif not whole:
                 raise BatchingError("an input that all models share is edited in place, with other values for each")
-        state, fresh = merge(states, before, whole)
-        merged.append(state)
+        changes, fresh = merge(states, before, whole)
+        merged.append(changes)
         return tuple(map(stack_alike, fresh))
 
     new = on(run, [*kept, *(leaves[i] for i in places)])
-    output, after, attributes = materialize(merged[0], new)
-    return (Failure(failures[0]) if failures else output), after, attributes
+    output, changes, attributes = materialize(merged[0], new)
+    return (Failure(failures[0]) if failures else output), changes, attributes
 
 
 def _rows(stack: Tensor, stacked: bool, copied: bool) -> Callable[[int], Tensor]:

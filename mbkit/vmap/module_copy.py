@@ -15,30 +15,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ..common.checks import cut
-from ..common.objects import Opened, flatten, tensors_of, unflatten
+from ..common.objects import Opened, PerModelValue, flatten, tensors_of, unflatten
 from .differing import Differing, Guarded, can_be_opened
 from .errors import PATH, BatchingError, ClosedOutput
 from .per_model import PerModel
 from .shared_objects import SharedObjects, is_object
-from .state import (
-    HOOKS,
-    OUTPUT,
-    PLAIN,
-    Absent,
-    Key,
-    OnStack,
-    PerModelValue,
-    State,
-    dotted,
-    is_leaf,
-    own_attributes,
-    read_state,
-    tensors_in,
-)  # fmt: skip
-
-__all__ = ["ModuleCopy", "copy_module", "materialize", "merge"]
+from .state import HOOKS, OUTPUT, PLAIN, Absent, Key, OnStack, State, dotted, is_leaf
 
 _PER_MODEL = (PerModel, PerModelValue)
+_UNLIKE = {*_PER_MODEL, OnStack}  # types of attributes that a copy does not share with its module
+_FOLLOWED = {types.MethodType, PerModelValue}  # types of hooks that each copy has of its own
 _ALL, _NEW = slice(None), object()
 
 
@@ -55,7 +41,7 @@ class Unfinished(NamedTuple):
 
 def copy_module(root: nn.Module, own: dict[int, Tensor], m: int | slice = _ALL, *, alone: bool = False) -> nn.Module:
     """Return a copy of a module; the arguments are those of `ModuleCopy`."""
-    return ModuleCopy(read_state(root), own, m, alone).module
+    return ModuleCopy(State(root), own, m, alone).module
 
 
 class ModuleCopy:
@@ -77,27 +63,33 @@ class ModuleCopy:
         self._picked: list[Any] = []  # values that are the model's own
         self._given: dict[Key, Any] = {}  # before the call: leaves as they are, else leaves and structure
         self._shared, self.assigned = SharedObjects(), {}
-        self._missing: list[Key] = []  # attributes of the module that the copy is without
         self._origins: dict[int, Tensor] = {}  # from the id of a tensor in the copy to the one in the module
-        self._copies = {id(module): object.__new__(type(module)) for module in before.modules.values()}
+        copies = {id(module): object.__new__(type(module)) for module in before.modules.values()}
+        self._copies, for_all = copies, m == _ALL
         for path, module in before.modules.items():
-            mine = vars(self._copies[id(module)])
-            mine.update((name, value) for name, value in vars(module).items() if type(value) is not OnStack)
+            mine, settings, hidden = vars(copies[id(module)]), {}, {}
+            mine.update(vars(module))
             if not alone:
                 mine.setdefault(PATH, path)
-            mine["_modules"] = {name: self._copies.get(id(child), child) for name, child in module._modules.items()}
-            settings = {name: self._pick(v, name) for name, v in mine.items() if isinstance(v, _PER_MODEL)}
-            hidden = {name: vars(module)[name].values for name in settings if self._must_hide(module, name)}
-            mine.update(settings)
-            for name in [name for name, value in settings.items() if name in hidden or value is Absent]:
-                self._missing.append((path, "__dict__", name))
-                del mine[name]
+            for name, value in [(name, value) for name, value in mine.items() if type(value) in _UNLIKE]:
+                if type(value) is OnStack:
+                    del mine[name]
+                    continue
+                mine[name] = settings[name] = self._pick(value, name)
+                if self._must_hide(module, name):
+                    hidden[name] = value.values
+                if name in hidden or mine[name] is Absent:
+                    del mine[name]
+            children = module._modules.items()
+            mine["_modules"] = {name: copies.get(id(child), child) for name, child in children} if children else {}
             for store in ("_parameters", "_buffers"):
-                mine[store] = {name: t if t is None else self._tensor(t) for name, t in mine[store].items()}
-                self._given.update({(path, store, name): t for name, t in mine[store].items()})
+                held, mine[store] = mine[store], {}
+                for name, tensor in held.items():
+                    mine[store][name] = tensor if tensor is None else self._tensor(tensor)
+                    self._given[path, store, name] = mine[store][name]
             if hidden:
                 mine["_parameters"] = Guarded(mine["_parameters"], hidden)
-            for name in filter(mine.__contains__, own_attributes(module)):
+            for name in filter(mine.__contains__, before.own[path]):
                 if name not in settings and not isinstance(mine[name], PLAIN):
                     mine[name] = tree_map(self._follow, mine[name])
                 self._given[path, "__dict__", name] = mine[name]
@@ -107,12 +99,12 @@ class ModuleCopy:
                     own = set(map(id, self._picked))
                     self._shared.note(dotted((path, "", name)), [leaf for leaf in leaves if id(leaf) not in own])
             for hooks in HOOKS:
-                if any(isinstance(hook, (types.MethodType, PerModelValue)) for hook in mine[hooks].values()):
+                if mine[hooks] and not _FOLLOWED.isdisjoint(map(type, mine[hooks].values())):
                     mine[hooks] = tree_map(self._follow, mine[hooks])
-                elif self._m != _ALL:  # a call may register hooks, and the next model's has to do so as well
+                elif not for_all:  # a call may register hooks, and the next model's has to do so as well
                     mine[hooks] = mine[hooks].copy()
         root = before.modules.get("")
-        self.module = None if root is None else self._copies[id(root)]
+        self.module = None if root is None else copies[id(root)]
 
     def _follow(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -143,8 +135,8 @@ class ModuleCopy:
         self._origins[id(mine)] = tensor
         return mine
 
-    def state_after(self, output: Any, edited: Collection[int] = ()) -> State:
-        """Return the state after the copy's call with its output; what the call left alone is the module's own.
+    def changes(self, output: Any, edited: Collection[int] = ()) -> dict[Key, Any]:
+        """Return what the copy's call has changed, and its output; `Absent` is what it has deleted.
 
         Args:
             output: what the call returned.
@@ -158,12 +150,14 @@ class ModuleCopy:
         else:
             self._shared.refuse_tensors()
         origins = {i: t for i, t in self._origins.items() if i not in edited} if edited else self._origins
-        after = read_state(self.module) if self.module is not None else State()
+        after = State(self.module)
+        gone = self._given.keys() - after.keys()
+        changes: dict[Key, Any] = dict.fromkeys(gone, Absent)
         for key, value in after.items():
             given = self._given.get(key, _NEW)
             if value is given and is_leaf(value):
-                if id(value) not in edited:
-                    after[key] = self._before[key]
+                if id(value) in edited:
+                    changes[key] = value
                 continue
             leaves, spec = tree_flatten(value)
             leaves_given, spec_given = given if type(given) is tuple else ((given,), None)
@@ -171,38 +165,34 @@ class ModuleCopy:
             if isinstance(self._m, slice) and any(isinstance(v, Tensor) for v in tree_leaves(made)):
                 raise ClosedOutput(f"it keeps tensors in an object, in '{dotted(key)}', one for all models")
             pairs = zip(leaves, leaves_given, strict=True) if spec == spec_given else ()
-            if spec == spec_given and all(a is b and id(a) not in edited for a, b in pairs):
-                after[key] = self._before[key]
-            else:
-                after[key] = tree_unflatten([origins.get(id(leaf), leaf) for leaf in leaves], spec)
+            if spec != spec_given or not all(a is b and id(a) not in edited for a, b in pairs):
+                changes[key] = tree_unflatten([origins.get(id(leaf), leaf) for leaf in leaves], spec)
         for path, module in after.modules.items():  # a method may put layers into another mode
             if path in self._before.modules and module.training != self._before.modules[path].training:
-                after[path, "__dict__", "training"] = module.training
-        for key in filter(self._before.__contains__, self._missing):
-            after.setdefault(key, self._before[key])
+                changes[path, "__dict__", "training"] = module.training
         if isinstance(output, nn.Module):  # of a method that returns the model or a part of it
             output = self._before.modules.get(vars(output).get(PATH), output)
-        after[OUTPUT] = output
-        return after
+        changes[OUTPUT] = output
+        return changes
 
 
-def merge(states: Sequence[State], before: State, whole: bool = False) -> tuple[dict[Key, Any], list[tuple]]:
-    """Return one state for M models, and the new tensors in it, M of each.
+def merge(each: Sequence[dict[Key, Any]], before: State, whole: bool = False) -> tuple[dict[Key, Any], list[tuple]]:
+    """Return for M models what their calls have changed, and the new tensors in it, M of each.
 
     Args:
-        states: after each model's call, from `ModuleCopy.state_after`; a single one stands for all models under vmap.
+        each: of each model's call, from `ModuleCopy.changes`; a single one stands for all models under vmap.
         before: the state before the calls.
         whole: whether the module is the whole model, so that nobody else reads its attributes and each model may
             keep a value of its own there.
 
     Returns:
-        The state, `Unfinished` where new tensors belong, and the list of new tensors.
+        The changes, `Unfinished` where new tensors belong, and the list of new tensors.
 
     Raises:
         BatchingError: values that differ where only one can stand.
         ClosedOutput: an object in the output that cannot be taken apart, where one would stand for all models.
     """
-    known = set(map(id, tensors_in(before)))
+    known = set(map(id, before.tensors))
     fresh: list[tuple[Tensor, ...]] = []
 
     def settle(key: Key, column: tuple) -> Any:
@@ -226,15 +216,18 @@ def merge(states: Sequence[State], before: State, whole: bool = False) -> tuple[
         )
 
     merged: dict[Key, Any] = {}
-    for key in dict.fromkeys(key for state in states for key in state):
-        values = [state.get(key) for state in states]
+    for key in dict.fromkeys(key for own in each for key in own):
+        values = [own.get(key, before.get(key)) for own in each]
         is_module = isinstance(values[0], nn.Module) and key == OUTPUT
         if (key in before or is_module) and all(value is before.get(key, values[0]) for value in values):
             merged[key] = values[0]
             continue
+        if all(isinstance(value, Tensor) for value in values):
+            merged[key] = settle(key, tuple(values))
+            continue
         flat = [(flatten if key == OUTPUT else tree_flatten)(value) for value in values]
         spec = flat[0][1]
-        if key == OUTPUT and len(states) == 1 and not whole and type(spec) is Opened and spec.closed:
+        if key == OUTPUT and len(each) == 1 and not whole and type(spec) is Opened and spec.closed:
             raise ClosedOutput(f"it returns a {spec.closed}, which cannot be one object for all models")
         if all(other == spec for _, other in flat):
             columns = zip(*(leaves for leaves, _ in flat), strict=True)
@@ -248,14 +241,13 @@ def materialize(merged: Mapping[Key, Any], tensors: Sequence[Tensor]) -> tuple[A
     """Put the stacked new tensors where they belong.
 
     Returns:
-        The output, the state, and the tensors that now stand in plain attributes.
+        The output, the other changes, and the tensors that now stand in plain attributes.
     """
     filled, plain = {}, []
     for key, value in merged.items():
-        filled[key] = value
-        if type(value) is Unfinished:
-            new = [tensors[leaf] if type(leaf) is Placeholder else leaf for leaf in value.leaves]
-            filled[key] = unflatten(new, value.spec)
-            if key[1] == "__dict__":
-                plain += [tensors[leaf] for leaf in value.leaves if type(leaf) is Placeholder]
+        leaves = value.leaves if type(value) is Unfinished else [value]
+        new = [tensors[leaf] if type(leaf) is Placeholder else leaf for leaf in leaves]
+        filled[key] = unflatten(new, value.spec) if type(value) is Unfinished else new[0]
+        if key[1] == "__dict__":
+            plain += [tensors[leaf] for leaf in leaves if type(leaf) is Placeholder]
     return filled.pop(OUTPUT), filled, plain

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..common.objects import PerModelValue
 from .errors import BatchingError, ClosedOutput
-from .state import PLAIN, PerModelValue
+from .state import PLAIN
 
 __all__ = ["SharedObjects", "is_object"]
 

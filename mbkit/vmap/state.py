@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..common.functions import at_hand
-from ..common.objects import PerModelValue
 from .errors import PATH, BatchingError
-
-__all__ = [
-    "HOOKS", "OUTPUT", "PLAIN", "Absent", "Key", "OnStack", "PerModelValue", "State", "dotted", "is_leaf",
-    "keep_hooks", "new_hooks", "own_attributes", "read_state", "tensors_in", "write_state",
-]  # fmt: skip
 
 Hooks = list[tuple[str, str, int, Any]]  # module path, one of HOOKS, torch's number of a hook, the hook
 Key = tuple[str, str, str]  # module path, "_parameters", "_buffers" or "__dict__", name
@@ -41,44 +35,69 @@ class Absent:
 class State(dict[Key, Any]):
     """Everything that a call of a module can change.
 
+    Args:
+        root: the module; None for none.
+
     Attributes:
         modules: the module and all below it, by their paths.
+        own: by the paths, the names of the plain attributes in it.
     """
 
-    def __init__(self, modules: Iterable[tuple[str, nn.Module]] = ()) -> None:
+    def __init__(self, root: nn.Module | None = None) -> None:
         super().__init__()
-        self.modules = dict(modules)
+        self.modules: dict[str, nn.Module] = {}
+        self.own: dict[str, list[str]] = {}
+        if root is not None:
+            _walk(root, "", self.modules, set())
         for path, module in self.modules.items():
             mine = vars(module)
             for store in ("_parameters", "_buffers"):
                 for name, value in mine[store].items():
                     self[path, store, name] = value
-            for name in own_attributes(module):
+            self.own[path] = own_attributes(module)
+            for name in self.own[path]:
                 self[path, "__dict__", name] = mine[name]
 
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """The tensors in it, each once."""
+        return tensors_in(self)
 
-def read_state(model: nn.Module) -> State:
-    """Return everything that a call of the model can change."""
-    return State(model.named_modules())
+
+def _walk(module: nn.Module, path: str, found: dict[str, nn.Module], seen: set[int]) -> None:
+    """Note what `named_modules` yields, whose nested generators take three times as long, in every call."""
+    if type(module).named_modules is not nn.Module.named_modules:  # the user's own, which may leave modules out
+        new = [(name, below) for name, below in module.named_modules(prefix=path) if id(below) not in seen]
+        found.update(new)
+        seen.update(id(below) for _, below in new)
+        return
+    found[path] = module
+    seen.add(id(module))
+    for name, below in module._modules.items():
+        if below is not None and id(below) not in seen:
+            _walk(below, f"{path}.{name}" if path else name, found, seen)
 
 
 def write_state(before: State, after: Mapping[Key, Any]) -> None:
-    """Assign in the modules of `before` what differs between two states.
+    """Assign in the modules of `before` what differs between two states; errors as for `write_changes`."""
+    changes = {key: value for key, value in after.items() if key not in before or value is not before[key]}
+    write_changes(before, changes | dict.fromkeys(before.keys() - after.keys(), Absent))
+
+
+def write_changes(before: State, changes: Mapping[Key, Any]) -> None:
+    """Assign values in the modules of `before`, or delete what is to be `Absent`.
 
     Raises:
         BatchingError: a parameter has come, gone or been replaced.
     """
-    for key in before.keys() | after.keys():
-        path, store, name = key
-        if key in after and key in before and after[key] is before[key]:
-            continue
+    for (path, store, name), value in changes.items():
         if store == "_parameters" or path not in before.modules:
             raise BatchingError(f"forward makes, replaces or deletes '{path}.{name}': build all layers in __init__")
         target = getattr(before.modules[path], store)
-        if key in after:
-            target[name] = after[key]
-        else:
+        if value is Absent:
             del target[name]
+        else:
+            target[name] = value
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -94,11 +113,16 @@ def tensors_in(tree: Any) -> list[Tensor]:
 def own_attributes(module: nn.Module) -> list[str]:
     """Return the plain attributes that a call might change; torch's own layers have none unless they are hooked."""
     mine = vars(module)
-    if type(module).__module__.startswith("torch.nn.") and not (
+    if _is_of_torch(type(module)) and not (
         mine["_forward_hooks"] or mine["_forward_pre_hooks"] or mine["_backward_hooks"] or mine["_backward_pre_hooks"]
     ):
         return []
     return [name for name in mine if name not in _OF_TORCH and type(mine[name]) is not OnStack]
+
+
+@cache
+def _is_of_torch(kind: type) -> bool:
+    return kind.__module__.startswith("torch.nn.")
 
 
 def is_leaf(value: Any) -> bool:
