@@ -148,7 +148,7 @@ def _own_loop(*given: Any) -> Side:
 
 def _modelbatch(models: _Models, optimizer_cls: type, configs: _Configs, _: Any) -> Side:
     """The library modelbatch, with its stacked gradients cleared, as its own zero_grad() does by now."""
-    _refuse(_has_buffers(models), "it does not keep buffers such as BatchNorm's")
+    _refuse([*models[0].buffers()], "it does not keep buffers such as BatchNorm's")
     _refuse(len(models) > _MANY, f"it takes minutes for more than {_MANY} models")
     _refuse(importlib.util.find_spec("modelbatch") is None, "modelbatch is not installed")
     import modelbatch
@@ -168,7 +168,7 @@ def _modelbatch(models: _Models, optimizer_cls: type, configs: _Configs, _: Any)
 
 def _naive_vmap(models: _Models, optimizer_cls: type, configs: _Configs, _: Any) -> Side:
     """torch.func's recipe for ensembles: stacked state, vmap, one optimizer with one rate."""
-    _refuse(_has_buffers(models), "running statistics are edited in place")
+    _refuse([*models[0].buffers()], "running statistics are edited in place")
     parameters, buffers = torch.func.stack_module_state(list(models))
     template, loss_fn = copy.deepcopy(models[0]), _loss_of(models)
     optimizer = optimizer_cls(list(parameters.values()), **configs[0])
@@ -186,16 +186,12 @@ def _naive_vmap(models: _Models, optimizer_cls: type, configs: _Configs, _: Any)
     return Side([step], len(models), lambda m, name: parameters[name].detach()[m])
 
 
-def _has_buffers(models: _Models) -> bool:
-    return any(True for _ in models[0].buffers())
-
-
 def _loss_of(models: _Models) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the loss that a network's class has, or else cross entropy."""
     return getattr(models[0], "loss_fn", cross_entropy)
 
 
-def _refuse(condition: bool, why: str) -> None:
+def _refuse(condition: Any, why: str) -> None:
     if condition:
         raise NotImplementedError(why)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..batch.model_batch import ModelBatch
 from ..optim import OptimizerFactory
-from ..training.sequential import lone_step
+from ..training.sequential import LoneTrainer
 from ..training.step import batch_step
 from ..verify.faults import StaleGradientOptimizer
 from ..verify.measure import gap
@@ -107,14 +107,13 @@ def _alone(demo: Demo) -> tuple[Draws, Tensor, Tensor]:
     """Train each model by itself; return all that is drawn, right answers [steps, M] and parameters [steps, M, P]."""
     draws, answers, paths = draw(demo), [], []
     for model, order, rate in zip(draws.models, draws.orders, demo.learning_rates, strict=True):
-        model = copy.deepcopy(model)
-        optimizer = demo.optimizer_cls(model.parameters(), lr=rate)
+        lone = LoneTrainer(copy.deepcopy(model), demo.seed, demo.optimizer_cls, {"lr": rate})
         correct, path = [], []
         for indices in order:
             x, y = draws.points[indices], draws.labels[indices]
-            _, outputs = lone_step(model, optimizer, x, y, F.cross_entropy)  # [B, K]
+            _, outputs = lone.update(x, y, F.cross_entropy)  # [B, K]
             correct.append((outputs.argmax(-1) == y).sum())
-            path.append(torch.cat([p.detach().flatten() for p in model.parameters()]))  # [P]
+            path.append(torch.cat([p.detach().flatten() for p in lone.model.parameters()]))  # [P]
         answers.append(torch.stack(correct))
         paths.append(torch.stack(path))
     return draws, torch.stack(answers, 1), torch.stack(paths, 1)

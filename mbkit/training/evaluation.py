@@ -41,7 +41,7 @@ def count_correct(outputs: Any, targets: Any) -> tuple[Tensor, Tensor] | None:
     each = targets.shape[:1] == outputs.shape[:1] and targets.ndim == outputs.ndim - 1  # [M, B, ...]
     labels = targets if each else targets.unsqueeze(0)
     # The classes' dimension: the last, or the one after B as in torch's cross_entropy. Both: undefined.
-    fits = [d for d in {2, outputs.ndim - 1} if _without(outputs.shape[1:], d - 1) == tuple(labels.shape[1:])]
+    fits = [d for d in {2, outputs.ndim - 1} if (*outputs.shape[1:d], *outputs.shape[d + 1 :]) == labels.shape[1:]]
     if len(fits) != 1 or outputs.shape[fits[0]] < 2:
         return None
     counted = (labels >= 0).expand(len(outputs), *labels.shape[1:])
@@ -167,10 +167,6 @@ def _tallies(metric: Any, num_models: int) -> list[Any]:
     if not callable(metric):
         raise TypeError(f"Expected metric(outputs, targets), got {metric!r}: pass e.g. nn.functional.mse_loss.")
     return [_Mean(metric) for _ in range(num_models)]
-
-
-def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
-    return (*shape[:dim], *shape[dim + 1 :])
 
 
 def _describe(value: Any) -> str:

@@ -159,41 +159,29 @@ class LoneTrainer:
             self.schedule = make_schedule(scheduler, self.optimizer)
 
     def update(self, x: Any, y: Any, loss_fn: Callable[[Any, Any], Tensor]) -> tuple[Tensor, Any]:
-        """Make one update in train mode, drawing from whatever random state is the present one."""
+        """Make one update in train mode, drawing from whatever random state is the present one.
+
+        Inside one `torch.autocast` that goes round many steps torch keeps the casts of weights from an earlier step (or
+        from an evaluation without gradients); they are dropped here before and after, as leaving the autocast would do.
+        """
         if not self.model.training:
             self.model.train()
-        return lone_step(self.model, self.optimizer, x, y, loss_fn, self.max_norm)
+        torch.clear_autocast_cache()
+        self.optimizer.zero_grad()
+        outputs = call(self.model, x)
+        loss = loss_fn(outputs, y)
+        with autocast_off(loss.device.type):
+            loss.backward()
+            if self.max_norm is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+            self.optimizer.step()
+        torch.clear_autocast_cache()
+        return loss.detach(), detach(outputs)
 
     def step(self, x: Any, y: Any, loss_fn: Callable[[Any, Any], Tensor]) -> tuple[Tensor, Any]:
-        """Make one update, drawing from its own random state."""
+        """Make one update, drawing from its own random state; return the loss and the outputs from before it."""
         with self.draws.current():
             return self.update(x, y, loss_fn)
-
-
-def lone_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    x: Any,
-    y: Any,
-    loss_fn: Callable[[Any, Any], Tensor],
-    max_norm: float | None = None,
-) -> tuple[Tensor, Any]:
-    """Make one update of one model; return its loss and its outputs from before the update, detached.
-
-    Inside one `torch.autocast` that goes round many steps torch keeps the casts of weights from an earlier step (or
-    from an evaluation without gradients); they are dropped here before and after, as leaving the autocast would do.
-    """
-    torch.clear_autocast_cache()
-    optimizer.zero_grad()
-    outputs = call(model, x)
-    loss = loss_fn(outputs, y)
-    with autocast_off(loss.device.type):
-        loss.backward()
-        if max_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        optimizer.step()
-    torch.clear_autocast_cache()
-    return loss.detach(), detach(outputs)
 
 
 def fresh(tree: Any) -> Any:

@@ -19,8 +19,8 @@ from mbkit.benchmark.result import Timing
 from mbkit.common import machine
 from mbkit.common.machine import describe_machine, measure_peak_memory
 from mbkit.data import load_digits
-from mbkit.training import sequential
 from mbkit.training import step as stepping
+from mbkit.training.sequential import LoneTrainer
 
 
 class Small(nn.Module):
@@ -89,13 +89,13 @@ def test_only_full_batches_after_the_warmup_are_timed(result):
 def test_sides_take_turns_and_wait_for_the_device(digits, monkeypatch):
     calls = []
     monkeypatch.setattr(baselines, "synchronize", lambda device: calls.append("wait"))
-    for room, name in ((sequential, "lone_step"), (stepping, "make_update")):
+    for room, name in ((LoneTrainer, "update"), (stepping, "make_update")):
         original = getattr(room, name)
         monkeypatch.setattr(room, name, lambda *args, f=original, n=name: (calls.append(n), f(*args))[1])
     run(digits, num_models=2, epochs=10, max_steps=25, warmup=3)
     assert calls[::3] == calls[2::3] == ["wait"] * (len(calls) // 3)  # before the clock starts and before it stops
     sides = calls[1::3][2:]  # the first two are for what is loaded once
-    alone, batched = ["lone_step"] * 2, ["make_update"]
+    alone, batched = ["update"] * 2, ["make_update"]
     assert (
         sides
         == alone * 3 + batched * 3 + batched * 10 + alone * 10 + alone * 10 + batched * 10 + batched * 2 + alone * 2
@@ -113,7 +113,7 @@ def test_the_clock_covers_the_step_alone(digits, monkeypatch):
 
         return step
 
-    monkeypatch.setattr(sequential, "lone_step", taking(3.0, sequential.lone_step))
+    monkeypatch.setattr(LoneTrainer, "update", taking(3.0, LoneTrainer.update))
     monkeypatch.setattr(stepping, "make_update", taking(4.0, stepping.make_update))
     original = benchmark.walk
     monkeypatch.setattr(benchmark, "walk", lambda *args: (taking(100.0, lambda p: p)(p) for p in original(*args)))
