@@ -58,17 +58,11 @@ class ConsistencyExplorer(Explorer):
         ends = _ends(demo)
         self._rates, self._others = (ends, demo.learning_rates), settings
         stops = [rate for each in consistency.PRESETS.values() for rate in _ends(each)[:2]]
+        rates, chosen = log_range(*ends[:2], *stops), choice("optimizer", OPTIMIZERS, demo.optimizer)
         switches = {"gradients": gradients, "weights": weights, "order": order}
         rows = [
-            {
-                "preset": choice("preset", list(consistency.PRESETS), preset),
-                "optimizer": choice("optimizer", OPTIMIZERS, demo.optimizer),
-            },
-            {
-                "rates": log_range("learning rates", *ends[:2], *stops),
-                "models": slider("models M", ends[2], 1, 6),
-                "seed": slider("seed", demo.seed, 0, 100),
-            },
+            {"preset": choice("preset", list(consistency.PRESETS), preset), "optimizer": chosen},
+            {"rates": rates, "models": slider("models M", ends[2], 1, 6), "seed": slider("seed", demo.seed, 0, 100)},
             {name: choice(name, SWITCHES[name], value) for name, value in switches.items()},
         ]
         super().__init__(rows)

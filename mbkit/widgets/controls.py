@@ -35,9 +35,9 @@ def choice(name: str, options: Sequence[str] | Mapping[str, str], value: str) ->
     return ipw.Dropdown(options=shown, value=value, description=name, style=WIDE)
 
 
-def log_range(name: str, low: float, high: float, *others: float) -> ipw.SelectionRangeSlider:
-    """Return a slider with two ends on a log scale, which can stand on `others` too."""
-    spaced(low, high, 2, name)  # or it is refused
+def log_range(low: float, high: float, *others: float) -> ipw.SelectionRangeSlider:
+    """Return a slider of learning rates with two ends on a log scale, which can stand on `others` too."""
+    spaced(low, high, 2)  # or it is refused
     ticks = {float(f"{10 ** (n / 4):.2g}") for n in range(-20, 5)} | {low, high, *others}
     options = [(f"{rate:.3g}", rate) for rate in sorted(ticks)]
     named = {"description": "learning rates", "style": WIDE, "layout": ipw.Layout(width="26em")}

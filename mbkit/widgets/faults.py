@@ -15,7 +15,21 @@ from .controls import choice, log_range, slider, spread
 from .explorer import Explorer
 
 NONE, ASK = "none", "?"
-IN_WORDS = {name.replace("-", " "): name for name in FAULTS}
+IN_WORDS = {
+    "gradients are never cleared": "stale-gradients",
+    "other initial weights": "other-weights",
+    "the data in another order": "other-order",
+    "other dropout masks": "other-masks",
+    "eval mode in place of train mode": "other-mode",
+    "a wrong gradient": "wrong-gradient",
+    "the loss averaged over the models": "mean-loss",
+    "one norm clips all models": "clipped-across-models",
+    "model 0's learning rate for all": "setting-of-model-0",
+    "models share the optimizer's state": "shared-optimizer-state",
+    "an update leaks into another model": "leaking-update",
+    "models share memory": "shared-memory",
+    "the schedule runs M times as fast": "schedule-stepped-M-times",
+}
 
 
 class FaultExplorer(Explorer):
@@ -60,7 +74,7 @@ class FaultExplorer(Explorer):
         words = {NONE: NONE, **IN_WORDS}
         rows = [
             {"fault": choice("fault", words, fault), "optimizer": choice("optimizer", ("Adam", "SGD"), optimizer)},
-            {"rates": log_range("learning rates", *rates), "seed": slider("seed", seed, 0, 100)},
+            {"rates": log_range(*rates), "seed": slider("seed", seed, 0, 100)},
             {
                 "quiz": ipw.ToggleButton(quiz, description="Quiz", tooltip="plant one at random, and guess which"),
                 "guess": choice("my guess", {ASK: ASK, **IN_WORDS}, ASK),

@@ -84,7 +84,7 @@ class LearningRateExplorer(Explorer):
         self._build, self._batches, self._loss_fn = build, batches, loss_fn
         self.steps, self._hyperparameters = whole_number(steps, "steps"), hyperparameters
         grid = {
-            "rates": log_range("rates", *rates),
+            "rates": log_range(*rates),
             "num_rates": slider("num_rates", num_rates, 1, 32, shown="rates"),
             "num_seeds": slider("num_seeds", num_seeds, 1, 16, shown="seeds"),
         }

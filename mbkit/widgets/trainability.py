@@ -98,11 +98,7 @@ class TrainabilityExplorer(Explorer):
             "second": ipw.FloatSlider(second, description="show second", **place),
         }
         rows = [
-            {
-                "size": ipw.SelectionSlider(**sizes),
-                "seed": slider("seed", seed, 0, 100),
-                "optimizer": chosen,
-            },
+            {"size": ipw.SelectionSlider(**sizes), "seed": slider("seed", seed, 0, 100), "optimizer": chosen},
             {"zoom": slider("zoom", 0, 0, 10), **marks},
         ]
         super().__init__(rows, ["zoom", *marks], given, height=400)
