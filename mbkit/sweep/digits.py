@@ -22,12 +22,7 @@ def mlp(width: int, dropout: float) -> nn.Module:
     return MLP([64, width, 10], dropout)
 
 
-def lenet(dropout: float) -> nn.Module:
-    """Return a LeNet for the digits at 32 x 32."""
-    return LeNet5(dropout=dropout)
-
-
-MODELS: dict[str, Any] = {"mlp": (mlp, {"width": [16, 32]}), "lenet": (lenet, {})}
+MODELS: dict[str, Any] = {"mlp": (mlp, {"width": [16, 32]}), "lenet": (LeNet5, {})}
 
 
 @functools.cache
