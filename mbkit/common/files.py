@@ -37,7 +37,7 @@ def temporary(target: Path, *, folder: bool = False) -> Iterator[Path]:
     what a killed process left behind is known by having no lock, and removed before.
     """
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.part") if fcntl else ():
-        if (lock := _lock(left)) is not None:
+        if (lock := _lock(left)) not in (None, -1):
             _remove(left, lock)
     lock = None
     while lock is None:  # before it was locked, another process may have taken it for an abandoned one
@@ -61,9 +61,9 @@ def _lock(part: Path) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.stat(part, follow_symlinks=False)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
-        return None
+        return None if isinstance(error, (BlockingIOError, FileNotFoundError)) else -1  # some networks' file systems
     return descriptor
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -116,6 +117,19 @@ def test_only_what_a_dead_process_left_is_removed(tmp_path: Path) -> None:
         write_tree(tmp_path / "file", 1, "test")
         assert part.exists()  # its writer lives
     assert sorted(os.listdir(tmp_path)) == ["file", "my.file.part"]
+
+
+def test_a_file_system_without_locks_is_written_to_and_what_lies_there_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:  # as NFS does for a file that is opened to read
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / ".file.0000.part").write_text("perhaps another writer's")
+    write_tree(tmp_path / "file", 1, "test")
+    assert read_tree(tmp_path / "file", "test") == 1
+    assert sorted(os.listdir(tmp_path)) == [".file.0000.part", "file"]
 
 
 HARNESS = """
