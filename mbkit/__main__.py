@@ -51,10 +51,46 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--figure", type=_picture, default="mbkit.png", help="where the picture goes (%(default)s)")
     parser.set_defaults(run=_story, prog=parser.prog)
     commands = parser.add_subparsers(title="commands", metavar="command")
-    for name, (help_, add_options, run_) in COMMANDS.items():
-        command = commands.add_parser(name, help=help_)
-        add_options(command)
-        command.set_defaults(run=run_, prog=command.prog)
+
+    def command(name: str, run_: Callable[[argparse.Namespace], Any], help_: str) -> Callable[..., argparse.Action]:
+        added = commands.add_parser(name, help=help_)
+        added.set_defaults(run=run_, prog=added.prog)
+        return added.add_argument
+
+    option = command("consistency", _consistency, "train the demo's models alone and in a batch, and compare")
+    option("--preset", default="published", help=f"one of {', '.join(PRESETS)} (%(default)s)")
+    option("--lrs", type=float, nargs="+", metavar="LR", help="learning rates, one per model")
+    option("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each seed")
+    option("--epochs", type=int, help="how often each point is seen")
+    option("--samples", type=int, help="number of points")
+    option("--optimizer", help="a class of torch.optim")
+    faults = f"what to plant: none, or any of {', '.join(DEMO_FAULTS)} (all of them, as published)"
+    option("--fault", nargs="+", metavar="FAULT", default=list(DEMO_FAULTS), help=faults)
+    option("--dissect", action="store_true", help="run all combinations of the faults instead")
+
+    option = command("benchmark", _benchmark, "train LeNets alone and in a batch, and time both")
+    option("--models", type=_whole(), default=16, help="how many (%(default)s)")
+    option("--epochs", type=_whole(), default=1, help="walks through the training images (%(default)s)")
+    option("--dataset", default="auto", choices=["auto", "cifar10", "digits"], help="(%(default)s)")
+    option("--images", type=_whole(), help="train on that many of them only")
+    option("--batch-size", type=_whole(), default=128, help="images in a batch (%(default)s)")
+    option("--lrs", type=float, nargs="+", metavar="LR", help="learning rates, one per model")
+    # What torch cannot start would end the process.
+    option("--threads", type=_whole(1024), default=torch.get_num_threads(), help="of torch (%(default)s)")
+    option("--figure", type=_picture, metavar="FILE", help="save a picture")
+    suite = "measure every way to train, case by case, instead; keep the raw times in this file (%(const)s)"
+    option("--suite", type=Path, nargs="?", const="suite.json", metavar="FILE", help=suite)
+
+    option = command("sweep", _sweep, "search a thousand configurations on the digits; go on where it ended")
+    option("--model", default="mlp", choices=["mlp", "lenet"], help="(%(default)s)")
+    option("--trials", type=_whole(), default=1000, help="how many configurations (%(default)s)")
+    option("--rungs", type=_whole(), nargs="+", default=[1, 3, 9], metavar="EPOCHS", help="(1 3 9)")
+    option("--seed", type=int, default=0, help="of the configurations (%(default)s)")
+    option("--folder", type=Path, default=Path("runs/digits"), help="where it is kept (%(default)s)")
+    option("--figure", type=_picture, metavar="FILE", help="save a picture")
+
+    option = command("lab", _lab, "open the lessons in JupyterLab")
+    option("--no-browser", action="store_true", help="only print the address")
     return parser
 
 
@@ -121,21 +157,6 @@ def _save(figure: Any, path: Path) -> None:
     print(f"\nPicture: {path}")
 
 
-# consistency
-
-
-def _consistency_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--preset", default="published", help=f"one of {', '.join(PRESETS)} (%(default)s)")
-    command.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="learning rates, one per model")
-    command.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each seed")
-    command.add_argument("--epochs", type=int, help="how often each point is seen")
-    command.add_argument("--samples", type=int, help="number of points")
-    command.add_argument("--optimizer", help="a class of torch.optim")
-    faults = f"what to plant: none, or any of {', '.join(DEMO_FAULTS)} (all of them, as published)"
-    command.add_argument("--fault", nargs="+", metavar="FAULT", default=list(DEMO_FAULTS), help=faults)
-    command.add_argument("--dissect", action="store_true", help="run all combinations of the faults instead")
-
-
 def _consistency(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in ("epochs", "samples", "optimizer")}
     changes = {name: value for name, value in {**given, "learning_rates": options.lrs}.items() if value is not None}
@@ -144,23 +165,6 @@ def _consistency(options: argparse.Namespace) -> None:
     for seed in options.seeds or [demo.seed]:
         seeded = preset(options.preset, **changes, seed=seed)
         print(dissect(seeded) if options.dissect else run(seeded, **chosen), end="\n\n")
-
-
-# benchmark
-
-
-def _benchmark_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--models", type=_whole(), default=16, help="how many (%(default)s)")
-    command.add_argument("--epochs", type=_whole(), default=1, help="walks through the training images (%(default)s)")
-    command.add_argument("--dataset", default="auto", choices=["auto", "cifar10", "digits"], help="(%(default)s)")
-    command.add_argument("--images", type=_whole(), help="train on that many of them only")
-    command.add_argument("--batch-size", type=_whole(), default=128, help="images in a batch (%(default)s)")
-    command.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="learning rates, one per model")
-    # What torch cannot start would end the process.
-    command.add_argument("--threads", type=_whole(1024), default=torch.get_num_threads(), help="of torch (%(default)s)")
-    command.add_argument("--figure", type=_picture, metavar="FILE", help="save a picture")
-    suite = "measure every way to train, case by case, instead; keep the raw times in this file (%(const)s)"
-    command.add_argument("--suite", type=Path, nargs="?", const="suite.json", metavar="FILE", help=suite)
 
 
 def _benchmark(options: argparse.Namespace) -> None:
@@ -179,18 +183,6 @@ def _benchmark(options: argparse.Namespace) -> None:
         _save(draw(result), options.figure)
 
 
-# sweep
-
-
-def _sweep_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", default="mlp", choices=["mlp", "lenet"], help="(%(default)s)")
-    command.add_argument("--trials", type=_whole(), default=1000, help="how many configurations (%(default)s)")
-    command.add_argument("--rungs", type=_whole(), nargs="+", default=[1, 3, 9], metavar="EPOCHS", help="(1 3 9)")
-    command.add_argument("--seed", type=int, default=0, help="of the configurations (%(default)s)")
-    command.add_argument("--folder", type=Path, default=Path("runs/digits"), help="where it is kept (%(default)s)")
-    command.add_argument("--figure", type=_picture, metavar="FILE", help="save a picture")
-
-
 def _sweep(options: argparse.Namespace) -> None:
     from .sweep.digits import sweep_digits
 
@@ -200,13 +192,6 @@ def _sweep(options: argparse.Namespace) -> None:
     print(f"The models are in {result.folder}; the same command again finds them there.")
     if options.figure:
         _save(result.plot(), options.figure)
-
-
-# lab
-
-
-def _lab_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--no-browser", action="store_true", help="only print the address")
 
 
 def _lab(options: argparse.Namespace) -> int:
@@ -221,18 +206,6 @@ def _lab(options: argparse.Namespace) -> int:
         command.append("--allow-root")  # or JupyterLab refuses to start
     return subprocess.run(command, check=False).returncode
 
-
-# A command: what --help says of it, a function that adds its options, and one that runs it.
-COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any]]] = {
-    "consistency": (
-        "train the demo's models alone and in a batch, and compare",
-        _consistency_options,
-        _consistency,
-    ),
-    "benchmark": ("train LeNets alone and in a batch, and time both", _benchmark_options, _benchmark),
-    "sweep": ("search a thousand configurations on the digits; go on where it ended", _sweep_options, _sweep),
-    "lab": ("open the lessons in JupyterLab", _lab_options, _lab),
-}
 
 if __name__ == "__main__":
     sys.exit(main())
