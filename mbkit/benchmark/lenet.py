@@ -135,6 +135,8 @@ def run_benchmark(
     timed = torch.tensor([i >= warmup and size == batch_size for i, size in enumerate(sizes)])
     tests = data.test_batches(dtype=dtype)
     alone, batched = (sides[name] for name in SIDES)
+    names = [name for name, _ in alone.trained[0].named_parameters()]
+    gaps = [[(alone.read(m, n) - batched.read(m, n)).abs().max() for n in names] for m in range(num_models)]
     return BenchmarkResult(
         learning_rates=rates,
         seeds=seeds,
@@ -142,7 +144,7 @@ def run_benchmark(
         alone_seconds=alone.seconds()[timed],
         batched_accuracy=evaluate(batched.trained, tests),
         alone_accuracy=evaluate(alone.trained, tests),
-        parameter_difference=_difference(alone, batched),
+        parameter_difference=torch.tensor(gaps).amax(1),
         batched_memory=memory["mbkit"],
         alone_memory=memory["sequential"],
         setup={
@@ -160,13 +162,6 @@ def run_benchmark(
         },
         machine=describe_machine(device),
     )
-
-
-def _difference(alone: Side, batched: Side) -> Tensor:
-    """[M], the largest absolute difference of a model's parameters."""
-    names = [name for name, _ in alone.trained[0].named_parameters()]
-    gaps = [[(alone.read(m, n) - batched.read(m, n)).abs().max() for n in names] for m in range(alone.num_models)]
-    return torch.tensor(gaps).amax(1)
 
 
 def _blocks(batches: Any, epochs: int, steps: int, warmup: int, model: nn.Module) -> Iterator[_Block]:

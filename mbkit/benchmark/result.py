@@ -86,39 +86,28 @@ class BenchmarkResult(Tables):
         return self.alone.median / self.batched.median
 
     def _tables(self) -> list[tuple[str, list[list[str]]]]:
-        return [(self._title(), []), ("", self._sides()), ("", self._models()), (self._note(), [])]
-
-    def _title(self) -> str:
         s = self.setup
-        return (
+        title = (
             f"{self.num_models} x {s['model']} ({s['parameters']:,} parameters each) on {s['dataset']}\n"
             f"{s['optimizer']}, batches of {s['batch_size']}, {s['steps']} steps, {s['dtype']}\n"
             + title_of(self.machine)
         )
-
-    def _sides(self) -> list[list[str]]:
         names = ["", "ms a model and step, median (quartiles)", "peak memory, MB", "best test accuracy", "speed-up"]
         sides = [["alone", self.alone, self.alone_memory, self.alone_accuracy, "1"]]
         sides.append(["in the batch", self.batched, self.batched_memory, self.batched_accuracy, f"{self.speedup:.2f}"])
         columns = [[side, str(t), _megabytes(m), _percent(a.max()), ratio] for side, t, m, a, ratio in sides]
-        return [list(row) for row in zip(names, *columns, strict=True)]
-
-    def _models(self) -> list[list[str]]:
-        rows = [["model", "learning rate", "seed", "test in the batch", "test alone", "largest parameter difference"]]
+        models = [["model", "learning rate", "seed", "test in the batch", "test alone", "largest parameter difference"]]
         for m, (rate, seed) in enumerate(zip(self.learning_rates, self.seeds, strict=True)):
             accuracies = _percent(self.batched_accuracy[m]), _percent(self.alone_accuracy[m])
-            rows.append([str(m), f"{rate:.3g}", str(seed), *accuracies, f"{self.parameter_difference[m].item():.1e}"])
-        return rows
-
-    def _note(self) -> str:
-        timed = len(self.batched_seconds)
-        note = f"{timed} steps timed, after {self.setup['warmup']} for warm-up; {self.setup['timing']}."
-        if self.setup["dtype"] == "float32":
+            models.append([str(m), f"{rate:.3g}", str(seed), *accuracies, f"{self.parameter_difference[m].item():.1e}"])
+        note = f"{len(self.batched_seconds)} steps timed, after {s['warmup']} for warm-up; {s['timing']}."
+        if s["dtype"] == "float32":
             note += (
                 "\nIn float32 rounding grows as training goes on: plain PyTorch with another number of threads drifts "
                 "from itself as well.\nWith dtype=torch.float64 the same comparison has no room for such drift."
             )
-        return f"{note}\n{self.setup['dataset_note']}"
+        rows = [list(row) for row in zip(names, *columns, strict=True)]
+        return [(title, []), ("", rows), ("", models), (f"{note}\n{s['dataset_note']}", [])]
 
 
 def title_of(m: dict[str, Any]) -> str:

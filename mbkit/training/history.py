@@ -116,20 +116,15 @@ class History(Tables):
     def __len__(self) -> int:
         return self.steps
 
-    def _tables(self) -> list[tuple[str, list[list[str]]]]:
-        return [(self._title(), self._rows())]
-
     def _last(self, values: Tensor) -> Tensor:
         last = [values[done - 1, m] if done else values.new_tensor(math.nan) for m, done in enumerate(self.steps_done)]
         return torch.stack(last) if last else values.new_empty(0)
 
-    def _title(self) -> str:
+    def _tables(self) -> list[tuple[str, list[list[str]]]]:
+        """A header and one row per model: its first and last loss, and its last epoch's mean accuracy."""
         end = (f", {self.how}" if self.how else "") + (", interrupted" if self.interrupted else "")
         counted = [_count(self.num_models, "model"), _count(self.steps, "step"), _count(self.epochs, "epoch")]
-        return f"History: {counted[0]}, {counted[1]} in {counted[2]}, {self.seconds:.3g} s{end}"
-
-    def _rows(self) -> list[list[str]]:
-        """A header and one row per model: its first and last loss, and its last epoch's mean accuracy."""
+        title = f"History: {counted[0]}, {counted[1]} in {counted[2]}, {self.seconds:.3g} s{end}"
         header, last = ["model", "steps", "first loss", "last loss"], self.final()["loss"]
         accuracy = self.by_epoch()["accuracy"] if self.steps else None
         if accuracy is not None:
@@ -146,7 +141,7 @@ class History(Tables):
                 rows[-1].append("-" if self.frozen[m] is None else str(self.frozen[m]))
         if self.num_models > _ROWS_SHOWN:
             rows.append(["..."] * len(header))
-        return rows
+        return [(title, rows)]
 
 
 def _count(number: int, noun: str) -> str:

@@ -70,7 +70,6 @@ class Explorer(ipw.VBox):
         self.buttons["stop"].on_click(lambda _: self.worker.stop())
         layout = {"flex_flow": "row wrap"}
         boxes = [ipw.HBox(list(row.values()), layout=ipw.Layout(**layout)) for row in (*rows, self.buttons)]
-        self._cell, self._run = _cell_and_run()
         self.worker, self._dimming = Worker(self._start, self._show, self._say), threading.Lock()
         super().__init__([page(self.shows, height), *boxes, self.image, click, self.status])
         self.add_class("mbkit-explorer")
@@ -166,22 +165,19 @@ class Explorer(ipw.VBox):
         return bundle
 
 
-_OPEN: weakref.WeakSet[Explorer] = weakref.WeakSet()
-
-
-def _cell_and_run() -> tuple[str | None, str | None]:
-    """Return which of the notebook's cells runs, and which run of it this is; None where there is no notebook."""
-    request = getattr(get_ipython(), "get_parent", dict)()
-    return request.get("metadata", {}).get("cellId"), request.get("header", {}).get("msg_id")
+# Which of the notebook's cells has made an explorer, and which run of it; None where there is no notebook.
+_OPEN: weakref.WeakKeyDictionary[Explorer, tuple[str | None, str | None]] = weakref.WeakKeyDictionary()
 
 
 def _close_those_of_an_earlier_run(explorer: Explorer) -> None:
     """Close the explorers that the same cell has made when it ran before: nobody sees them train any more."""
-    for other in list(_OPEN):
-        if explorer._cell is not None and other._cell == explorer._cell and other._run != explorer._run:
+    request = getattr(get_ipython(), "get_parent", dict)()
+    cell, run = request.get("metadata", {}).get("cellId"), request.get("header", {}).get("msg_id")
+    for other, (its_cell, its_run) in list(_OPEN.items()):
+        if cell is not None and its_cell == cell and its_run != run:
             other.close()
-            _OPEN.discard(other)
-    _OPEN.add(explorer)
+            del _OPEN[other]
+    _OPEN[explorer] = cell, run
 
 
 def _parts(widget: ipw.Widget) -> Iterator[ipw.Widget]:
