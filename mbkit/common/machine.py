@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -64,15 +65,9 @@ def tune_malloc() -> bool:
     return False
 
 
-class PeakMemory:
-    """`bytes` that a `with measure_peak_memory(...)` block took at its worst, None where that can't be told."""
-
-    bytes: int | None = None
-
-
 @contextlib.contextmanager
-def measure_peak_memory(device: torch.device) -> Iterator[PeakMemory]:
-    """Measure how far memory rises inside a `with` block above where it stood at the start.
+def measure_peak_memory(device: torch.device) -> Iterator[SimpleNamespace]:
+    """Measure how far memory rises inside a `with` block above where it stood at the start: `bytes`, or None.
 
     On CUDA this is what torch allocates. On a CPU under Linux it is the process's resident memory, after memory that
     is free has been handed back to the system; elsewhere nothing is measured.
@@ -83,7 +78,7 @@ def measure_peak_memory(device: torch.device) -> Iterator[PeakMemory]:
         >>> peak.bytes is None or 38e6 <= peak.bytes < 60e6
         True
     """
-    peak = PeakMemory()
+    peak = SimpleNamespace(bytes=None)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

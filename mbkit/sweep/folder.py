@@ -24,13 +24,12 @@ _locks: set[int] = set()
 
 
 def batch_file(folder: str | Path, rung: int, number: int, part: str = "") -> Path:
-    """Return where a batch's models and scores are; `part="part."`: where it stands in the middle of its epochs."""
+    """Return where a batch's models and scores are.
+
+    Args:
+        part: "part." for where it stands in the middle of its epochs, "state." for its optimizer, for the next rung.
+    """
     return Path(folder, f"rung-{rung}", f"batch-{number:05}.{part}safetensors")
-
-
-def state_file(folder: str | Path, rung: int, number: int) -> Path:
-    """Return where the state of a batch's optimizer is kept for the next rung."""
-    return batch_file(folder, rung, number, "state.")
 
 
 def read_batch(file: Path, kind: str) -> Any:
@@ -121,11 +120,9 @@ def settle(folder: Path, asked: dict[str, Any], fresh: dict[str, Any]) -> dict[s
         return fresh
     try:
         saved = json.loads(file.read_bytes())
-        missing = {"format", *fresh, *asked} - saved.keys()
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"Expected {file} as a sweep wrote it, got: {error}. Choose another folder.") from error
-    if missing:
-        raise ValueError(f"Expected {file} as this version writes it, got none of {sorted(missing)}.")
+        saved = {name: saved[name] for name in (*fresh, *asked)}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"Expected {file} as a sweep wrote it, got: {error!r}. Choose another folder.") from error
     for name, value in asked.items():
         if _words(saved[name]) != _words(value):
             raise ValueError(

@@ -21,7 +21,7 @@ from ..optim import OptimizerFactory
 from ..training import PositionedBatches, evaluate, train_steps
 from ..training.loop import arguments, walk
 from .configs import Parts, build_model, seed_all
-from .folder import batch_file, read_batch, state_file
+from .folder import batch_file, read_batch
 
 _DONE, _STATE, _UNDER_WAY = "batch of a sweep", "optimizer of a sweep", "batch under way"
 _ONE_AT_A_TIME = threading.Lock()  # torch's generator and number of threads are the process's
@@ -146,7 +146,7 @@ def _train(job: Job, size: Any) -> None:
     loss = torch.stack(losses).double().mean(0).cpu()
     scores = _scores(task, batch, valid, not own_valid, settings, loss)
     if rung + 1 < len(task.rungs):
-        write_tree(state_file(task.folder, rung, job.number), _state_of(optimizer, schedule), _STATE)
+        write_tree(batch_file(task.folder, rung, job.number, "state."), _state_of(optimizer, schedule), _STATE)
     done = {"trials": list(job.trials), "epoch": end, "scores": scores, "losses": loss, "batch": save_whole(batch)}
     write_tree(file, done, _DONE)
 
@@ -180,7 +180,7 @@ def _gather(job: Job, own_data: bool) -> tuple[ModelBatch, list[dict[str, Any]],
     batches, states, scheduled = [], [], []
     for number, chosen in places.items():  # trials are in the order of their numbers, and so in that of these batches
         saved = read_batch(batch_file(job.task.folder, job.rung - 1, number), _DONE)
-        rest = read_batch(state_file(job.task.folder, job.rung - 1, number), _STATE)
+        rest = read_batch(batch_file(job.task.folder, job.rung - 1, number, "state."), _STATE)
         count, rows = len(saved["trials"]), list(chosen)
         parts = [chosen.get(row, chosen[rows[0]]) for row in range(count)]  # what the others were does not matter
         whole = build_batch(job.task, parts, saved["batch"]["seeds"], own_data)

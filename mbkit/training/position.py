@@ -157,12 +157,9 @@ def _held(batches: Any) -> dict[str, Any]:
             if is_generator:
                 found[path + name] = value
             else:
-                owners += [(f"{path}{name}.{i}." if i else f"{path}{name}.", v) for i, v in enumerate(_parts(value))]
+                own = [value, *value] if type(value) in (list, tuple) and len(value) < 100 else [value]
+                owners += [(f"{path}{name}.{i}." if i else f"{path}{name}.", part) for i, part in enumerate(own)]
     return found
-
-
-def _parts(value: Any) -> list[Any]:
-    return [value, *value] if type(value) in (list, tuple) and len(value) < 100 else [value]
 
 
 def _digest(item: Any) -> str:
