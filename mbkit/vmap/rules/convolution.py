@@ -15,6 +15,7 @@ from torch import Tensor
 from ..layout import is_folded
 from ..registry import Pass, rule
 from ..unwrap import call_unwrapped
+from .grouped_convolution import conv_on_a_gpu, settings_of, when_compiled
 
 FOLDED_DTYPES = {torch.float32}  # where the grouped kernels are fast; double precision has no such kernel
 
@@ -51,8 +52,9 @@ def _foldable(mode: Pass, stack: Tensor, stacked: bool) -> bool:
 def _conv2d(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     x, weight, *rest = args
     if not mode.folding or kwargs:
-        return NotImplemented
-    bias, stride, padding, dilation, groups = (*rest, *(None, 1, 0, 1, 1)[len(rest) :])
+        return conv_on_a_gpu(mode, operator, args, kwargs)
+    bias, (*how, groups) = settings_of(tuple(rest), 2)
+    convolve = torch.conv2d if not mode.traced or isinstance(how[1], str) else when_compiled
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
         x, weight, *biases = stacks
@@ -65,13 +67,11 @@ def _conv2d(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
         mode.folded = True
         one_group = not stacked[0] and groups == 1  # all models read the same channels
         bias = biases[0].flatten() if biases else None
-        out = torch.conv2d(
+        out = convolve(
             x.contiguous(memory_format=torch.channels_last),
             weight.flatten(0, 1).contiguous(memory_format=torch.channels_last),
             bias,
-            stride,
-            padding,
-            dilation,
+            *how,
             1 if one_group else groups * mode.num_models,
         )
         return _unfold(out, mode.num_models)
