@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy
 import mbkit
 from mbkit import GradScaler, ModelBatch, OptimizerFactory, fit
 from mbkit.models import GPT, MLP, LeNet5, LSTMClassifier, ResNet
+from mbkit.training.options import StepOptions
+from mbkit.training.step import Stepper
 
 pytestmark = [
     pytest.mark.cuda,
@@ -54,6 +56,7 @@ NETS = {
     "LeNet5": (LeNet5, images),
     "ResNet": (ResNet, images),
     "dropout": (Dropping, images),
+    "masks": (lambda: MLP((20, 16, 16, 4), dropout=0.4), rows),
     "GPT": (GPT, lambda g: torch.randint(64, (B, 32), generator=g)),
     "LSTM": (LSTMClassifier, lambda g: torch.randn(B, 32, 16, generator=g, dtype=torch.float64)),
 }
@@ -115,7 +118,7 @@ def test_each_optimizer(optimizer_cls):
     assert_same(batch, expected, 1e-8)
 
 
-@pytest.mark.parametrize("name", ["MLP", "LeNet5", "ResNet"])
+@pytest.mark.parametrize("name", ["MLP", "masks", "LeNet5", "ResNet", "GPT"])
 def test_a_compiled_step_is_compiled_and_the_same(name):
     models, data = models_of(name), data_of(name)
     expected = alone(models, data, torch.optim.Adam)
@@ -125,22 +128,58 @@ def test_a_compiled_step_is_compiled_and_the_same(name):
     assert_same(batch, expected, 1e-8)
 
 
-def test_masks_are_those_of_each_model_alone_bit_for_bit():
+def test_a_replayed_step_sees_new_rates_and_tensors_that_have_moved(monkeypatch):
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(replay(graph)))
+    models, data = models_of("masks"), [*data_of("masks"), *data_of("masks")]
+    expected, seen = copy.deepcopy(models), []
+    for m, model in enumerate(expected):
+        torch.manual_seed(SEEDS[m])
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATES[m], momentum=0.9)
+        seen.append([])
+        for step, (x, y) in enumerate(data):
+            optimizer.param_groups[0]["lr"] = RATES[m] / (step + 1)
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            seen[m].append(loss.detach())
+    batch = ModelBatch(models, seeds=SEEDS)
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, lr=RATES, momentum=0.9)
+    stepper, losses = Stepper(batch, optimizer, StepOptions(cross_entropy, compile=True)), []
+    for step, (x, y) in enumerate(data):
+        for group, rate in zip(optimizer.param_groups, RATES, strict=True):
+            group["lr"] = rate / (step + 1)
+        if step == 4:
+            for p in batch.parameters():
+                p.data = p.data.clone()
+        losses.append(stepper.step(x, y)[0])
+        assert stepper.how == "compiled"
+    assert len(replays) == len(data) - 2  # not in the first step, nor where the parameters have moved
+    assert_same(batch, expected, 1e-8)
+    close(torch.stack(losses, 1).double(), torch.stack([torch.stack(row) for row in seen]), 1e-8, "losses kept")
+
+
+@pytest.mark.parametrize("size", [(5, 7), (8, 64), (3, 4, 6, 6)], ids=str)
+@pytest.mark.parametrize("drop", [nn.Dropout(0.5), nn.Dropout(0.1), nn.Dropout2d(0.3), nn.AlphaDropout(0.2)], ids=str)
+def test_masks_are_those_of_each_model_alone_bit_for_bit(drop, size):
     class Mask(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight, self.drop = nn.Parameter(torch.ones(())), nn.Dropout(0.5)
+            self.weight, self.drop = nn.Parameter(torch.ones(())), copy.deepcopy(drop)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.drop(x * self.weight)
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            h = self.drop(x * self.weight)
+            return h, self.drop(h[..., 1:]), self.drop(h.transpose(0, 1))  # which lie in other orders
 
     models = [Mask().to(CUDA) for _ in range(M)]
-    batch, x = ModelBatch(models, seeds=SEEDS), torch.ones(5, 7, device=CUDA)
+    batch, x = ModelBatch(models, seeds=SEEDS), torch.ones(size, device=CUDA)
     drawn = [batch(x), batch(x)]
     for m, model in enumerate(models):
         torch.manual_seed(SEEDS[m])
         for call in drawn:
-            assert torch.equal(call[m], model(x))
+            for mine, expected in zip(call, model(x), strict=True):
+                assert torch.equal(mine[m], expected)
 
 
 def test_autocast_rounds_each_model_as_alone():

@@ -145,7 +145,9 @@ class Columns:
             self._values[name] = _to_column(name, values)
             self.flags[name] = True if all(values) else None if any(values) else False
             for device, columns in self._devices.items():
-                columns[name] = _move(self._values[name], device)
+                column = _move(self._values[name], device)
+                stays = name in columns and columns[name].shape == column.shape  # where a replayed step reads it
+                columns[name] = columns[name].copy_(column) if stays else column
         if "fused" in self.changed:
             given = {group.get("fused") for group in self.groups}
             self.fused = given.pop() if len(given) == 1 else False if False in given else None

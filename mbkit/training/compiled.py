@@ -42,6 +42,7 @@ from .graph_passes import improve
 from .guards import Guards
 from .loop import arguments
 from .options import StepOptions
+from .replay import Replay
 
 __all__ = ["CannotCompile", "CompiledStep"]
 
@@ -181,12 +182,13 @@ class _Program:
             self._trace(self._arguments(self._kept, leaves, blank))  # learns what is drawn, assumed and reached
             operands = self._arguments(self._kept, leaves, blank)
             width = _SIMD_BITS.get(torch.backends.cpu.get_cpu_capability())
-            options = {"triton.cudagraphs": self._kept[0].is_cuda, "cpp.simdlen": width}
             graph = self._trace(operands)
             mode = FakeTensorMode(shape_env=ShapeEnv())  # without it, inductor keeps nothing for other processes
             forms = [mode.from_tensor(operand, static_shapes=True) for operand in operands]
             with tracing(TracingContext(mode)), autocast_off(self._kept[0].device.type):  # its casts are in the graph
-                self._run = torch._inductor.compile(graph, forms, options=options)
+                self._run = torch._inductor.compile(graph, forms, options={"cpp.simdlen": width})
+        if all(operand.is_cuda for operand in operands):
+            self._run = Replay(self._run, sum(isinstance(leaf, Tensor) for leaf in leaves) + len(self._draws))
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def __call__(self, kept: list[Tensor], leaves: list) -> tuple[Tensor, Any] | None:

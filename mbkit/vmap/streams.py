@@ -39,6 +39,19 @@ def _draw_mask(mask: Tensor, rate: float, generator: torch.Generator) -> None:
         mask.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
 
 
+def _draw_fused_mask(mask: Tensor, rate: float, generator: torch.Generator) -> None:
+    """Draw what CUDA's kernel for dropout draws, which knows the default generator alone."""
+    if not 0 < rate < 1:
+        return _draw_mask(mask, rate, generator)
+    default = torch.cuda.default_generators[mask.device.index]
+    with GENERATOR:
+        before = default.get_state()
+        default.set_state(generator.get_state())
+        mask.copy_(torch.dropout(torch.ones_like(mask), rate, True))
+        generator.set_state(default.get_state())
+        default.set_state(before)
+
+
 class SharedDraw(BatchingError):
     """All models at once have drawn one and the same number from Python's or numpy's generator."""
 
@@ -46,9 +59,7 @@ class SharedDraw(BatchingError):
 class Streams:
     """M random generators, the m-th in the state that `torch.manual_seed(seeds[m])` gives.
 
-    On a CPU the bits are those of a lone run, and tests compare them. On CUDA each model has a generator of the device
-    as well, whatever draws runs model by model with that generator in the default's place, and so the bits are expected
-    to be the lone ones too: same kernels, same seed, same offsets. That has not been run, for want of a GPU.
+    The bits are those of a lone run, on a CPU and on CUDA, where each model has a generator of the device as well.
 
     Models that draw from Python's `random` or from `numpy.random` get a generator each there too, in the state that
     `random.seed(seeds[m])` and `numpy.random.seed(seeds[m] % 2**32)` give.
@@ -190,9 +201,9 @@ class Streams:
             method(row, *own, generator=generator)
         return drawn
 
-    def dropout_masks(self, like: Tensor, rates: Sequence[float]) -> Tensor:
-        """Draw a mask per rate, `[M, ...]`, as torch does on a CPU: 0, or 1 / (1 - rate) where a number is kept."""
-        return self.fill(_draw_mask, like, PerModel(rates))
+    def dropout_masks(self, like: Tensor, rates: Sequence[float], fused: bool = False) -> Tensor:
+        """Draw a mask per rate, `[M, ...]`, as torch does: 0, or 1 / (1 - rate) where a number is kept."""
+        return self.fill(_draw_fused_mask if fused else _draw_mask, like, PerModel(rates))
 
     def remember(self) -> Callable[..., None]:
         """Return a function that puts the streams back where they are now: all, or those of the models it gets."""

@@ -24,6 +24,7 @@ from .data_dependent import all_true
 
 _IN_TURN = """alpha_dropout alpha_dropout_ binomial dropout_ feature_alpha_dropout feature_alpha_dropout_
     feature_dropout_ native_dropout poisson rrelu rrelu_ _sample_dirichlet _standard_gamma"""
+_VECTOR = 16  # bytes that a GPU's thread reads at once
 _FILLS = "bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_"
 
 rule(*(getattr(torch, name) for name in _IN_TURN.split() if hasattr(torch, name)))(model_by_model)
@@ -152,24 +153,32 @@ def _multinomial(mode: Pass, p: Tensor, num_samples: int, replacement: bool = Fa
 def _dropout(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
     """Dropout with one mask per model, of numbers or of whole features.
 
-    On a CPU this draws what torch itself draws there, `bernoulli_(1 - p).div_(1 - p)` over the activation's
-    memory order. Other devices use fused kernels with counters of their own, so they go model by model.
+    Torch draws `bernoulli_(1 - p).div_(1 - p)` in the order of memory; on a GPU it has a kernel of its own for numbers,
+    which draws others where the activation has gaps or begins between two vectors: that goes model by model.
     """
     x, p, train = args
     rates = p.values if isinstance(p, PerModel) else [p] * mode.num_models
     if not train or not any(rates):
         return x  # as torch does
-    if mode.device.type != "cpu" or kwargs:
+    if mode.device.type not in ("cpu", "cuda") or kwargs:
         return model_by_model(mode, operator, args, kwargs)
     features = (*x.shape[:2], *[1] * (x.dim() - 2))
+    fused = mode.device.type == "cuda" and operator is torch.dropout
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
         check_order(mode, stacks, stacked)
         row = stacks[0][0] if stacked[0] else stacks[0]
+        if fused and not (torch.ops.aten.is_non_overlapping_and_dense(row) and _begins_a_vector(row)):
+            return NotImplemented
         like = torch.empty_like(row) if operator is torch.dropout else row.new_empty(features)
-        return stacks[0] * mode.streams.dropout_masks(like, rates)
+        return stacks[0] * mode.streams.dropout_masks(like, rates, fused)
 
-    return call_unwrapped(mode, run, [x])
+    out = call_unwrapped(mode, run, [x])
+    return model_by_model(mode, operator, args, kwargs) if out is NotImplemented else out
+
+
+def _begins_a_vector(row: Tensor) -> bool:
+    return row.storage_offset() * row.itemsize % _VECTOR == 0
 
 
 @rule(torch._C._nn.scaled_dot_product_attention)
