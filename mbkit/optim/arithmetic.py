@@ -90,7 +90,12 @@ def decay(param: Each, grad: Each, h: Hyperparameters, decoupled: bool | Tensor 
 
 
 def count(states: States, name: str, h: Hyperparameters, by: Tensor | None = None) -> Tensor:
-    """Advance the models' counts, by 1 or by `[M]`, and return them as `[P, M]`, in the columns' dtype."""
+    """Advance the models' counts, by 1 or by `[M]`, and return them as `[P, M]`, in the columns' dtype.
+
+    On a CPU, where to look is cheaper than to go on with P rows, they are `[1, M]` if all parameters have the same.
+    """
     counts = kept(states, name)
     by = h.kept("one", lambda: torch.ones_like(counts[0])) if by is None else by
-    return torch.stack(counts.add_(Each([by] * len(counts)))).to(h["lr"].dtype)
+    first, *others = counts.add_(Each([by] * len(counts)))
+    alike = first.is_cpu and type(first) is Tensor and all(torch.equal(first, other) for other in others)
+    return (first[None] if alike else torch.stack(counts)).to(h["lr"].dtype)

@@ -209,7 +209,7 @@ class Hyperparameters:
         """Return the column for each of the P parameters, rounded once to their dtype.
 
         Args:
-            column: `[M]`, the same for all parameters, or `[P, M]`, one row per parameter; or one bool for all.
+            column: `[M]` or `[1, M]`, the same for all parameters, or `[P, M]`, one row for each; or one bool for all.
 
         Returns:
             P tensors `[M, 1, ...]`, each with as many dimensions as its parameter (or the bool).
@@ -218,7 +218,10 @@ class Hyperparameters:
             return column
         if column.dtype != torch.bool:
             column = column.to(self._dtype)
-        rows = column.unbind(0) if column.dim() == 2 else [column] * len(self._dims)
+        if column.dim() == 1 or len(column) == 1:
+            made = {dim: column.view(-1, *[1] * (dim - 1)) for dim in set(self._dims)}
+            return Each(made[dim] for dim in self._dims)
+        rows = column.unbind(0)
         return Each(row.view(-1, *[1] * (dim - 1)) for row, dim in zip(rows, self._dims, strict=True))
 
 

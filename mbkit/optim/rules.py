@@ -136,7 +136,7 @@ def nadam(param: Each, grad: Each, states: States, h: Hyperparameters) -> None:
     mu = beta1 * (1 - 0.5 * 0.96 ** (steps * h["momentum_decay"]))
     mu_next = beta1 * (1 - 0.5 * 0.96 ** ((steps + 1) * h["momentum_decay"]))
     product = kept(states, "mu_product")
-    product = torch.stack(product.mul_(Each(mu).to(product.dtype))).to(mu.dtype)
+    product = torch.stack(product.mul_(Each(mu.expand(len(product), -1)).to(product.dtype))).to(mu.dtype)
     rate, rate_next = -h["lr"] * (1 - mu) / (1 - product), -h["lr"] * mu_next / (1 - product * mu_next)
     take1, keep2, take2, eps = h.once("nadam", lambda: (*averages(h), h["eps"]))
     correction2, rate, rate_next = map(h.spread, (1 - beta2**steps, rate, rate_next))

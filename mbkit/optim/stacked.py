@@ -83,7 +83,7 @@ class StackedOptimizer(BatchOptimizer):
         for params, columns in self.alike([param for param in self._params() if param.grad is not None]):
             grads = [_gradient(param) for param in params]
             states = [self.prepare(param, columns) for param in params]
-            active = [self._active(param, stopped) for param in params]
+            active = [self._active(param.grad, stopped) for param in params]
             if can_fuse(ruled_class(self.optimizer_cls), params, states, columns):
                 fused_adam_(params, grads, states, columns, active)
                 continue
@@ -97,7 +97,9 @@ class StackedOptimizer(BatchOptimizer):
             params, grads = [_real(param) for param in params], [_real(grad) for grad in grads]
             for rows in self._blocks(params):
                 copies = [(tensor[rows], tensor[rows].clone(), who[rows]) for tensor, who in kept]
-                own = [dict(zip(state, cut(list(state.values()), rows), strict=True)) for state in states]
+                own = states
+                if rows is not ALL:
+                    own = [{name: value[rows] for name, value in state.items()} for state in states]
                 h = columns.at(cut(params, rows), rows)
                 self.rule.update(Each(cut(params, rows)), Each(cut(grads, rows)), own, h)
                 for tensor, copy, who in copies:
@@ -106,7 +108,7 @@ class StackedOptimizer(BatchOptimizer):
 
     def _blocks(self, params: list[Tensor]) -> list[slice]:
         """Return the models to update at once, block by block."""
-        taken = sum(param.numel() * param.element_size() for param in params)
+        taken = sum(param.nbytes for param in params)
         size = max(1, self.num_models * _BLOCK.get(params[0].device.type, _BLOCK_ELSEWHERE) // max(1, taken))
         return [slice(m, m + size) for m in range(0, self.num_models, size)] if size < self.num_models else [ALL]
 
@@ -122,30 +124,29 @@ class StackedOptimizer(BatchOptimizer):
             lots += [(members, columns) for members in kinds.values()]
         return lots
 
-    def _active(self, param: nn.Parameter, stopped: Tensor | None) -> Tensor | None:
-        """Return the models `[M]` whose parameter and state this step may change; None for all.
+    def _active(self, gradient: Tensor, stopped: Tensor | None) -> Tensor | None:
+        """Return the models `[M]` whose parameter and its state this step may change, by its gradient; None for all.
 
         These are not the models that are stopped, and not those that have no gradient for the parameter: where models
         run one after the other, a step may use it for some of them only.
         """
-        reached = models_with_gradient(param.grad, self.num_models)
+        reached = models_with_gradient(gradient, self.num_models)
         if stopped is None:
             return reached
-        active = ~stopped.to(param.device)
+        active = ~stopped.to(gradient.device)
         return active if reached is None else active & reached
 
     def prepare(self, param: nn.Parameter, columns: Columns) -> dict[str, Tensor]:
         """Return the parameter's state, made where it is missing and moved where the batch was moved."""
-        rule = self.rule
-        kept = [*rule.shapes(param.shape[1:])]
-        kept += [name for name, needs in rule.optional.items() if columns.on(needs) is not False]
-        if not kept and param not in self.state:
+        rule, state = self.rule, self.state.get(param)
+        kept = rule.shapes(param.shape[1:]) if callable(rule.state) else rule.state
+        kept = [*kept, *(name for name, needs in rule.optional.items() if columns.on(needs) is not False)]
+        if not kept and state is None:
             return {}  # SGD without momentum
-        state = self.state[param]
+        state, device, dtype = self.state[param] if state is None else state, param.device, param.dtype
         for name in (*rule.counts, *kept):
             if name not in state:
                 state[name] = self._start(name, param, columns)
-        device, dtype = param.device, param.dtype
         for name, value in state.items():
             if value.device != device or (value.dtype != dtype and name not in rule.counts):
                 state[name] = value.to(device, value.dtype if name in rule.counts else dtype)

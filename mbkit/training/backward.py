@@ -38,7 +38,7 @@ def backward_pass(losses: Tensor, is_shared: bool = True) -> None:
     before = torch.default_generator.get_state() if watched else None
     try:
         with autocast_off(losses.device.type):
-            losses.sum().backward()
+            losses.backward(torch.ones_like(losses))  # one node less than through their sum
     except RuntimeError as error:
         if "vmap: called random operation" in str(error):  # an autograd.Function's backward with a vmap rule
             raise BatchingError(_DRAWN) from error

@@ -89,10 +89,12 @@ class Chunks:
             return call_models(context_of(self.batch), *arguments(x), shared_input, plainly)
         return join_outputs([(out, chunk.num_models) for _, chunk, out in self._calls(x, shared_input)])
 
-    def backward(self, x: Any, y: Any, options: StepOptions) -> tuple[Tensor, Any]:
-        """Add up the gradients of all models; return the losses [M] and the outputs, detached."""
+    def backward(
+        self, x: Any, y: Any, options: StepOptions, parameters: list[nn.Parameter] | None = None
+    ) -> tuple[Tensor, Any]:
+        """Add up the gradients of all models, given or not; return the losses [M] and the outputs, detached."""
         batch, context = self.batch, context_of(self.batch)
-        parameters = list(batch.parameters())
+        parameters = list(batch.parameters()) if parameters is None else parameters
         is_cleared = all(p.grad is None for p in parameters)  # or new gradients are added to those, as torch does
         if not _calls_are_own(batch) or any(map(has_grad_hooks, parameters)) or not is_cleared:
             self.how = "all models at once"
@@ -277,8 +279,8 @@ def _backward_of_the_whole(batch: nn.Module, x: Any, y: Any, options: StepOption
 
 def _inputs(x: Any, shared: bool) -> tuple[tuple, dict]:
     """Return a call's arguments and keyword arguments; what a forward writes into its own goes into no later graph."""
-    given = open_mappings(arguments(x))
-    return given if shared else tree_map_only(Tensor, _apart, given)
+    given = arguments(x)
+    return given if shared else tree_map_only(Tensor, _apart, open_mappings(given))
 
 
 def _rows(models: slice, tensor: Tensor) -> Tensor:

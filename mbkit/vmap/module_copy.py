@@ -200,7 +200,7 @@ def merge(each: Sequence[dict[Key, Any]], before: State, whole: bool = False) ->
         if all(isinstance(leaf, Tensor) for leaf in column):
             if key != OUTPUT and id(first) in known and all(leaf is first for leaf in column):
                 return first
-            if len({(t.shape, t.dtype) for t in column}) == 1:
+            if len(column) == 1 or len({(t.shape, t.dtype) for t in column}) == 1:
                 fresh.append(column)
                 return Placeholder(len(fresh) - 1)
         elif all(leaf is first or (isinstance(leaf, PLAIN) and leaf == first) for leaf in column):

@@ -24,7 +24,7 @@ def _linear(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
         if not (stacked[1] and stacked[2] and weight.dim() == 3):
             return NotImplemented
         x = x if stacked[0] else x.expand(mode.num_models, *x.shape)
-        rows = x.flatten(1, -2)
+        rows = x.flatten(1, -2) if x.dim() > 3 else x
         if mode.traced:
             out = _Turned.apply(rows, weight, bias)
         else:
