@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ from .freeze import held
 from .hooks import hooked
 from .kept import kept_by
 from .memory import Memory
+
+_load_decompositions = cache(lazy_load_decompositions)
 
 # Errors that can be raised again under the same name with a longer text.
 PLAIN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
@@ -227,7 +230,7 @@ def at_once(
 ) -> tuple[Tensor, ...]:
     """Run a function of the pass and one model's tensors for all models at once."""
     device = tensors[0].device if tensors else torch.device("cpu")
-    lazy_load_decompositions()
+    _load_decompositions()
     # vmap's own remark that it loops over the models for some operator is on by default, and nothing to act upon.
     functorch._set_vmap_fallback_warning_enabled(False)
     # What torch.vmap does, without taking apart nested arguments, which costs small models a tenth of a step.

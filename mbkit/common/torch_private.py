@@ -33,6 +33,8 @@ PRIVATE = {
     "torch._C._functorch.is_gradtrackingtensor": "tell a transform of the model's own; there is no public question",
     "torch._C._functorch.maybe_current_level": "likewise",
     "torch._C._functorch.maybe_get_bdim": "where the models' dimension is; likewise",
+    "torch._C._functorch.pop_dynamic_layer_stack": "run a rule below vmap, the quick way",
+    "torch._C._functorch.push_dynamic_layer_stack": "likewise",
     "torch._functorch.pyfunctorch.temporarily_pop_interpreter_stack": "run a rule below vmap, where random numbers may "
     "be drawn; an autograd.Function does so too, at six times the cost",
     "torch._C._autograd._top_saved_tensors_default_hooks": "notice checkpointing inside vmap; hooks set by "
@@ -58,6 +60,9 @@ PRIVATE = {
     "torch._pad_packed_sequence": "likewise",
     "torch._scaled_dot_product_attention_math": "attention's weights, to drop some by masks that are drawn before; the "
     "public function draws them itself",
+    "torch.autograd._profiler_enabled": "a step without its range where nobody measures; there is no public question",
+    "torch.optim.optimizer._global_optimizer_post_hooks": "likewise where no hook of all optimizers looks on",
+    "torch.optim.optimizer._global_optimizer_pre_hooks": "likewise",
     "torch.nn.modules.dropout._DropoutNd": "every dropout layer; the public classes have no public parent",
     "torch.nn.modules.module._global_backward_hooks": "notice hooks on all modules; there is no public question",
     "torch.nn.modules.module._global_backward_pre_hooks": "likewise",

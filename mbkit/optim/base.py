@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..batch.context import context_of
 from ..common.checks import model_numbers
@@ -14,6 +15,9 @@ from .hyperparameters import SWITCHES, numbers_of
 from .model_states import CanSelect, shapes_in
 
 __all__ = ["BatchOptimizer", "construct", "lone_shapes", "parameters_of"]
+
+
+_HOOKS = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
 
 
 class BatchOptimizer(CanSelect, torch.optim.Optimizer):
@@ -72,7 +76,6 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         size = len(self._names)
         return self.param_groups[m * size : (m + 1) * size]
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update all models from the gradients that the stacked parameters hold now.
 
@@ -88,9 +91,20 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
             RuntimeError: the batch's parameters are no longer the ones that this optimizer was made for.
             TypeError: the class needs a closure, or reads each model's loss where the closure returned their sum.
         """
+        hooks = self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, *_HOOKS
+        watched = any(hooks) or torch.autograd._profiler_enabled()
+        step = self._watched_step if watched else self._step
+        return step() if closure is None else step(closure)
+
+    step.hooked = True  # torch wraps other steps in a range for its profiler, which takes as long as a layer
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = self._update(closure)
         self.note_step()
         return loss
+
+    _watched_step = torch.optim.Optimizer.profile_hook_step(_step)  # for hooks and the profiler
 
     def note_step(self) -> None:
         """Note that a step was made: torch's schedulers ask before they complain about the order of calls."""

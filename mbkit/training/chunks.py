@@ -159,10 +159,11 @@ class Chunks:
     def _losses(self, chunk: CallContext, out: Any, y: Any, options: StepOptions, models: slice) -> Tensor:
         """Make the backward pass of a chunk; return its losses, detached."""
         some, settings = first_tensor(out), options.settings_of(self.num_models)
-        if some is not None:  # or else call_losses says what is wrong
+        is_part = chunk is not context_of(self.batch)
+        if is_part and some is not None:  # or else call_losses says what is wrong
             shared = options.forms.of(y, (self.num_models, *some.shape[1:]), self.num_models)
             y = targets_at(y, shared, models)
-        settings = settings and settings.of_models(models)
+        settings = settings.of_models(models) if is_part and settings else settings
         losses = call_losses(chunk, out, y, options.loss_fn, options.forms, settings)
         backward_pass(losses)
         return losses.detach()

@@ -51,8 +51,11 @@ def call_unwrapped(mode: Pass, function: Callable[[list[Tensor], list[bool]], An
     stacks = [as_stacked(t) for t in tensors]
     stacked = [t is not None for t in stacks]
     stacks = [t if stack is None else stack for t, stack in zip(tensors, stacks, strict=True)]
-    with temporarily_pop_interpreter_stack():  # where random numbers may be drawn
+    popped = functorch.pop_dynamic_layer_stack()  # random numbers may be drawn below vmap
+    try:
         result = function(stacks, stacked)
+    finally:
+        functorch.push_dynamic_layer_stack(popped)
     if isinstance(result, Tensor):
         return functorch._add_batch_dim(result, 0, mode.level)
     return tuple(functorch._add_batch_dim(t, 0, mode.level) for t in result) if isinstance(result, tuple) else result
