@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -42,6 +43,20 @@ def test_every_reduction(batch: ModelBatch, reduction: str, own: bool) -> None:
     assert not batch.latest_losses.requires_grad
     assert batch.metrics() == {f"loss_model_{m}": loss for m, loss in enumerate(batch.latest_losses.tolist())}
     assert all(type(value) is float for value in batch.metrics().values())
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "per-model"])
+@pytest.mark.parametrize("classes", [2, 15, 16, 40], ids="{} classes".format)
+@pytest.mark.parametrize("settings", [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"ignore_index": 1}], ids=str)
+def test_cross_entropy_of_few_and_of_many_classes(batch: ModelBatch, classes: int, settings: dict, own: bool) -> None:
+    """On a CPU their kernels differ, where the rows become shorter than a vector."""
+    out, y = outputs(M, B, classes), torch.randint(classes, (M, B) if own else (B,))
+    y[..., 0], y[..., 1] = -100 if "ignore_index" not in settings else 0, 1  # one row is left out of the mean
+    loss_fn = partial(F.cross_entropy, **settings)
+    losses = batch.compute_loss(out, y, loss_fn, "none")
+    expected = torch.stack([loss_fn(out[m], y[m] if own else y) for m in range(M)])
+    close(losses, expected, 1e-14)
+    close(*(torch.autograd.grad(each.sum(), out)[0] for each in (losses, expected)), 1e-14)
 
 
 def test_sum_is_the_default_and_metrics_start_empty(batch: ModelBatch) -> None:

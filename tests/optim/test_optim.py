@@ -20,6 +20,7 @@ from optimizers import (
 )
 from oracle import batches, build
 from torch import nn, optim
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from mbkit import ModelBatch
 from mbkit.optim import OptimizerFactory
@@ -82,6 +83,24 @@ def test_closure_and_hooks(case: tuple[type, dict]) -> None:
     first = optimizer.step(closure)
     assert seen == ["before", "after"]
     assert first.item() != optimizer.step(closure).item()
+
+
+def test_hooks_of_all_optimizers_and_a_profiler_see_a_step() -> None:
+    optimizer = start(optim.Adam, {"lr": LR})[2]
+    lone, seen = optim.Adam([torch.ones(1, requires_grad=True)]), []
+    see = lambda one, args, kwargs: seen.append((len(args), kwargs))  # noqa: E731
+    hooks = [register_optimizer_step_pre_hook(see), register_optimizer_step_post_hook(see)]
+    try:
+        for one in (lone, optimizer):
+            one.step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    optimizer.step()
+    assert seen == [seen[0]] * 4
+    with torch.autograd.profiler.profile() as profile:
+        optimizer.step()
+    assert f"Optimizer.step#{type(optimizer).__name__}.step" in {event.name for event in profile.function_events}
 
 
 @every_class
