@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..common.checks import per_model
-from .base import BatchOptimizer, construct, lone_shapes
+from .base import BatchOptimizer
 from .configs import check_names, merge_configs
-from .groups import chosen_parameters, split_groups
+from .groups import chosen_parameters, construct, lone_shapes, split_groups
 from .rules import RULES, ruled_class
 from .schedulers import ModelSchedulers
 from .stacked import StackedOptimizer

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..batch.context import context_of
 from ..batch.freeze import nonfinite_models
 from ..common.checks import model_numbers, whole_number
-from .base import BatchOptimizer, parameters_of
+from .base import BatchOptimizer
+from .groups import parameters_of
 
 __all__ = ["GradScaler"]
 

@@ -1,4 +1,4 @@
-"""Parameter groups by name: other hyperparameters in other layers, for each of M models."""
+"""Parameter groups by name, with other hyperparameters in other layers, for each of M models; lone optimizers of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch import nn
 
 from ..common.checks import did_you_mean
 from .configs import merge_configs
-
-__all__ = ["chosen_parameters", "split_groups"]
 
 
 def split_groups(
@@ -119,3 +117,47 @@ def _found(
     if not found:
         raise ValueError(f"No parameter is called {pattern!r}{where}.{did_you_mean(pattern, list(stacked))}")
     return found
+
+
+def parameters_of(groups: Sequence[dict[str, Any]]) -> list[nn.Parameter]:
+    """Return all parameters of the groups in one list."""
+    return [param for group in groups for param in group["params"]]
+
+
+def lone_shapes(batch: Any, names: Sequence[Sequence[str]]) -> list[nn.Parameter]:
+    """Return parameters without memory that have a lone model's shapes."""
+    stacked = batch.stacked_params
+    return [nn.Parameter(torch.empty_like(stacked[n][0], device="meta")) for group in names for n in group]
+
+
+def construct(
+    optimizer_cls: type[torch.optim.Optimizer],
+    params: Sequence[Sequence[nn.Parameter]],
+    configs: Sequence[dict[str, Any]],
+    m: int,
+) -> torch.optim.Optimizer:
+    """Return a lone optimizer over G groups; where its class refuses the numbers, the error names model m."""
+    groups = []
+    for group, config in zip(params, configs, strict=True):  # one by one: torch checks the numbers in keywords only
+        try:
+            lone = optimizer_cls(list(group), **config)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise type(error)(
+                f"{optimizer_cls.__name__} refuses the hyperparameters of model {m}, {config}: {error}"
+            ) from None
+        groups.extend(lone.param_groups)  # filled up with the class's own defaults
+    if len(params) > 1:
+        for name in {name for config in configs for name in config} - set(lone.defaults):
+            values = [config.get(name) for config in configs]
+            if any(value != values[0] for value in values):
+                raise ValueError(
+                    f"{optimizer_cls.__name__} keeps one {name!r} for all groups of model {m}, got "
+                    f"{' and '.join(map(str, values))}: pass it once, outside of the groups."
+                )
+        lone = optimizer_cls(groups, **configs[0])
+    if len(lone.param_groups) != len(params):
+        raise TypeError(
+            f"Expected {optimizer_cls.__name__} to keep a model's parameters in {len(params)} group(s), got "
+            f"{len(lone.param_groups)}: train with one optimizer per model, over batch.models."
+        )
+    return lone

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..batch.freeze import rows_where
 from ..vmap import models_with_gradient
-from .base import BatchOptimizer, construct, lone_shapes, parameters_of
+from .base import BatchOptimizer
 from .each import Each
 from .fused import can_fuse, fused_adam_, prefers_kernel
+from .groups import construct, lone_shapes, parameters_of
 from .hyperparameters import ALL, Columns, ModelGroups, cut
 from .rules import RULES, Rule, known_hyperparameters, ruled_class
 

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 from ..batch.context import context_of
 from .at_once import form_of, image_of, step_at_once
-from .base import BatchOptimizer, construct, parameters_of
+from .base import BatchOptimizer
+from .groups import construct, parameters_of
 from .hyperparameters import ModelGroup, ModelGroups
 from .lone_calls import CanCallEach, has_gradient, place_of
 
