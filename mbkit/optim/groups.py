@@ -1,4 +1,4 @@
-"""Parameter groups by name, with other hyperparameters in other layers, for each of M models; lone optimizers of them."""
+"""Parameter groups by name, with other hyperparameters in other layers, for each of M models; their lone optimizers."""
 
 from __future__ import annotations
 
