@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.functions import DYNAMIC, names_in, parts_of, user_made
-from ..common.python_random import PYTHON_GENERATORS
+from ..common.random_streams import PYTHON_GENERATORS
 from ..vmap import HOOKS, OnStack, version
 
 __all__ = ["CONTAINERS", "PLAIN", "Place", "PythonValues", "read", "same", "unchanged", "write"]

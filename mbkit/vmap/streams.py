@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.python_random import PYTHON_GENERATORS, PythonGenerator, generator_marks, moved_generators
-from ..common.random_streams import GENERATOR
+from ..common.random_streams import GENERATOR, PYTHON_GENERATORS, PythonGenerator, generator_marks, moved_generators
 from .errors import BatchingError
 from .per_model import PerModel
 

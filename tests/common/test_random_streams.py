@@ -10,8 +10,7 @@ import pytest
 import torch
 from oracle import next_draws, seed_all
 
-from mbkit.common.python_random import generator_marks, moved_generators
-from mbkit.common.random_streams import OwnDraws, in_turn
+from mbkit.common.random_streams import OwnDraws, generator_marks, in_turn, moved_generators
 
 
 @pytest.fixture(params=["as it is", "replaced"])
