@@ -26,7 +26,6 @@ class MLP(nn.Module):
         ValueError: fewer than two sizes, or a rate outside 0 to 1.
 
     Example:
-        >>> import torch
         >>> MLP([20, 16, 16, 4])(torch.zeros(5, 20)).shape  # [B, 20] to [B, 4]
         torch.Size([5, 4])
     """
@@ -72,7 +71,6 @@ class LeNet5(nn.Module):
         dropout: the rate after each of the two hidden fully connected layers, 0 to 1.
 
     Example:
-        >>> import torch
         >>> LeNet5()(torch.zeros(2, 3, 32, 32)).shape  # [B, 3, 32, 32] to [B, K]
         torch.Size([2, 10])
         >>> sum(p.numel() for p in LeNet5().parameters())
@@ -106,7 +104,6 @@ class ResNet(nn.Module):
         widths: channels of each block.
 
     Example:
-        >>> import torch
         >>> ResNet()(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
@@ -147,7 +144,6 @@ class GPT(nn.Module):
         num_tokens: K. length: the largest T. width: features, in 4 heads. depth: blocks. dropout: its rate.
 
     Example:
-        >>> import torch
         >>> GPT()(torch.zeros(2, 32, dtype=torch.long)).shape
         torch.Size([2, 64])
     """
@@ -217,7 +213,6 @@ class LSTMClassifier(nn.Module):
         num_classes: K. features: of the input. hidden: of the LSTM.
 
     Example:
-        >>> import torch
         >>> LSTMClassifier()(torch.zeros(2, 32, 16)).shape
         torch.Size([2, 10])
     """

@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -24,11 +26,11 @@ from torch.nn.functional import cross_entropy
 from ..batch.model_batch import ModelBatch
 from ..common.machine import synchronize, tune_malloc
 from ..common.process import Worker
+from ..models import MLP, LeNet5
 from ..optim import OptimizerFactory
 from ..training.options import StepOptions
 from ..training.sequential import LoneTrainer
 from ..training.step import Stepper
-from .jax_side import make_step as jax_step
 
 LOOP, LOOP_AS_IT_IS = "sequential, malloc set", "sequential"
 _MANY = 1024  # models from which on modelbatch's setup and steps, a Python loop each, take minutes
@@ -197,10 +199,44 @@ def _refuse(condition: Any, why: str) -> None:
 
 
 def _jax(models: _Models, optimizer_cls: type, configs: _Configs, _: Any) -> Side:
-    """jit(vmap(...)) of the same network, loss and Adam, written in JAX."""
+    """jit(vmap(...)) of the same network, loss and Adam in JAX."""
     _refuse(optimizer_cls is not torch.optim.Adam, "only Adam is written in JAX")
-    step, read = jax_step(models, configs)
-    return Side([step], len(models), read)
+    _refuse(type(models[0]) not in (MLP, LeNet5), "this network is not written in JAX")
+    _refuse(next(models[0].parameters()).device.type != "cpu", "JAX is measured on CPUs only")
+    _refuse(importlib.util.find_spec("jax") is None, "JAX is not installed")
+    import jax
+    import jax.numpy as jnp
+    from jax.example_libraries.optimizers import adam
+
+    def forward(params: dict, x: Any) -> Any:
+        layers = sorted({name.rpartition(".")[0] for name in params})
+        for name in layers:
+            weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]
+            if weight.ndim == 4:
+                x = jax.nn.relu(jax.lax.conv(x, weight, (1, 1), "VALID") + bias[:, None, None])
+                x = jax.lax.reduce_window(x, -float("inf"), jax.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
+            else:
+                x = x.reshape(len(x), -1) @ weight.T + bias
+                x = x if name == layers[-1] else jax.nn.relu(x)
+        return x
+
+    def loss(params: dict, x: Any, y: Any) -> Any:
+        logs = jax.nn.log_softmax(forward(params, x))
+        return -jnp.take_along_axis(logs, y[:, None], 1).mean()
+
+    def one(state: Any, count: Any, rate: Any, x: Any, y: Any) -> Any:
+        _, update, read = adam(rate)
+        return update(count, jax.grad(loss)(read(state), x, y), state)
+
+    stacked, _ = torch.func.stack_module_state(list(models))
+    rates, done = jnp.asarray([config["lr"] for config in configs]), itertools.count()
+    run, (init, _, read) = jax.jit(jax.vmap(one, in_axes=(0, None, 0, None, None))), adam(0.0)
+    state = [jax.vmap(init)({name: jnp.asarray(p.detach().numpy()) for name, p in stacked.items()})]
+
+    def step(x: Tensor, y: Tensor) -> None:
+        state[0] = jax.block_until_ready(run(state[0], next(done), rates, x.numpy(), y.numpy().astype("int32")))
+
+    return Side([step], len(models), lambda m, name: torch.from_numpy(np.array(read(state[0])[name][m])))
 
 
 BASELINES: dict[str, Callable[..., Side]] = {
