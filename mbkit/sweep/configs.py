@@ -107,8 +107,10 @@ class Parts:
         return patterns, tuple(sorted(self.loss)), tuple(sorted(self.data)), self.max_norm is None
 
 
-class Router:
-    """Divides configurations by their names.
+def divide(
+    configs: Sequence[Mapping[str, Any]], build: Callable[..., nn.Module], optimizer_cls: type[torch.optim.Optimizer]
+) -> list[Parts]:
+    """Divide configurations by their names.
 
     `lr` and whatever else the optimizer takes goes to the optimizer, `lr@PATTERN` to it for the parameters that match
     the pattern only; `loss_beta` is the loss's `beta`; `data_fold` is an argument of the callable `data`; `seed` and
@@ -117,32 +119,30 @@ class Router:
     Raises:
         ValueError: a name that nobody takes.
     """
-
-    def __init__(self, build: Callable[..., nn.Module], optimizer_cls: type[torch.optim.Optimizer]) -> None:
-        taken = inspect.signature(build).parameters
-        self._build = None if any(p.kind is p.VAR_KEYWORD for p in taken.values()) else set(taken)
-        self._optimizer = set(inspect.signature(optimizer_cls).parameters) - {"params"}
-
-    def parts(self, config: Mapping[str, Any], trial: int) -> Parts:
-        """Return the parts of one configuration."""
-        found = Parts({}, {}, {}, {}, {}, config.get("max_norm"), config.get("seed"))
+    taken = inspect.signature(build).parameters
+    of_build = None if any(p.kind is p.VAR_KEYWORD for p in taken.values()) else set(taken)
+    of_optimizer = set(inspect.signature(optimizer_cls).parameters) - {"params"}
+    parts = []
+    for trial, config in enumerate(configs):
+        own = Parts({}, {}, {}, {}, {}, config.get("max_norm"), config.get("seed"))
         for name, value in config.items():
             short, at, pattern = name.partition("@")
-            if at and short in self._optimizer:
-                found.groups.setdefault(pattern, {})[short] = value
-            elif name in self._optimizer:
-                found.optimizer[name] = value
+            if at and short in of_optimizer:
+                own.groups.setdefault(pattern, {})[short] = value
+            elif name in of_optimizer:
+                own.optimizer[name] = value
             elif name.startswith(("loss_", "data_")):
-                getattr(found, name[:4])[name[5:]] = value
-            elif self._build is None or name in self._build:
-                found.build[name] = value
+                getattr(own, name[:4])[name[5:]] = value
+            elif of_build is None or name in of_build:
+                own.build[name] = value
             elif name not in ("max_norm", "seed"):
-                known = self._optimizer | self._build | {"seed", "max_norm"}
+                known = of_optimizer | of_build | {"seed", "max_norm"}
                 raise ValueError(
                     f"Nobody takes {name!r} of trial {trial}: neither the optimizer nor build does, and it does not "
                     f"begin with loss_ or data_.{did_you_mean(name, known)}"
                 )
-        return found
+        parts.append(own)
+    return parts
 
 
 def cut(trials: Iterable[int], kinds: Sequence[int], models_per_batch: int) -> list[list[int]]:

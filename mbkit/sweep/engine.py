@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..common.checks import check_seeds, whole_number
 from ..common.progress import Progress
 from ..vmap import check_autocast
-from .configs import Parts, Router, cut, find_kinds, group_labels
+from .configs import Parts, cut, divide, find_kinds, group_labels
 from .executors import run_jobs
 from .folder import batch_file, locked, plain_json, settle
 from .ranking import ordered, promoted
@@ -131,8 +131,7 @@ def sweep(
         whole_number(patience, "patience")
     if isinstance(score, str) and score not in ("accuracy", "loss"):
         raise ValueError(f"Expected score 'accuracy', 'loss' or a function, got {score!r}.")
-    router = Router(build, optimizer_cls)
-    parts = [router.parts(config, t) for t, config in enumerate(configs)]
+    parts = divide(configs, build, optimizer_cls)
     if any(own.data for own in parts) and not callable(data):
         raise TypeError(f"Expected data as a callable that takes the data_ settings, got {type(data).__name__}.")
     own_seeds = [own.seed for own in parts]
@@ -152,8 +151,8 @@ def sweep(
     }  # fmt: skip
     asked = plain_json(asked)
     home = Path(tempfile.mkdtemp(prefix="mbkit-sweep-") if folder is None else folder).absolute()
-    if folder is None:  # it goes when the last one who knows the router does, which is the result
-        weakref.finalize(router, shutil.rmtree, home, ignore_errors=True)
+    if folder is None:  # it goes when the last one who knows the parts does, which is the result
+        weakref.finalize(parts[0], shutil.rmtree, home, ignore_errors=True)
     with locked(home):
         fresh: dict[str, Any] = {"threads": torch.get_num_threads(), "dtype": str(torch.get_default_dtype())}
         fresh["kinds"] = None if (home / "sweep.json").exists() else find_kinds(build, parts, seeds)
@@ -171,7 +170,7 @@ def sweep(
             going = promoted(trials, going, labels, reduction_factor, patience)
             if not going:
                 break
-    return SweepResult(trials, task, parts, labels, router)
+    return SweepResult(trials, task, parts, labels)
 
 
 def _train_rung(

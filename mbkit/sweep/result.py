@@ -73,12 +73,9 @@ class SweepResult(Tables):
     numbers: list[int]
     fresh: bool
 
-    def __init__(
-        self, trials: list[Trial], task: Task, parts: Sequence[Parts], labels: Sequence[Hashable], owner: Any
-    ) -> None:
+    def __init__(self, trials: list[Trial], task: Task, parts: Sequence[Parts], labels: Sequence[Hashable]) -> None:
         self.trials, self.folder = trials, task.folder
         self._task, self._parts, self._labels = task, parts, labels
-        self._owner = owner  # of a temporary folder, which is removed with it
 
     def __len__(self) -> int:
         return len(self.trials)
