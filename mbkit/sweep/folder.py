@@ -20,7 +20,8 @@ try:
 except ImportError:  # Windows, where nobody keeps a second driver out
     fcntl = None  # type: ignore[assignment]
 
-_locks: set[int] = set()
+# A process's own locks of this kind do not keep itself out. A worker that outlives its driver has no part in them.
+_LOCKED: set[Path] = set()
 
 
 def batch_file(folder: str | Path, rung: int, number: int, part: str = "") -> Path:
@@ -48,6 +49,10 @@ def locked(folder: Path) -> Iterator[None]:
         RuntimeError: another process, or another sweep of this one, has it.
         OSError: it cannot be made or written.
     """
+    busy = RuntimeError(f"Another process is running the sweep in {folder}: wait for it, or choose another folder.")
+    place = folder.resolve()
+    if place in _LOCKED:
+        raise busy
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -56,26 +61,14 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         if fcntl is not None:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise RuntimeError(
-                    f"Another process is running the sweep in {folder}: wait for it, or choose another folder."
-                ) from None
-        _locks.add(lock)
+                raise busy from None
+        _LOCKED.add(place)
         yield
     finally:
-        _locks.discard(lock)
+        _LOCKED.discard(place)
         os.close(lock)
-
-
-def _drop_locks() -> None:
-    for lock in _locks:  # a worker that outlives its driver must not keep the folder
-        os.close(lock)
-    _locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_drop_locks)
 
 
 def plain_json(value: Any, name: str = "") -> Any:
