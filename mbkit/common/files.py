@@ -87,8 +87,8 @@ def write_bytes(file: Path, content: bytes) -> None:
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(part, file)
-        folder = os.open(file.parent, os.O_RDONLY) if os.name != "nt" else -1  # Windows opens no folders
-        if folder >= 0:
+        if os.name != "nt":  # Windows opens no folders
+            folder = os.open(file.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:

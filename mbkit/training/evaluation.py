@@ -104,8 +104,7 @@ def evaluate(
             f"Expected a ModelBatch, a module or a list of modules, got {models!r}: pass what was trained."
         )
     check_batches(batches, 1)
-    own = getattr(models, "shared_input", True)
-    shared = own if shared_input is None else shared_input
+    shared = getattr(models, "shared_input", True) if shared_input is None else shared_input
     tallies = _tallies(metric, models.num_models if chunks is not None else len(modules))
     forms = TargetForms(shared_targets)
     correct, counted = 0, 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..common.random_streams import global_state, set_global_state
-from .loop import Pairs
+from .loop import Pairs, count_steps
 
 _HOLDERS = ("sampler", "batch_sampler", "dataset", "transform", "transforms", "collate_fn")
 
@@ -101,10 +101,7 @@ class PositionedBatches:
         """Return where the walk is, for `load_state`; at an epoch's end it is the beginning of the next."""
         if self._loaded is not None:
             return {**self._loaded, "now": self._generators()}
-        try:
-            over = self.step == len(self.batches)  # type: ignore[arg-type]
-        except TypeError:
-            over = False
+        over = self.step == count_steps(self.batches, 1)
         here = {"epoch": self.epoch + over, "step": 0 if over else self.step, "now": self._generators()}
         if here["step"] > 0:
             here |= {"start": self._start, "before": self._before, "last": _digest(self._last)}
