@@ -68,7 +68,7 @@ def save_run(
         "kinds": {name: _kind(part) for name, part in parts.items()},
         "batch": save_whole(batch),
         "parts": {name: part.state_dict() for name, part in parts.items() if part is not None},
-        "data": _position(batches).state(),
+        "data": (PositionedBatches(()) if batches is None else batches).state(),
         "notes": notes,
     }
     write_tree(Path(folder) / _FILE, tree, "run")
@@ -97,11 +97,8 @@ def load_run(
         ValueError: a file that has changed since it was saved, or a run of other models, another optimizer or data.
     """
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    return _restore(read_tree(Path(folder) / _FILE, "run"), folder, batch, parts, _position(batches))
-
-
-def _position(batches: PositionedBatches | None) -> PositionedBatches:
-    return PositionedBatches(()) if batches is None else batches
+    position = PositionedBatches(()) if batches is None else batches
+    return _restore(read_tree(Path(folder) / _FILE, "run"), folder, batch, parts, position)
 
 
 def _restore(saved: Mapping[str, Any], folder: Any, batch: Any, parts: Mapping[str, Any], position: Any) -> Any:

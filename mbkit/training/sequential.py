@@ -80,10 +80,8 @@ def fit_alone(
         >>> tuple(history.loss.shape)
         (5, 3)
     """
-    models = list_of_models(models)
+    models = lone_models(models)
     num_models = len(models)
-    refuse_meta(models)
-    _refuse_shared(models)
     check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
     configs = check_configs(configs, num_models)
     schedulers = per_model(scheduler, num_models, "schedulers")
@@ -214,8 +212,14 @@ def check_configs(configs: Any, num_models: int) -> list[dict[str, Any]]:
     return [dict(config) for config in per_model(each, num_models, "configs")]
 
 
-def refuse_meta(models: Sequence[nn.Module]) -> None:
-    """Refuse models whose parameters hold no numbers (ValueError)."""
+def lone_models(models: Any, may_share: bool = False) -> list[nn.Module]:
+    """Return models as a list, unless there is one that cannot be trained alone.
+
+    Raises:
+        TypeError: something that is not a list of modules.
+        ValueError: no models; parameters that hold no numbers or, unless they `may_share`, are in two models.
+    """
+    models, owners = list_of_models(models), {}
     for m, model in enumerate(models):
         for name, p in model.named_parameters():
             if p.is_meta:
@@ -223,17 +227,12 @@ def refuse_meta(models: Sequence[nn.Module]) -> None:
                     f"Expected parameters with numbers, got '{name}' of model {m} on the meta device: call "
                     "model.to_empty(device='cpu') and initialise it."
                 )
-
-
-def _refuse_shared(models: Sequence[nn.Module]) -> None:
-    owners: dict[int, int] = {}
-    for m, model in enumerate(models):
-        for name, p in model.named_parameters():
-            if owners.setdefault(id(p), m) != m:
+            if owners.setdefault(id(p), m) != m and not may_share:
                 raise ValueError(
                     f"Expected {len(models)} models that share nothing, got '{name}' of model {m} in model "
                     f"{owners[id(p)]}, too, so that it would be trained twice: pass copies, e.g. by copy.deepcopy."
                 )
+    return models
 
 
 def own_targets(targets: Any, outputs: Any, m: int, num_models: int, forms: TargetForms) -> Any:

@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..batch.clip import norm_limits
 from ..batch.targets import TargetForms
-from ..common.checks import check_seeds, list_of_models
+from ..common.checks import check_seeds
 from ..common.random_streams import in_turn
 from ..training.loop import check_run, part, walk
-from ..training.sequential import LoneTrainer, check_configs, fresh, loss_of_model, refuse_meta
+from ..training.sequential import LoneTrainer, check_configs, fresh, lone_models, loss_of_model
 from ..vmap import autocast_to
 from .measure import gap
 from .report import EquivalenceReport
@@ -136,10 +136,9 @@ def check_arguments(
     Raises:
         TypeError, ValueError: as `compare`.
     """
-    models = list_of_models(models)
+    models = lone_models(models, may_share=True)
     if next(models[0].parameters(), None) is None:
         raise ValueError(f"Expected models with parameters, got {type(models[0]).__name__} without any.")
-    refuse_meta(models)
     check_run(batches, loss_fn, steps, "epoch", walks=steps)
     return models, check_configs(configs, len(models)), check_seeds(seeds, len(models))
 
