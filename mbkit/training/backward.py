@@ -35,7 +35,7 @@ def backward_pass(losses: Tensor, is_shared: bool = True) -> None:
             "constant or detached tensor, or no parameter of the models requires gradients."
         )
     watched = is_shared and losses.device.type == "cpu" and is_main_thread()
-    before = torch.default_generator.get_state() if watched else None
+    before = _draws() if watched else None
     try:
         with autocast_off(losses.device.type):
             losses.backward(torch.ones_like(losses))  # one node less than through their sum
@@ -43,8 +43,13 @@ def backward_pass(losses: Tensor, is_shared: bool = True) -> None:
         if "vmap: called random operation" in str(error):  # an autograd.Function's backward with a vmap rule
             raise BatchingError(_DRAWN) from error
         raise
-    if before is not None and not torch.equal(before, torch.default_generator.get_state()):
+    if watched and _draws() != before:
         warnings.warn(_DRAWN, stacklevel=2)
+
+
+def _draws() -> bytes:
+    """Return what differs once torch's default generator has drawn."""
+    return torch.default_generator.get_state().numpy().tobytes()
 
 
 def is_main_thread() -> bool:

@@ -202,6 +202,7 @@ class Chunks:
                     now = State(chunk.template)
                     after.append(now)
                     changed |= {key for key, value in now.items() if value is not given.get(key)}
+                    changed |= given.keys() - now.keys()
                     sizes.append(chunk.num_models)
         SharedObjects.keep(assigned)
         keep_hooks(before, hooks)

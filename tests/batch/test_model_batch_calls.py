@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from mbkit import BatchingError, ModelBatch
+from mbkit.training.chunks import Chunks
 
 
 class Many(nn.Module):
@@ -333,3 +334,32 @@ def test_an_attempt_that_failed_leaves_no_hooks_behind():
             for got, expected in zip(outputs, model(x), strict=True):
                 close(got[m], expected)
     assert not any(module._forward_hooks for module in batch.modules())
+
+
+class Forgets(nn.Module):
+    """Deletes an attribute at its first call, or at the first whose outputs add up to less than zero."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.fc, self.always, self.note, self.calls = nn.Linear(3, 2), always, 1.0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, self.calls = self.fc(x), self.calls + 1
+        if hasattr(self, "note") and (self.always or y.sum().item() < 0):
+            del self.note
+        return y + self.note if hasattr(self, "note") else y
+
+
+@pytest.mark.parametrize("size", [M, 2], ids="{} at once".format)
+@pytest.mark.parametrize("always", [True, False], ids=["all models", "some models"])
+def test_an_attribute_that_calls_delete_is_gone_for_the_models_that_do(always: bool, size: int) -> None:
+    models = [Forgets(always) for _ in range(M)]
+    for m, model in enumerate(models):
+        nn.init.constant_(model.fc.bias, (-1) ** m * 9.0)
+    batch, alone = ModelBatch(models, model_by_model=() if always else [""]), copy.deepcopy(models)
+    for _ in range(2):
+        x = torch.randn(4, 3)
+        close(Chunks(batch, size).call(x, True), torch.stack([model(x) for model in alone]), 1e-6)
+    notes = [(hasattr(model, "note"), model.calls) for model in alone]
+    assert [(hasattr(model, "note"), model.calls) for model in batch] == notes
+    assert {has for has, _ in notes} == ({False} if always else {True, False})
