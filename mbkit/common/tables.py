@@ -18,12 +18,14 @@ _PLAIN_SIGNS = str.maketrans("✗✓≈×·–—→…", "xv~x.-->~")
 class Tables:
     """What shows itself as tables, in a terminal and in a notebook; a subclass gives `_tables()`, titles and rows."""
 
+    _left = 1  # how many columns of a table are aligned to the left
+
     def _tables(self) -> list[tuple[str, Rows]]:
         """Return pairs of a title, which may be empty, and rows, of which there may be none."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        parts = ([title] * bool(title) + [text_table(rows)] * bool(rows) for title, rows in self._tables())
+        parts = ([title] * bool(title) + [text_table(rows, self._left)] * bool(rows) for title, rows in self._tables())
         return printable("\n\n".join(map("\n".join, parts)))
 
     def _repr_html_(self) -> str:
@@ -43,8 +45,8 @@ def printable(text: str) -> str:
     return text
 
 
-def text_table(rows: Rows) -> str:
-    """Return rows of equal length as aligned text: the first column to the left, numbers to the right.
+def text_table(rows: Rows, left: int = 1) -> str:
+    """Return rows of equal length as aligned text: the first columns to the left, numbers to the right.
 
     Example:
         >>> print(text_table([["model", "loss"], ["0", "12.5"]]))
@@ -52,7 +54,7 @@ def text_table(rows: Rows) -> str:
         0      12.5
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    lines = [[*map(str.ljust, row[:left], widths), *map(str.rjust, row[left:], widths[left:])] for row in rows]
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 

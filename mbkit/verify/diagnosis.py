@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.random_streams import seeded
-from ..common.tables import html_table, plain, printable
+from ..common.tables import Tables, plain
 from ..data.load import demo_points
 from ..models import MLP
 from ..vmap import autocast_to
@@ -36,7 +35,7 @@ MARKS = {"guilty": "✗", "cleared": "✓", "not measured": "?", "all there is":
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Diagnosis:
+class Diagnosis(Tables):
     """Who is guilty, who is cleared, and by what measurement.
 
     Attributes:
@@ -46,6 +45,7 @@ class Diagnosis:
 
     findings: dict[str, Finding]
     equivalence: EquivalenceReport
+    _left = 4
 
     @property
     def guilty(self) -> list[str]:
@@ -73,21 +73,15 @@ class Diagnosis:
         """Return a figure: how far each parameter is, step by step, one panel a model."""
         return self.equivalence.plot()
 
-    def _rows(self) -> list[list[str]]:
+    def _tables(self) -> list[tuple[str, list[list[str]]]]:
         rows = [["", "suspect", "verdict", "what was measured"]]
         order = sorted(self.findings.values(), key=lambda finding: finding.verdict != "guilty")
-        return rows + [[MARKS[f.verdict], f.suspect, f.verdict, f.evidence] for f in order]
-
-    def __repr__(self) -> str:
-        rows = self._rows()
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
-        return printable("\n".join([self.conclusion, "", *lines]))
+        rows += [[MARKS[f.verdict], f.suspect, f.verdict, f.evidence] for f in order]
+        return [(self.conclusion, []), ("", rows)]
 
     def _repr_html_(self) -> str:
         picture = base64.b64encode(self.plot().png()).decode()
-        title = f"<p><b>{html.escape(self.conclusion)}</b></p>"
-        return f'{title}{html_table(self._rows())}<img alt="differences" src="data:image/png;base64,{picture}">'
+        return f'{super()._repr_html_()}<img alt="differences" src="data:image/png;base64,{picture}">'
 
 
 def diagnose(
