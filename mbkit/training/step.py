@@ -49,8 +49,8 @@ def make_update(optimizer: Any, chunks: Chunks, x: Any, y: Any, options: StepOpt
     """Make one update of all models, chunk by chunk; return the losses [M] and the outputs from before it, detached."""
     parameters = list(chunks.batch.parameters())
     optimizer.zero_grad()
-    for parameter in parameters if isinstance(optimizer, BatchOptimizer) else ():
-        parameter.grad = None  # else what it does not train adds up from step to step, and clipping would count it
+    if isinstance(optimizer, BatchOptimizer) and len(optimizer.parameter_names) < len(parameters):
+        chunks.batch.zero_grad()  # else what it does not train adds up from step to step, and clipping would count it
     losses, outputs = chunks.backward(x, y, options, parameters)
     with autocast_off(losses.device.type):
         if options.on_nonfinite is not None:
