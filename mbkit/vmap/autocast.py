@@ -110,7 +110,8 @@ def autocast_to(dtype: torch.dtype | None, model: nn.Module) -> AbstractContextM
 
 def autocast_off(device: str) -> AbstractContextManager:
     """Return a block without autocast for a device type: what follows the loss runs outside it, as torch advises."""
-    return _off(device) if torch.is_autocast_enabled(device) else nullcontext()
+    is_on = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device)
+    return _off(device) if is_on else nullcontext()
 
 
 @contextmanager

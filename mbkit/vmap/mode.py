@@ -45,6 +45,19 @@ def _is_composite(function: Any) -> bool:
     return isinstance(function, types.FunctionType) and function.__module__ == functional.__name__
 
 
+def _relu(input: Any, inplace: bool = False) -> tuple | None:
+    return None if inplace else (torch.relu, input)
+
+
+def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> tuple | None:
+    return None if inplace or p < 0 or p > 1 else (torch.dropout, input, p, training)
+
+
+# What functions of `torch.nn.functional` that small networks call do with such arguments: to open these would take
+# longer than the operators. None where there is more to do.
+_THIN = {functional.relu: _relu, functional.dropout: _dropout}
+
+
 class RuleMode(TorchFunctionMode):
     """Routes the calls that vmap gets wrong to their rules, for one pass of M models."""
 
@@ -58,8 +71,11 @@ class RuleMode(TorchFunctionMode):
         if models.own_rows:
             args, kwargs = tree_map_only(torch.Tensor, partial(own_rows, models), (args, kwargs))
         if _is_composite(function):
-            with self:
-                return _opened(function)(*args, **kwargs)
+            inner = _THIN[function](*args, **kwargs) if function in _THIN else None
+            if inner is None:
+                with self:
+                    return _opened(function)(*args, **kwargs)
+            (function, *args), kwargs = inner, {}
         if models.copies and edits_in_place(function):
             check_edit(models, args)
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(models.device.type):
