@@ -16,8 +16,6 @@ from ..vmap import copy_module
 from .stack import Stacks
 from .validate import AlikeModels
 
-__all__ = ["CanBuild"]
-
 # Small models are held up to 32 at once, for as many bytes: to stack each by itself takes half as long again, and of
 # 256 the checks find little in the processor's caches.
 _MOST, _MOST_BYTES = 32, 1 << 20

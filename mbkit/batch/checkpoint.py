@@ -15,8 +15,6 @@ from ..vmap import Streams
 from .context import context_of
 from .whole_state import snapshot
 
-__all__ = ["CanSave", "load_streams"]
-
 State = Mapping[str, Tensor]
 
 # In a batch's state_dict: the seeds, the random streams' states with one entry per device, and the frozen models.

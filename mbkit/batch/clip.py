@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ..common.checks import per_model
 
-__all__ = ["clip_by_norm_", "norm_limits"]
-
 
 def norm_limits(max_norm: float | Sequence[float], num_models: int) -> list[float]:
     """Return M largest norms from one number or M.

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from ..vmap import Streams
 
-__all__ = ["CallContext", "context_of"]
-
 
 @dataclass(eq=False)
 class CallContext:

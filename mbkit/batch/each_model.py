@@ -15,8 +15,6 @@ from .freeze import held
 from .stack import stack_models, unstack_model
 from .validate import check_models
 
-__all__ = ["CanApply", "do_to_each_model", "reset_each_model"]
-
 _PLAIN = (bool, int, float, str, type(None))
 
 

@@ -14,8 +14,6 @@ from ..common.checks import model_numbers
 from ..vmap import BatchingError, PerModelValue, State, write_state
 from .context import CallContext, context_of
 
-__all__ = ["CanFreeze", "check_on_nonfinite", "held", "nonfinite_models", "rows_where", "stop_nonfinite"]
-
 
 class CanFreeze:
     """The part of a ModelBatch that stops single models."""

@@ -11,8 +11,6 @@ import torch
 
 from ..common.functions import depth_of_user
 
-__all__ = ["notice_mixing", "warn_of_norms"]
-
 # Functions of torch.nn.utils that make one number, or one vector, of all the parameters that they are given.
 _INSTEAD = {
     "clip_grad_norm_": "takes one norm over all {} models and scales them together. batch.clip_grad_norm_(max_norm) "

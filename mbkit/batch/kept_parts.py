@@ -10,8 +10,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..vmap import BatchingError, PerModel, stack_alike
 
-__all__ = ["MARK", "marked", "together"]
-
 MARK = "mbkit_kept"  # on a tensor that is kept: its first dimension is the models'
 
 

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ..common.checks import did_you_mean
 from ..vmap import PerModel
 
-__all__ = ["LossSettings"]
-
 _LISTS = (list, tuple, range)
 
 

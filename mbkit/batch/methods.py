@@ -16,8 +16,6 @@ from ..vmap import OnStack
 from .call import call_models
 from .context import CallContext, context_of
 
-__all__ = ["CanCall", "stand_for_parts"]
-
 
 class CanCall:
     """The part of a ModelBatch that calls the models' methods and submodules."""

@@ -26,8 +26,6 @@ from .stack import Stacks, set_memory_format, stack_models, unstack_model
 from .targets import TargetForms
 from .validate import check_models, check_paths
 
-__all__ = ["ModelBatch"]
-
 _TAKEN_OVER = """_parameters _buffers _modules _non_persistent_buffers_set _state_dict_hooks _state_dict_pre_hooks
     _load_state_dict_pre_hooks""".split()
 

@@ -22,8 +22,6 @@ from ..common.functions import DYNAMIC, names_in, parts_of, user_made
 from ..common.random_streams import PYTHON_GENERATORS
 from ..vmap import HOOKS, OnStack, version
 
-__all__ = ["CONTAINERS", "PLAIN", "Place", "PythonValues", "read", "same", "unchanged", "write"]
-
 PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 CONTAINERS = (list, dict, set, deque)
 _OF_TORCH = set(vars(nn.Module())) - {"training"}

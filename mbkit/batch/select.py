@@ -28,8 +28,6 @@ from ..vmap import (
 from .context import CallContext, context_of
 from .stack import each_through_its_hooks, may_keep
 
-__all__ = ["CanSelect"]
-
 
 class CanSelect:
     """The part of a ModelBatch that takes models out of batches and puts batches together."""

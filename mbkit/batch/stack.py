@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from ..vmap import PerModel, PerModelValue, copy_module, memory_order, stack_alike
 
-__all__ = ["Stacks", "each_through_its_hooks", "may_keep", "set_memory_format", "stack_models", "unstack_model"]
-
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 

@@ -17,8 +17,6 @@ from torch.utils.hooks import RemovableHandle
 
 from ..common.functions import at_hand
 
-__all__ = ["Comparison", "Names", "may_differ", "refuse_circles", "refuse_references"]
-
 Names = dict[int, str]  # from the id of a module or tensor that a model registers to its dotted name
 
 _OPENED = (dict, list, tuple, deque, weakref.ReferenceType, types.MethodType)  # whose own == would ask what they hold

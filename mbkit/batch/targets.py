@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ..common.objects import flatten, tensors_of, unflatten
 
-__all__ = ["TargetForms", "targets_at"]
-
 
 class TargetForms:
     """Tells which tensors of the targets are `[B, ...]` for all models and which are `[M, B, ...]`, one for each.

@@ -17,8 +17,6 @@ from ..vmap import Absent, has_method
 from .stack import may_keep
 from .structure import Comparison, Names, may_differ, refuse_circles, refuse_references
 
-__all__ = ["AlikeModels", "Settings", "check_models", "check_paths"]
-
 Settings = dict[str, dict[str, list[Any]]]  # module path -> attribute -> one value per model
 
 _COMPARED = {"_parameters", "_buffers", "_modules", "training"}  # by `_facts`

@@ -11,8 +11,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..vmap import PerModelValue, State
 from .context import context_of
 
-__all__ = ["load_whole", "save_whole", "snapshot"]
-
 
 def snapshot(batch: Any) -> Callable[[], None]:
     """Return a function that puts a batch back to where it is now: tensors, attributes, streams, frozen models."""

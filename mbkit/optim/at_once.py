@@ -19,8 +19,6 @@ from ..batch.call import at_once
 from ..batch.context import CallContext
 from ..vmap import BatchingError, Pass, PerModel
 
-__all__ = ["form_of", "image_of", "step_at_once"]
-
 Lone = torch.optim.Optimizer
 Image = dict[tuple[str, int, str], Any]  # all that an optimizer holds, by its kind, the number of its owner, its name
 _SIMPLE = (bool, int, float, str, type(None))

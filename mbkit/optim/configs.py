@@ -13,8 +13,6 @@ import torch
 from ..common.checks import did_you_mean, per_model, whole_number
 from .hyperparameters import SWITCHES, plain
 
-__all__ = ["check_names", "create_adam_configs", "create_lr_sweep_configs", "create_sgd_configs", "merge_configs"]
-
 
 def create_sgd_configs(
     learning_rates: Sequence[float], momentum: float = 0.9, weight_decay: float = 1e-4

@@ -16,8 +16,6 @@ from .schedulers import ModelSchedulers
 from .stacked import StackedOptimizer
 from .views import ViewsOptimizer
 
-__all__ = ["OptimizerFactory"]
-
 
 class OptimizerFactory:
     """Makes optimizers of a batch that train each model as `optimizer_cls` trains it alone.

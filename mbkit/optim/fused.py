@@ -17,8 +17,6 @@ from torch import Tensor
 
 from .hyperparameters import Columns
 
-__all__ = ["can_fuse", "fused_adam_", "prefers_kernel"]
-
 _WORTH = 16_384  # parameters of one model
 _FEW = 3  # models
 

@@ -16,8 +16,6 @@ from ..common.checks import model_numbers, whole_number
 from .base import BatchOptimizer
 from .groups import parameters_of
 
-__all__ = ["GradScaler"]
-
 
 class GradScaler(torch.amp.GradScaler):
     """Scales the losses of M models, each as `torch.amp.GradScaler` scales it alone; an overflow skips its own model.

@@ -17,8 +17,6 @@ from ..batch.context import context_of
 from ..batch.freeze import rows_where
 from ..vmap import models_with_gradient, note_models_with_gradient
 
-__all__ = ["CanCallEach", "has_gradient", "place_of"]
-
 
 class CanCallEach:
     """The part of an optimizer with M lone ones, `lone`, that calls these."""

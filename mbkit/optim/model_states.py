@@ -10,8 +10,6 @@ from torch import Tensor
 from ..common.checks import model_numbers
 from .hyperparameters import numbers_of, plain
 
-__all__ = ["CanSelect", "shapes_in"]
-
 
 class CanSelect:
     """The part of an optimizer of a batch that takes single models out of it, and puts them in."""

@@ -15,8 +15,6 @@ from ..common.random_streams import random_state
 from .base import BatchOptimizer
 from .schedulers import ModelOptimizer
 
-__all__ = ["check_scheduler", "check_trains"]
-
 
 def check_trains(optimizer: Any, batch: nn.Module) -> None:
     """Refuse an optimizer that holds none of the batch's parameters; warn of one that would mix the models.

@@ -12,8 +12,6 @@ from torch.optim.lr_scheduler import MultiplicativeLR
 from ..common.checks import model_numbers, per_model
 from .base import BatchOptimizer
 
-__all__ = ["ModelOptimizer", "ModelSchedulers", "select_scheduler"]
-
 # What torch's schedulers keep for each entry of `param_groups`.
 _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
 

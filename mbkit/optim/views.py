@@ -17,8 +17,6 @@ from .groups import construct, parameters_of
 from .hyperparameters import ModelGroup, ModelGroups
 from .lone_calls import CanCallEach, has_gradient, place_of
 
-__all__ = ["ViewsOptimizer"]
-
 _FEW = 3  # models that are as fast in turn
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ..vmap import BatchingError, autocast_off
 
-__all__ = ["backward_pass", "is_main_thread"]
-
 _DRAWN = (
     "A backward pass (an autograd.Function or a gradient's hook) draws from torch's default generator, so models do "
     "not get the numbers that they get alone: draw them in forward, or pass chunk_size=1 to fit."

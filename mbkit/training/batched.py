@@ -24,8 +24,6 @@ from .position import PositionedBatches
 from .recorder import Recording, whole_update
 from .step import Stepper
 
-__all__ = ["fit", "train_steps"]
-
 
 def fit(
     batch: Any,

@@ -32,8 +32,6 @@ from .loop import arguments, call, detach, first_tensor
 from .options import StepOptions
 from .saved_bytes import MadeBytes, saved_bytes
 
-__all__ = ["Chunks"]
-
 # Bytes that one chunk's activations may take. On two cores (AMD EPYC, medians of 7 steps in turns) 64 LeNets with
 # batches of 128 (5.9 MiB each) took 5.7, 5.3, 5.1, 4.9, 5.2 ms each in chunks of 4, 8, 16, 32, 64; 16 of them with
 # batches of 512 took 21.2, 20.2, 19.9, 18.9 in chunks of 2, 4, 8, 16; 8 ResNets with batches of 32 (13.4 MiB each)

@@ -15,8 +15,6 @@ from ..common.machine import free_memory
 from ..optim.stacked import StackedOptimizer
 from ..vmap import HOOKS, has_grad_hooks
 
-__all__ = ["CannotCompile", "check_graph", "check_module", "check_step"]
-
 _SHARE = 0.5  # of the free memory that a step may take, as for chunks
 
 

@@ -44,8 +44,6 @@ from .loop import arguments
 from .options import StepOptions
 from .replay import Replay
 
-__all__ = ["CannotCompile", "CompiledStep"]
-
 _MOST_CHANGES = 3  # of one value, that are compiled anew
 
 # Inductor's cache for other processes goes by its options, and not by the instructions that its code is written for.

@@ -22,8 +22,6 @@ from ..vmap import (
     write_state,
 )  # fmt: skip
 
-__all__ = ["Gradients", "join_outputs", "keep_state"]
-
 
 def join_outputs(parts: list[tuple[Any, int]]) -> Any:
     """Return nested tensors `[M, ...]` from those of each chunk, given with the number of its models."""

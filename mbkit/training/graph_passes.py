@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-__all__ = ["improve"]
-
 aten = torch.ops.aten
 _OF_MEMORY = {aten.as_strided.default, aten.as_strided_.default, aten.as_strided_scatter.default}
 

@@ -14,8 +14,6 @@ from ..common.functions import parts_of, user_made
 from ..vmap import place, version
 from .compilable import CannotCompile
 
-__all__ = ["Guards"]
-
 _MOST = 20_000  # values; to look at one takes a tenth of a microsecond, at every step
 _MOST_BYTES = 1 << 16  # of an array, which has to be compared
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Replay"]
-
 
 class Replay:
     """Calls a function of CUDA tensors: as it is, then recorded, then replayed, while its tensors stay in their places.

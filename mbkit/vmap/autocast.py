@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["autocast_off", "autocast_to", "call_cast", "check_autocast"]
-
 # Operators that run in the low precision; all others that torch registers for autocast run in float32.
 _LOW = """_addmm_activation _convolution _native_multi_head_attention addbmm addmm addmv addr baddbmm bmm chain_matmul
     conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution einsum

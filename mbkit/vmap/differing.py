@@ -15,8 +15,6 @@ from torch import Tensor
 from .errors import BatchingError
 from .per_model import PerModel, agreed
 
-__all__ = ["Differing", "Guarded", "can_be_opened"]
-
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _OPENED = (dict, list)
 

@@ -8,11 +8,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = [
-    "PATH", "BatchingError", "ClosedOutput", "SharedInput", "call_named", "has_method", "module_path",
-    "running_modules",
-]  # fmt: skip
-
 
 class BatchingError(RuntimeError):
     """A layer cannot do for M models at once what it does for one; the message names the layer and the way out."""

@@ -25,11 +25,6 @@ from torch import Tensor
 
 from ..common.objects import tensors_of
 
-__all__ = [
-    "graph_nodes", "mark_rows", "models_with_gradient", "note_models_with_gradient", "separate_gradients",
-    "watch_backward",
-]  # fmt: skip
-
 _ROWS = "mbkit_rows"  # in a node's metadata: its i-th input belongs to model i
 _PRESENT = "mbkit_present"  # on a gradient: the models as bits of an int; without it, all
 

@@ -13,8 +13,6 @@ from torch import Tensor
 from .registry import Pass
 from .unwrap import call_unwrapped
 
-__all__ = ["LayoutMatters", "check_edit", "check_order", "is_folded"]
-
 
 class LayoutMatters(Exception):
     """Something asked for the memory order of an activation that lies in another order than it has alone."""

@@ -19,8 +19,6 @@ from .per_model import PerModel
 from .registry import RULES, RULES_INSIDE, RULES_WHEN_TRACED, RULES_WITH_SETTINGS, Pass
 from .unwrap import own_rows
 
-__all__ = ["RuleMode"]
-
 
 @cache
 def _opened(function: types.FunctionType) -> types.FunctionType:

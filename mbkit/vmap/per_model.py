@@ -8,8 +8,6 @@ from typing import Any
 
 from .errors import BatchingError
 
-__all__ = ["PerModel", "agreed"]
-
 
 def agreed(values: Sequence[Any], what: str) -> Any:
     """Return the value that all M models have, or raise, because one Python value cannot stand for several.

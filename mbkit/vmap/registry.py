@@ -11,8 +11,6 @@ import torch
 
 from .errors import BatchingError
 
-__all__ = ["RULES", "RULES_INSIDE", "RULES_WHEN_TRACED", "RULES_WITH_SETTINGS", "Pass", "rule"]
-
 _saved_tensors_hooks = partial(torch._C._autograd._top_saved_tensors_default_hooks, True)
 
 

@@ -18,8 +18,6 @@ from ..common.objects import PerModelValue
 from .errors import BatchingError, ClosedOutput
 from .state import PLAIN
 
-__all__ = ["SharedObjects", "is_object"]
-
 _NEW = object()
 _OTHERS = (
     Tensor, nn.Module, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType,

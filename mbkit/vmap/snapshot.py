@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["has_grad_hooks", "place", "version"]
-
 
 def has_grad_hooks(tensor: Tensor) -> bool:
     """Say whether a stacked tensor has hooks on its gradient, which only the whole batch's backward pass runs."""

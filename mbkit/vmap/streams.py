@@ -14,8 +14,6 @@ from ..common.random_streams import GENERATOR, PYTHON_GENERATORS, PythonGenerato
 from .errors import BatchingError
 from .per_model import PerModel
 
-__all__ = ["SharedDraw", "Streams", "TracedStreams", "rows_like"]
-
 
 def _named(generators: Collection[str]) -> str:
     names = {"random": "Python's random", "numpy.random": "numpy.random"}

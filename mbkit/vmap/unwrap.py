@@ -15,11 +15,6 @@ from .errors import BatchingError
 from .gradients import mark_rows
 from .registry import Pass
 
-__all__ = [
-    "SHARED", "as_one_model_sees", "as_stacked", "below", "call_unwrapped", "expanded", "given_to_models",
-    "memory_order", "own_rows", "stack_alike",
-]  # fmt: skip
-
 SHARED = "mbkit_shared"  # in a node's metadata: the tensor that all models share and that the node lays out in rows
 
 

@@ -12,8 +12,6 @@ from ..per_model import agreed
 from ..registry import RULES_INSIDE, RULES_WHEN_TRACED, Pass, rule
 from ..unwrap import call_unwrapped, expanded, stack_alike
 
-__all__ = ["all_true"]
-
 
 def _methods(names: str) -> list[Any]:
     return [getattr(Tensor, name) for name in names.split()]

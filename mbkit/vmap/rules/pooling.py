@@ -19,8 +19,6 @@ from torch.nn.functional import pad
 from ..registry import RULES_WHEN_TRACED, Pass, rule
 from ..unwrap import call_unwrapped
 
-__all__ = ["largest_of_windows"]
-
 _LARGEST = 9  # numbers in a window: each is compared with the largest
 _NOWHERE = -1
 
