@@ -24,7 +24,7 @@ from .data_dependent import all_true
 
 _IN_TURN = """alpha_dropout alpha_dropout_ binomial dropout_ feature_alpha_dropout feature_alpha_dropout_
     feature_dropout_ native_dropout poisson rrelu rrelu_ _sample_dirichlet _standard_gamma"""
-_VECTOR = 16  # bytes that a GPU's thread reads at once
+_VECTOR = 64  # bytes, at least what a GPU's thread reads at once
 _FILLS = "bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_"
 
 rule(*(getattr(torch, name) for name in _IN_TURN.split() if hasattr(torch, name)))(model_by_model)
@@ -153,14 +153,15 @@ def _multinomial(mode: Pass, p: Tensor, num_samples: int, replacement: bool = Fa
 def _dropout(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
     """Dropout with one mask per model, of numbers or of whole features.
 
-    Torch draws `bernoulli_(1 - p).div_(1 - p)` in the order of memory; on a GPU it has a kernel of its own for numbers,
-    which draws others where the activation has gaps or begins between two vectors: that goes model by model.
+    On a CPU this draws what torch itself draws there, `bernoulli_(1 - p).div_(1 - p)` in the order of memory. On a GPU
+    torch has a kernel of its own for numbers, which a step that is compiled calls for the masks. It draws others where
+    the activation has gaps or begins between two vectors; that, and what is not compiled, goes model by model.
     """
     x, p, train = args
     rates = p.values if isinstance(p, PerModel) else [p] * mode.num_models
     if not train or not any(rates):
         return x  # as torch does
-    if mode.device.type not in ("cpu", "cuda") or kwargs:
+    if kwargs or not (mode.device.type == "cpu" or (mode.device.type == "cuda" and mode.traced)):
         return model_by_model(mode, operator, args, kwargs)
     features = (*x.shape[:2], *[1] * (x.dim() - 2))
     fused = mode.device.type == "cuda" and operator is torch.dropout
