@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -25,23 +24,19 @@ class Progress(AbstractContextManager):
 
     def __init__(self, total: int | None, label: str = "", enabled: bool = True):
         self.done = 0
-        self._total = total
-        self._drawn = 0.0
         self._bar, self._output = _make_bar(total, label) if enabled else (None, None)
 
     def advance(self, text: Callable[[], str] | None = None, steps: int = 1) -> None:
         """Count steps; `text` is called only when the bar is redrawn, so it may cost a device's answer."""
         self.done += steps
-        now = time.perf_counter()
-        if self._bar is not None and (now - self._drawn > _REDRAW_SECONDS or self.done == self._total):
-            self._drawn = now
-            self._bar.set_postfix_str(text() if text else "", refresh=False)
-            self._bar.update(self.done - self._bar.n)
+        if self._bar is not None and self._bar.update(steps) and text is not None:
+            self._bar.set_postfix_str(text())
 
     def close(self) -> None:
         """Take the bar away; closing twice is harmless."""
         bar, self._bar = self._bar, None
         if bar is not None:
+            bar.refresh()  # the last step is always drawn
             bar.close()
         if bar is not None and self._output is not None:
             bar.container.close()  # which tqdm leaves open where steps are missing
@@ -54,7 +49,8 @@ class Progress(AbstractContextManager):
 
 def _make_bar(total: int | None, label: str) -> tuple[Any, Any]:
     """Return a bar of tqdm's, and the notebook's output that it is shown in; None for what there is not."""
-    how = {"total": total, "desc": label or None, "unit": "step", "leave": False, "mininterval": 0}
+    how = {"total": total, "desc": label or None, "unit": "step", "leave": False}
+    how |= {"mininterval": _REDRAW_SECONDS, "miniters": 1}
     ipython = sys.modules.get("IPython")  # a kernel has imported it already; elsewhere its import is not worth the time
     if hasattr(ipython and ipython.get_ipython(), "kernel"):
         try:

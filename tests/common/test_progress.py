@@ -49,13 +49,15 @@ def test_a_terminal_gets_tqdm(monkeypatch):
 
 def test_the_text_is_made_only_when_it_is_drawn(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(progress, "_REDRAW_SECONDS", 1e9)
+    monkeypatch.setattr(progress, "_REDRAW_SECONDS", 0.2)
     asked = []
-    with Progress(50) as bar:
-        bar._drawn = progress.time.perf_counter()
-        for step in range(50):
+    with Progress(21) as bar:
+        monkeypatch.setattr(bar._bar, "_time", lambda: now[0])
+        now = [bar._bar.last_print_t]
+        for step in range(21):
+            now[0] += 0.03
             bar.advance(lambda step=step: asked.append(step) or "")
-    assert asked == [49]  # the last one is always drawn
+    assert asked == [6, 13, 20]  # each 0.21 s after the one before
 
 
 @pytest.mark.usefixtures("_every_step_is_drawn")
