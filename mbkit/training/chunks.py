@@ -36,7 +36,7 @@ from .saved_bytes import MadeBytes, saved_bytes
 # batches of 128 (5.9 MiB each) took 5.7, 5.3, 5.1, 4.9, 5.2 ms each in chunks of 4, 8, 16, 32, 64; 16 of them with
 # batches of 512 took 21.2, 20.2, 19.9, 18.9 in chunks of 2, 4, 8, 16; 8 ResNets with batches of 32 (13.4 MiB each)
 # 16.4, 13.0, 11.5 in chunks of 2, 4, 8. So a chunk should hold many models; but a process takes nearly three times as
-# much as the activations of one chunk, and beyond this size the gain is small.
+# much as the activations of one chunk, and beyond this size the gain is small: two chunks are left as one, no more.
 _ENOUGH = {"cpu": 144 << 20}
 _ENOUGH_ELSEWHERE = 4 << 30
 _SHARE = 0.5  # of the free memory that they may take
@@ -224,6 +224,7 @@ class Chunks:
     def largest(self, device: torch.device) -> int:
         """Return how many models go at once by what each takes: a constant, or less where memory is short."""
         size = min(self.num_models, _ENOUGH.get(device.type, _ENOUGH_ELSEWHERE) // self.bytes_each)
+        size = self.num_models if 2 * size > self.num_models else size
         room = int(_SHARE * free_memory(device)) // self.bytes_each
         self._memory_is_short = room < size
         size = max(1, min(size, room))
