@@ -96,9 +96,9 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
 
     step.hooked = True  # torch wraps other steps in a range for its profiler, which takes as long as a layer
 
-    @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = self._update(closure)
+        with torch.no_grad():
+            loss = self._update(closure)
         self.note_step()
         return loss
 

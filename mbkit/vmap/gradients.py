@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -143,15 +142,14 @@ def _finish(number: int) -> None:
 
 def separate_gradients(tensors: Iterable[Tensor]) -> None:
     """Give gradients memory of their own where two of them share some."""
-    held = [(t.grad.data_ptr(), i, t) for i, t in enumerate(tensors) if t.grad is not None]
+    held = [(grad, tensor) for tensor in tensors if (grad := tensor.grad) is not None and grad.layout is torch.strided]
     end = 0
-    for start, _, tensor in sorted(held, key=itemgetter(0, 1)):
-        if tensor.grad.layout is not torch.strided:
-            continue
+    for start, i in sorted((grad.data_ptr(), i) for i, (grad, _) in enumerate(held)):
+        grad, tensor = held[i]
         if start < end:
-            tensor.grad = tensor.grad.clone()
+            tensor.grad = grad.clone()
         else:
-            end = start + tensor.grad.numel() * tensor.grad.element_size()  # autograd's gradients are dense
+            end = start + grad.nbytes  # autograd's gradients are dense
 
 
 def graph_nodes(outputs: Any) -> Iterator[Any]:
