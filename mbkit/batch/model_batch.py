@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import check_seeds, flag, model_numbers
-from ..vmap import Streams
+from ..vmap import Streams, modules_of
 from .build import CanBuild
 from .call import call_models
 from .checkpoint import CanSave, load_streams
@@ -120,7 +120,8 @@ class ModelBatch(CanBuild, CanCall, CanFreeze, CanApply, CanSelect, CanSave, nn.
         Warns where torch's `clip_grad_norm_` or an optimizer that works by norms walks over them: it mixes the models.
         """
         notice_mixing(self.num_models)
-        yield from super().parameters(recurse)
+        owners = modules_of(self).values() if recurse else [self]
+        yield from dict.fromkeys(p for owner in owners for p in owner._parameters.values() if p is not None)
 
     @property
     def stacked_params(self) -> dict[str, nn.Parameter]:

@@ -31,6 +31,7 @@ from .state import (
     OnStack,
     State,
     keep_hooks,
+    modules_of,
     new_hooks,
     tensors_in,
     write_changes,
@@ -45,7 +46,7 @@ __all__ = [
     "State", "Streams", "TracedStreams", "as_one_model_sees", "as_stacked", "autocast_off", "autocast_to",
     "call_in_turn", "call_named", "check_autocast", "copy_module", "given_to_models", "graph_nodes",
     "has_grad_hooks", "has_method", "is_folded", "keep_hooks", "loop_inside", "mark_rows", "materialize",
-    "memory_order", "merge", "models_with_gradient", "module_path", "new_hooks", "note_models_with_gradient",
-    "own_rows", "place", "rows_like", "rules", "running_modules", "separate_gradients", "stack_alike",
-    "tensors_in", "version", "watch_backward", "write_changes", "write_state",
+    "memory_order", "merge", "models_with_gradient", "module_path", "modules_of", "new_hooks",
+    "note_models_with_gradient", "own_rows", "place", "rows_like", "rules", "running_modules", "separate_gradients",
+    "stack_alike", "tensors_in", "version", "watch_backward", "write_changes", "write_state",
 ]  # fmt: skip
