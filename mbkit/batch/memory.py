@@ -70,9 +70,7 @@ class Memory:
         for tensor, was, copied in self.tensors:
             if version(tensor) != was:
                 self.steady.pop(id(tensor), None)
-            elif copied is not None and _can_compare(tensor) and torch.equal(tensor, copied):
+            elif copied is None or tensor.layout is not torch.strided or tensor.is_meta:
+                continue  # there is nothing to compare
+            elif torch.equal(tensor, copied):
                 self.steady[id(tensor)] = weakref.ref(tensor)  # compared, for BatchNorm's kernels count no versions
-
-
-def _can_compare(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,24 +27,28 @@ class Each(list[Tensor]):
         return self if self.dtype == dtype else Each(tensor.to(dtype) for tensor in self)
 
 
-def _methods() -> Iterator[tuple[str, Callable[..., Each]]]:
-    many = (
+_AT_ONCE = {
+    function.__name__.removeprefix("_foreach_"): function
+    for function in (
         torch._foreach_add_, torch._foreach_addcdiv_, torch._foreach_addcmul_, torch._foreach_div, torch._foreach_div_,
         torch._foreach_lerp_, torch._foreach_mul, torch._foreach_mul_, torch._foreach_sqrt,
-    )  # fmt: skip
-    calls = {function.__name__.removeprefix("_foreach_"): function for function in many}
-    for name in {*calls, *"abs addcmul clone copy_ maximum neg reciprocal_ sqrt_ sub_ where".split()}:
-
-        def method(self: Each, *others: Each, name: str = name) -> Each:
-            if name in calls and type(self[0]) in (Tensor, nn.Parameter):
-                made = calls[name](self, *others)
-            else:
-                made = [getattr(Tensor, name)(*own) for own in zip(self, *others, strict=True)]
-            return self if name.endswith("_") else Each(made)
-
-        yield name, method
+    )
+}  # fmt: skip
 
 
-for _name, _method in _methods():
-    setattr(Each, _name, _method)
+def _method(name: str) -> Callable[..., Each]:
+    of_one, at_once = getattr(Tensor, name), _AT_ONCE.get(name)
+
+    def method(self: Each, *others: Each) -> Each:
+        if at_once is not None and type(self[0]) in (Tensor, nn.Parameter):
+            made = at_once(self, *others)
+        else:
+            made = [of_one(*own) for own in zip(self, *others, strict=True)]
+        return self if name.endswith("_") else Each(made)
+
+    return method
+
+
+for _name in {*_AT_ONCE, *"abs addcmul clone copy_ maximum neg reciprocal_ sqrt_ sub_ where".split()}:
+    setattr(Each, _name, _method(_name))
 Each.__mul__, Each.__truediv__, Each.__neg__ = Each.mul, Each.div, Each.neg

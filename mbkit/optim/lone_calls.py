@@ -63,7 +63,8 @@ class CanCallEach:
                         if view.grad is not given[i]:
                             changed.add(i)
                             has[i][m] = view.grad is not None
-                            _set_gradient(param, m, view.grad)
+                            param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+                            param.grad[m] = 0 if view.grad is None else view.grad
                         view.grad, row = None, param.detach()[m]
                         if place_of(view) != place_of(row):
                             row.copy_(view.detach())
@@ -176,12 +177,6 @@ def has_gradient(param: nn.Parameter, num_models: int) -> list[bool]:
     """Say for each model whether it has a gradient for a parameter."""
     models = None if param.grad is None else models_with_gradient(param.grad, num_models)
     return [param.grad is not None] * num_models if models is None else models.tolist()
-
-
-def _set_gradient(param: nn.Parameter, m: int, grad: Tensor | None) -> None:
-    if param.grad is None:
-        param.grad = torch.zeros_like(param)
-    param.grad[m] = 0 if grad is None else grad
 
 
 def _gathered(results: list[Any]) -> Any:

@@ -11,8 +11,8 @@ They follow the for-loop implementations of torch.optim (`_single_tensor_adam` a
 
 Where all models agree on a branch of the lone code (`weight_decay != 0`, nesterov, amsgrad …) it is a Python branch;
 where they differ, both are computed and `torch.where` picks, also what is kept: a model's state does not depend on who
-else is in the batch. No rule reads a tensor's value in Python, so all of them
-can be compiled and never wait for the device.
+else is in the batch. No rule reads a tensor's value in Python while it is compiled or on an accelerator, for which it
+would wait.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from ..batch.model_batch import ModelBatch
 from ..batch.targets import targets_at
 from ..common.checks import check_inputs, check_output, open_mappings
 from ..common.machine import free_memory
-from ..vmap import HOOKS, SharedObjects, State, copy_module, has_grad_hooks, keep_hooks, new_hooks
+from ..vmap import HOOKS, Absent, SharedObjects, State, copy_module, has_grad_hooks, keep_hooks, new_hooks
 from .backward import backward_pass, is_main_thread
 from .gather import Gradients, join_outputs, keep_state
 from .loop import arguments, call, detach, first_tensor
@@ -198,9 +198,9 @@ class Chunks:
                     whole.folding, whole.own_rows = chunk.folding, chunk.own_rows  # what it has learnt
                     hooks.append(new_hooks(before, chunk.template))
                     now = State(chunk.template)
+                    now |= dict.fromkeys(given.keys() - now.keys(), Absent)
                     after.append(now)
                     changed |= {key for key, value in now.items() if value is not given.get(key)}
-                    changed |= given.keys() - now.keys()
                     sizes.append(chunk.num_models)
         SharedObjects.keep(assigned)
         keep_hooks(before, hooks)

@@ -12,15 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..batch.context import CallContext
 from ..common.checks import cut
 from ..common.objects import flatten, unflatten
-from ..vmap import (
-    Absent,
-    BatchingError,
-    PerModel,
-    PerModelValue,
-    models_with_gradient,
-    note_models_with_gradient,
-    write_state,
-)  # fmt: skip
+from ..vmap import BatchingError, PerModel, PerModelValue, models_with_gradient, note_models_with_gradient, write_state
 
 
 def join_outputs(parts: list[tuple[Any, int]]) -> Any:
@@ -125,7 +117,7 @@ def keep_state(context: CallContext, before: dict, after: list[dict], sizes: lis
     state = dict(before)
     for key in changed:
         name = ".".join(part for part in (key[0], key[2]) if part)
-        flat = [tree_flatten(part.get(key, Absent)) for part in after]
+        flat = [tree_flatten(part.get(key)) for part in after]
         if any(spec != flat[0][1] for _, spec in flat):
             raise BatchingError(f"'{name}' has another structure in one chunk of models than in the next")
         leaves = [join(key, name, column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]

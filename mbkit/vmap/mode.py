@@ -83,7 +83,7 @@ class RuleMode(TorchFunctionMode):
     def _apply_rule(self, function: Any, args: tuple, kwargs: dict) -> Any:
         if functorch.maybe_current_level() != self.models.level:
             rules = [RULES_INSIDE.get(function)]
-        elif self.models.per_model_settings and _has_per_model(args, kwargs):
+        elif self.models.per_model_settings and any(isinstance(a, PerModel) for a in tree_leaves((args, kwargs))):
             rules = [RULES_WITH_SETTINGS.get(function), model_by_model]
         else:
             rules = [RULES_WHEN_TRACED.get(function) if self.models.traced else None, RULES.get(function)]
@@ -92,7 +92,3 @@ class RuleMode(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         return function(*args, **kwargs)
-
-
-def _has_per_model(args: tuple, kwargs: dict) -> bool:
-    return any(isinstance(leaf, PerModel) for leaf in tree_leaves((args, kwargs)))

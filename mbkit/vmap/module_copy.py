@@ -76,7 +76,8 @@ class ModuleCopy:
                     del mine[name]
                     continue
                 mine[name] = settings[name] = self._pick(value, name)
-                if self._must_hide(module, name):
+                own_value = for_all and type(value) is PerModelValue and not hasattr(type(module), name)
+                if own_value and not can_be_opened(value.values):  # no form stands for all models at once
                     hidden[name] = value.values
                 if name in hidden or mine[name] is Absent:
                     del mine[name]
@@ -123,12 +124,6 @@ class ModuleCopy:
         if self._m == _ALL and isinstance(value, PerModelValue):
             return Differing(value.values, name)
         return type(value)(value.values[self._m])
-
-    def _must_hide(self, module: nn.Module, name: str) -> bool:
-        """Say whether all models at once must not read an attribute, for it has no form that stands for all of them."""
-        value = vars(module)[name]
-        at_once = self._m == _ALL and isinstance(value, PerModelValue) and not hasattr(type(module), name)
-        return at_once and not can_be_opened(value.values)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         mine = self._own.get(id(tensor), tensor)
