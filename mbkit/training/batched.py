@@ -86,8 +86,9 @@ def fit(
             chunks are smaller, and the History says so. A single model, one that fills a chunk and, on a CPU, models
             that are mostly wide convolutions run without vmap, which gains them nothing.
         compile: make each step as one function compiled by torch.compile: after half a minute of compilation at most
-            far ahead for small models, and ahead for convolutional ones. Where that cannot be, or would not fit into
-            memory without chunks, a warning says why and the steps run uncompiled.
+            far ahead for small models, and ahead for convolutional ones; on a GPU, where it is replayed as one CUDA
+            graph, far ahead for all. Where that cannot be, or would not fit into memory without chunks, a warning says
+            why and the steps run uncompiled.
         autocast: torch.bfloat16 to run forward and loss under torch.autocast, backward and update outside it. float16,
             which needs a scaler, is refused: write that loop yourself, with `mbkit.GradScaler`.
         callback: called with each Step; returning False ends the training. The scheduler's step has been made by then
