@@ -18,7 +18,7 @@ from mbkit import ModelBatch, OptimizerFactory, fit
 from mbkit.batch.context import context_of
 from mbkit.vmap import BatchingError
 
-X = torch.randn(4, 3)
+X = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
 
 
 # ------------------------------------------------------------------ models that only look different
