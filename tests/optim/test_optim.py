@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from mbkit import ModelBatch
 from mbkit.optim import OptimizerFactory
 from mbkit.optim.each import Each
-from mbkit.optim.hyperparameters import Hyperparameters, ModelGroup
+from mbkit.optim.hyperparameters import Columns, Hyperparameters, ModelGroup
 from mbkit.optim.rules import RULES
 
 LR = [0.1, 0.03, 0.01, 0.003]
@@ -231,3 +231,15 @@ def test_rules_never_read_a_value_in_python(cls: type) -> None:
         states = [{k: mode.from_tensor(v) for k, v in optimizer.state[p].items()} for p in batch.parameters()]
         h = Hyperparameters(fake, columns.flags, params)
         RULES[cls].update(Each(params), Each(map(torch.ones_like, params)), states, h)
+
+
+def test_a_rate_that_is_written_anew_lies_where_it_lay():
+    """A step that was recorded on a GPU reads it there."""
+    columns = Columns([{"lr": 0.1}, {"lr": 0.2}], ["lr"])
+    columns.refresh()
+    param = torch.zeros(2, 3)
+    place = columns.at([param])["lr"].data_ptr()
+    columns.groups[1]["lr"] = 0.5
+    columns.refresh()
+    assert columns.at([param])["lr"].tolist() == [0.1, 0.5]
+    assert columns.at([param])["lr"].data_ptr() == place

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..registry import Pass, rule
 from ..unwrap import call_unwrapped
 
-_VECTOR = 16  # numbers in a CPU's longest vector
+VECTOR = 16  # numbers in a CPU's longest vector
 
 
 @rule(torch._C._nn.linear)
@@ -52,6 +52,6 @@ class _Turned(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), turned = ctx.saved_tensors, gradient.transpose(1, 2)
         of_x = torch.bmm(weight.transpose(1, 2), turned).transpose(1, 2) if ctx.needs_input_grad[0] else None
-        if turned.shape[1] < _VECTOR:
+        if turned.shape[1] < VECTOR:
             return of_x, torch.bmm(turned, x), turned.reshape(-1, turned.shape[2]).sum(1).view(turned.shape[:2])
         return of_x, torch.bmm(turned, x), gradient.sum(1)

@@ -24,7 +24,7 @@ from .data_dependent import all_true
 
 _IN_TURN = """alpha_dropout alpha_dropout_ binomial dropout_ feature_alpha_dropout feature_alpha_dropout_
     feature_dropout_ native_dropout poisson rrelu rrelu_ _sample_dirichlet _standard_gamma"""
-_VECTOR = 64  # bytes, at least what a GPU's thread reads at once
+_ALIGNED = 64  # bytes, at least what a GPU's thread reads at once
 _FILLS = "bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_"
 
 rule(*(getattr(torch, name) for name in _IN_TURN.split() if hasattr(torch, name)))(model_by_model)
@@ -179,7 +179,7 @@ def _dropout(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _begins_a_vector(row: Tensor) -> bool:
-    return row.storage_offset() * row.itemsize % _VECTOR == 0
+    return row.storage_offset() * row.itemsize % _ALIGNED == 0
 
 
 @rule(torch._C._nn.scaled_dot_product_attention)
