@@ -31,6 +31,7 @@ from ..vmap import (
     call_in_turn,
     call_named,
     given_to_models,
+    graph_nodes,
     is_folded,
     loop_inside,
     materialize,
@@ -217,12 +218,20 @@ def attempt(
         tensors = [*kept, *(leaves[i] for i in places)]
         in_dims = [0] * len(kept) + [None if shared else 0] * len(places)
         results = at_once(context, one_model, tensors, in_dims)
+        _check_intermediates([t for t in results if t.grad_fn is not None])
         output, changes, new = materialize(seen[0], [t.contiguous() if is_folded(t) else t for t in results])
     if not attributes and not new:
         return output, changes, attributes
     standing = tensors_in({key: value for key, value in (before | changes).items() if key[1] == "__dict__"})
     standing = set(map(id, standing))
     return output, changes, [t for t in (*attributes, *new) if id(t) in standing]
+
+
+def _check_intermediates(results: list[Tensor]) -> None:
+    """Raise `LayoutMatters` if a folded result leads to another one, for its copy would not, and get no gradient."""
+    folded = {t.grad_fn for t in results if is_folded(t)} if len(results) > 1 else ()
+    if folded and any(after in folded for node in graph_nodes(results) for after, _ in node.next_functions):
+        raise LayoutMatters
 
 
 def at_once(

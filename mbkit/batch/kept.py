@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..common.functions import at_hand
-from ..vmap import BatchingError, PerModel, as_one_model_sees, as_stacked, graph_nodes, tensors_in
+from ..vmap import BatchingError, PerModel, as_one_model_sees, as_stacked, graph_nodes, show_gradient, tensors_in
 from .context import CallContext
 from .kept_parts import MARK, marked, together
 from .python_values import Place, PythonValues, read, same, unchanged, write
 
+_CODE = (type, FunctionType)
 _FIXED = (type, ModuleType, FunctionType, property, staticmethod, classmethod)
 _MOST = 2_000  # objects that are looked at, and at what they hold in every call: what is kept stands near the layers
 
@@ -34,8 +35,8 @@ def kept_by(context: CallContext, loss_fn: Callable | None = None, method: str =
     known, name = context.kept, method.rpartition(".")[2]
     if known is None or name not in known.methods or (loss_fn is not None and not known.is_for(loss_fn)):
         latest, methods = (known.loss_fn, known.methods) if known else (None, {""})
-        classes, loss_fn = set(map(type, context.template.modules())), latest if loss_fn is None else loss_fn
-        known = context.kept = Kept(classes, loss_fn, methods | {name})
+        code = {c for m in context.template.modules() for c in (type(m), *vars(m).values()) if isinstance(c, _CODE)}
+        known = context.kept = Kept(code, latest if loss_fn is None else loss_fn, methods | {name})
     return known
 
 
@@ -43,13 +44,13 @@ class Kept:
     """The places where functions may keep values: globals, closures, attributes, lists, dicts and sets.
 
     Args:
-        classes: of the modules; torch's own keep nothing.
+        code: the modules' classes, of which torch's own keep nothing, and functions in their attributes.
         loss_fn: the loss function, if there is one yet.
         methods: names of the methods beside forward that are called.
     """
 
-    def __init__(self, classes: Iterable[type], loss_fn: Callable | None, methods: Iterable[str]) -> None:
-        self._classes, self._loss = sorted(classes, key=lambda kind: kind.__name__), (loss_fn, *at_hand(loss_fn))
+    def __init__(self, code: Iterable[Callable], loss_fn: Callable | None, methods: Iterable[str]) -> None:
+        self._code, self._loss = sorted(code, key=lambda part: part.__name__), (loss_fn, *at_hand(loss_fn))
         self.loss_fn, self.methods = loss_fn, methods
         self._steady: dict[int, weakref.ref] = {}  # the tensors that calls do not edit
         self._inside = 0  # how many calls of `in_parts` go on
@@ -62,8 +63,8 @@ class Kept:
         return alike and len(others) == len(held) and all(map(operator.is_, others, held))
 
     def _renew(self) -> None:
-        classes = [(kind.__name__, kind) for kind in self._classes]
-        self._values = PythonValues([*classes, ("loss_fn", self.loss_fn)], names=self.methods, most=_MOST)
+        code = [(part.__name__, part) for part in self._code]
+        self._values = PythonValues([*code, ("loss_fn", self.loss_fn)], names=self.methods, most=_MOST)
         self._places = list(filter(_may_change, self._values.places))
         self._caches = [cached for _, cached in self._values.caches]
 
@@ -129,6 +130,7 @@ class Kept:
             whole = as_stacked(leaf) if isinstance(leaf, Tensor) else None
             if whole is None:
                 return leaf
+            show_gradient(whole)
             if once and not whole.requires_grad and all(torch.equal(row, whole[0]) for row in whole):
                 return whole[0].clone()
             return marked(whole)

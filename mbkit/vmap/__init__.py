@@ -22,6 +22,7 @@ from .mode import RuleMode
 from .module_copy import ModuleCopy, copy_module, materialize, merge
 from .per_model import PerModel
 from .registry import Pass
+from .rules.rectified import show_gradient
 from .shared_objects import SharedObjects
 from .snapshot import has_grad_hooks, place, version
 from .state import (
@@ -48,5 +49,5 @@ __all__ = [
     "has_grad_hooks", "has_method", "is_folded", "keep_hooks", "loop_inside", "mark_rows", "materialize",
     "memory_order", "merge", "models_with_gradient", "module_path", "modules_of", "new_hooks",
     "note_models_with_gradient", "own_rows", "place", "rows_like", "rules", "running_modules", "separate_gradients",
-    "stack_alike", "tensors_in", "version", "watch_backward", "write_changes", "write_state",
+    "show_gradient", "stack_alike", "tensors_in", "version", "watch_backward", "write_changes", "write_state",
 ]  # fmt: skip

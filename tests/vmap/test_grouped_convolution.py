@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from oracle import close
 from torch import Tensor
 
-from mbkit.vmap.rules.grouped_convolution import on_a_gpu, when_compiled
+from mbkit.vmap.rules.grouped_convolution import on_a_cpu, on_a_gpu
 
 B, GROUPS, IN, OUT = 2, 3, 2, 4
 
@@ -43,12 +44,16 @@ def test_on_a_gpu(dims):
     assert {"_ConvolutionBackward", "ConvolutionBackward0", "AddBackward0"} <= names  # each of the three ways
 
 
-@pytest.mark.parametrize(("channels", "ours"), [(2, True), (16, False)])
-def test_when_compiled_few_channels_are_ours(channels, ours, monkeypatch):
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(("channels", "out"), [(2, 16), (8, 32), (9, 16), (2, 8)])
+def test_on_a_cpu(traced, channels, out, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    for window, padding in product((5, 6), (0, 1, 4)):
-        x = torch.randn(B, GROUPS * channels, 7, 8, dtype=torch.float64, requires_grad=True)
-        weight = torch.randn(GROUPS * OUT, channels, window, window, dtype=torch.float64, requires_grad=True)
-        how = (1, 1), (padding, padding), (1, 1), GROUPS
-        name = assert_same(when_compiled, torch.conv2d, f"{window=} {padding=}", x, weight, None, *how)
+    for (height, width), padding, size in product([(1, 1), (5, 5), (2, 3)], [(0, 0), (0, 1), (1, 2)], (7, 8)):
+        if padding[0] >= height or padding[1] >= width:
+            continue
+        x = torch.randn(B, GROUPS * channels, 7, size, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(GROUPS * out, channels, height, width, dtype=torch.float64, requires_grad=True)
+        what, how = f"{height=} {width=} {padding=} {size=}", ((1, 1), padding, (1, 1), GROUPS)
+        name = assert_same(partial(on_a_cpu, traced), torch.conv2d, what, x, weight, None, *how)
+        ours = channels <= 8 and (channels * width > 8 if traced else out % 16 == 0)
         assert (name == "_ConvolutionBackward") == ours

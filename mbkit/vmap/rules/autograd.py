@@ -24,6 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ..errors import BatchingError, SharedInput
 from ..registry import RULES_INSIDE, Pass, rule
 from ..unwrap import SHARED, as_stacked
+from .rectified import show_gradient
 
 _UNUSED = (
     "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True if this is "
@@ -41,7 +42,9 @@ def _shared(tensor: Tensor) -> Tensor | None:
 
 def _in_memory(tensor: Tensor) -> Tensor:
     shared = _shared(tensor)
-    return functorch.get_unwrapped(tensor) if shared is None else shared
+    if shared is None:
+        show_gradient(shared := functorch.get_unwrapped(tensor))
+    return shared
 
 
 _FACTS = [Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.grad_fn.__get__]
@@ -80,7 +83,7 @@ def _grad(mode: Pass, operator: Callable, args: tuple, kwargs: dict) -> Any:
     several, shared = kwargs["is_grads_batched"], list(map(_shared, inputs))
     stacks = [_stack(mode, t) for t in outputs]
     weights = [_weights(mode, *pair, several) for pair in zip(stacks, weights, strict=True)]
-    own = [functorch.get_unwrapped(t) for t, whole in zip(inputs, shared, strict=True) if whole is None]
+    own = [_in_memory(t) for t, whole in zip(inputs, shared, strict=True) if whole is None]
     dims = [
         several + (functorch.maybe_get_bdim(t) if whole is None else 0) for t, whole in zip(inputs, shared, strict=True)
     ]

@@ -7,6 +7,7 @@ so folding costs no copy.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from ..layout import is_folded
 from ..registry import Pass, rule
 from ..unwrap import call_unwrapped
-from .grouped_convolution import conv_on_a_gpu, settings_of, when_compiled
+from .grouped_convolution import conv_on_a_gpu, on_a_cpu, settings_of
+from .rectified import is_rectifier, pool_rectified
 
 FOLDED_DTYPES = {torch.float32}  # where the grouped kernels are fast; double precision has no such kernel
 
@@ -27,19 +29,9 @@ def _fold(stack: Tensor) -> Tensor:
 
 def _unfold(folded: Tensor, num_models: int) -> Tensor:
     """Channels_last `[B, M * C, H, W]` to `[M, B, C, H, W]`, a view."""
-    return _ChannelsLastGradient.apply(folded).unflatten(1, (num_models, -1)).transpose(0, 1)
-
-
-class _ChannelsLastGradient(torch.autograd.Function):
-    """Does nothing, but hands a channels_last gradient back: pooling's backward takes its whole layout from it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.contiguous(memory_format=torch.channels_last)
+    if folded.requires_grad:  # pooling's backward takes its layout from the gradient
+        folded.register_hook(partial(Tensor.contiguous, memory_format=torch.channels_last))
+    return folded.unflatten(1, (num_models, -1)).transpose(0, 1)
 
 
 def _foldable(mode: Pass, stack: Tensor, stacked: bool) -> bool:
@@ -54,7 +46,7 @@ def _conv2d(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     if not mode.folding or kwargs:
         return conv_on_a_gpu(mode, operator, args, kwargs)
     bias, (*how, groups) = settings_of(tuple(rest), 2)
-    convolve = torch.conv2d if not mode.traced or isinstance(how[1], str) else when_compiled
+    convolve = torch.conv2d if isinstance(how[1], str) else partial(on_a_cpu, mode.traced)
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
         x, weight, *biases = stacks
@@ -86,7 +78,9 @@ def _pool(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
         if not (stacked[0] and is_folded(stacks[0])):
             return NotImplemented
-        return _unfold(operator(_fold(stacks[0]), *args[1:], **kwargs), mode.num_models)
+        of_relu = operator is torch.max_pool2d and not kwargs and is_rectifier(stacks[0].grad_fn)
+        pool = partial(pool_rectified, stacks[0].grad_fn) if of_relu else operator
+        return _unfold(pool(_fold(stacks[0]), *args[1:], **kwargs), mode.num_models)
 
     return call_unwrapped(mode, run, args[:1]) if mode.folded else NotImplemented
 

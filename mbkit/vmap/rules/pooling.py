@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..layout import is_folded
 from ..registry import RULES_WHEN_TRACED, Pass, rule
 from ..unwrap import call_unwrapped
 
@@ -50,44 +51,44 @@ def _max_pool2d(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     rectify = out is not None and versions == _versions(mode, [out, source])  # neither has been edited since
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
-        order = sorted(range(stacks[0].dim()), key=stacks[0].stride, reverse=True)
+        (x,), models = stacks, mode.num_models
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
         if not stacked[0] or order.index(3) > order.index(4):
             return NotImplemented
-        return _LookedUp.apply(stacks[0], window, rectify, order)
+        folded = is_folded(x)  # inductor keeps this layout only where the models are channels for it as well
+        images = x.transpose(0, 1).flatten(1, 2) if folded else x.flatten(0, 1)
+        out = _LookedUp.apply(images, window, rectify)
+        return out.unflatten(1, (models, -1)).transpose(0, 1) if folded else out.unflatten(0, (models, -1))
 
     return call_unwrapped(mode, run, [source if rectify else x])
 
 
 class _LookedUp(torch.autograd.Function):
-    """Max-pooling of `[M, B, C, H, W]`, perhaps with a ReLU before it.
+    """Max-pooling of `[B, C, H, W]`, perhaps with a ReLU before it.
 
-    Args:
-        order: the dimensions as they lie in memory. The gradient is made in this order; inductor would write it in
-            another, and then once more in this one.
+    The gradient is made in the order in which the numbers lie in memory; inductor would write it in another, and then
+    once more in this one. Each column of the windows uses what arrives anew: inductor computes what has several uses
+    once, and else at each number.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, window: tuple[int, int], rectify: bool, order: list[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, window: tuple[int, int], rectify: bool) -> Tensor:
         largest, place = largest_of_windows(x, window, rectify)
         ctx.save_for_backward(place)
-        ctx.how = window, x.shape[3:], order
+        ctx.how = window, x.shape[2:], sorted(range(4), key=x.stride, reverse=True)
         return largest
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (place,), (window, size, order) = ctx.saved_tensors, ctx.how
-        rows, columns = order.index(3), order.index(4)
-
-        def spread(x: Tensor) -> Tensor:
-            return x.permute(order).unsqueeze(rows + 1).unsqueeze(columns + 2)
-
-        shape = [1] * 7
-        shape[rows + 1], shape[columns + 2] = window
-        places = torch.arange(window[0] * window[1], dtype=gradient.dtype, device=gradient.device).view(shape)
-        mine = torch.where(spread(place.to(gradient.dtype)) == places, spread(gradient), 0.0)
-        mine = mine.flatten(rows, rows + 1).flatten(columns, columns + 1)
-        mine = mine.permute([order.index(d) for d in range(5)])
-        return pad(mine, (0, size[1] - mine.shape[4], 0, size[0] - mine.shape[3])), None, None, None
+        rows, columns = order.index(2), order.index(3) + 1
+        place, gradient = (t.permute(order).unsqueeze(rows + 1) for t in (place.to(gradient.dtype), gradient))
+        lines = torch.arange(window[0], dtype=gradient.dtype, device=gradient.device) * window[1]
+        lines = lines.view(*[1] * (rows + 1), -1, *[1] * (3 - rows))
+        parts = [torch.where(place == lines + i, gradient, 0.0) for i in range(window[1])]
+        mine = torch.stack(parts, columns + 1).flatten(columns, columns + 1).flatten(rows, rows + 1)
+        mine = mine.permute([order.index(d) for d in range(4)])
+        return pad(mine, (0, size[1] - mine.shape[3], 0, size[0] - mine.shape[2])), None, None
 
 
 def largest_of_windows(x: Tensor, window: tuple[int, int], rectify: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,190 @@
+"""Convolutions that are folded into one, and what follows them: each model is the lone one, and all run at once."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from oracle import close
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mbkit import ModelBatch
+from mbkit.vmap.rules import convolution
+
+M, B, K = 3, 4, 5
+kept: list[Tensor] = []  # what `keep` has seen; the batch reads it off
+
+
+class Net(nn.Module):
+    """Two convolutions, and between them what is to be tried: it gets the net and `[B, 6, 10, 10]`."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.between = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 16, 3), between
+        self.last = nn.LazyLinear(K)
+
+    def forward(self, x: Tensor) -> Any:
+        between = self.between(self, self.first(x))
+        more = between[1:] if isinstance(between, tuple) else ()
+        h = self.second(between[0] if more else between)
+        out = self.last(F.max_pool2d(h.relu(), 2).flatten(1))
+        return (out, *more) if more else out
+
+
+@pytest.fixture(autouse=True)
+def fold_double_precision(monkeypatch):
+    monkeypatch.setattr(convolution, "FOLDED_DTYPES", {torch.float64})
+
+
+def both(between: Any) -> tuple[ModelBatch, list[nn.Module], Tensor, Any, list[Any]]:
+    """Return a batch, the models alone, their input, and what the two sides have returned."""
+    torch.manual_seed(0)
+    x = torch.randn(B, 3, 12, 12, dtype=torch.float64, requires_grad=True)
+    models = [Net(between).double() for _ in range(M)]
+    for model in models:
+        model(x)  # makes the lazy layer
+    batch = ModelBatch(copy.deepcopy(models), seeds=range(M))
+    return batch, models, x, batch(x), [model(x) for model in models]
+
+
+def assert_same(batch: ModelBatch, models: list[nn.Module], x: Tensor, losses: Tensor, alone: list[Tensor]) -> None:
+    """Compare the losses, and the gradients of the parameters and of the input."""
+    close(losses.detach(), torch.stack(alone).detach())
+    (of_x,) = torch.autograd.grad(sum(alone), x, retain_graph=True)
+    close(torch.autograd.grad(losses.sum(), x, retain_graph=True)[0], of_x, what="the input's gradient")
+    losses.sum().backward()
+    for loss, model in zip(alone, models, strict=True):
+        loss.backward(inputs=list(model.parameters()))
+    for name, stack in batch.stacked_params.items():
+        close(stack.grad, torch.stack([dict(model.named_parameters())[name].grad for model in models]), what=name)
+
+
+def pooled_twice(net: Net, h: Tensor) -> Tensor:
+    h = h.relu()
+    return F.max_pool2d(h, 2) + F.max_pool2d(h, 2, ceil_mode=True)
+
+
+def also_averaged(net: Net, h: Tensor) -> Tensor:
+    h = h.relu()
+    return F.max_pool2d(h, 2) + F.avg_pool2d(h, 2)
+
+
+def edited_after(net: Net, h: Tensor) -> Tensor:
+    h = F.max_pool2d(h.relu(), 2)
+    h += 0.5
+    return h.mul_(2)
+
+
+def differentiated(net: Net, h: Tensor) -> Tensor:
+    """Takes a derivative by the ReLU's output, which is not zero where the ReLU stops it."""
+    h = (h - 0.3).relu()
+    pooled = F.max_pool2d(h, 2)
+    (slope,) = torch.autograd.grad((pooled + 1).pow(2).sum(), h, create_graph=True)
+    return pooled + slope.mean((1, 2, 3), keepdim=True)
+
+
+def penalized(net: Net, h: Tensor) -> Tensor:
+    """Takes a derivative by a weight, through ReLU and pooling."""
+    h = F.max_pool2d(h.relu(), 2)
+    (slope,) = torch.autograd.grad(h.pow(2).sum(), net.first.weight, create_graph=True)
+    return h + slope.pow(2).mean()
+
+
+def not_a_number(net: Net, h: Tensor) -> Tensor:
+    """Has a NaN in one window, which pooling takes for the largest number."""
+    broken = torch.zeros_like(h[0])
+    broken[0, 3, 3] = torch.nan
+    return F.max_pool2d((h - broken).relu(), 2).nan_to_num()
+
+
+# What stands between two convolutions -> over how many numbers a ReLU's gradient is stopped, of one model's 2,400
+# before the pooling and its 600 after it.
+WAYS = {
+    "pooled": (lambda net, h: F.max_pool2d(h.relu(), 2), 600),
+    "pooled by modules": (lambda net, h: nn.MaxPool2d(2, 2)(nn.ReLU()(h)), 600),
+    "windows overlap": (lambda net, h: F.max_pool2d(h.relu(), (3, 2), 2, (1, 0)), 600),
+    "all below zero": (lambda net, h: F.max_pool2d((h - 9).relu(), 2), 600),
+    "pooled first": (lambda net, h: F.max_pool2d(h, 2).relu(), 600),
+    "averaged": (lambda net, h: F.avg_pool2d(h.relu(), 2), 2400),
+    "pooled twice": (pooled_twice, 2 * 600 + 2400),
+    "also averaged": (also_averaged, 600 + 2400),
+    "not a number": (not_a_number, 600),
+    "edited after": (edited_after, 600),
+    "penalized": (penalized, None),
+    "differentiated": (differentiated, None),
+    "ReLU in place": (lambda net, h: F.max_pool2d(h.relu_(), 2), None),
+    "residual in place": (lambda net, h: h.add_(h.detach()).clamp_(-1, 1), None),
+    "a part in place": (lambda net, h: h[:, :2].mul_(2).sum() + h, None),
+}
+
+
+class Stopped(TorchDispatchMode):
+    """Counts the numbers that ReLUs' gradients are stopped at, of more than one layer's outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is torch.ops.aten.threshold_backward.default and args[0].shape[-1] in (5, 10):
+            self.numbers += args[0].numel()
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_as_alone_and_at_once(way):
+    between, stopped = WAYS[way]
+    batch, models, x, outputs, alone = both(between)
+    assert_same(batch, models, x, outputs.pow(2).sum((1, 2)), [out.pow(2).sum() for out in alone])
+    if stopped is not None:
+        with Stopped() as seen:
+            batch(x).sum().backward()
+        assert seen.numbers == stopped * M
+
+
+def keep(net: Net, h: Tensor) -> Tensor:
+    h = (h - 0.3).relu()
+    kept.append(h)
+    return F.max_pool2d(h, 2)
+
+
+def test_gradient_of_what_a_model_has_kept():
+    kept.clear()
+    batch, models, x, outputs, alone = both(keep)
+    seen = kept[-1 - M :]
+    expected = [torch.autograd.grad(out.sum(), h, retain_graph=True)[0] for out, h in zip(alone, seen[1:], strict=True)]
+    close(torch.autograd.grad(outputs.sum(), seen[0], retain_graph=True)[0], torch.stack(expected))
+    assert_same(batch, models, x, outputs.pow(2).sum((1, 2)), [out.pow(2).sum() for out in alone])
+
+
+def returned(net: Net, h: Tensor) -> tuple[Tensor, Tensor]:
+    h = h.relu()
+    return F.max_pool2d(h, 2), h
+
+
+def test_gradient_of_activations_that_a_model_returns():
+    batch, models, x, (outputs, h), alone = both(returned)
+    of_h = [torch.autograd.grad(out.sum(), own, retain_graph=True)[0] for out, own in alone]
+    close(torch.autograd.grad(outputs.sum(), h, retain_graph=True)[0], torch.stack(of_h))
+    assert_same(batch, models, x, outputs.pow(2).sum((1, 2)), [out.pow(2).sum() for out, _ in alone])
+
+
+def test_gradient_in_part_from_elsewhere():
+    """Of two backward passes over one graph the second does not come through the pooling."""
+
+    def between(net: Net, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = h.relu()
+        return F.max_pool2d(h, 2), h.mean((1, 2, 3)) + h.std()
+
+    batch, models, _, (outputs, extra), alone = both(between)
+    for mine, lone in ((outputs, 0), (extra, 1)):
+        expected = [
+            torch.autograd.grad(own[lone].sum(), m.first.weight, retain_graph=True)[0]
+            for own, m in zip(alone, models, strict=True)
+        ]
+        (got,) = torch.autograd.grad(mine.sum(), batch.stacked_params["first.weight"], retain_graph=True)
+        close(got, torch.stack(expected))
