@@ -49,20 +49,15 @@ __all__ = [
 
 # Rooms that training does not need, imported when they are first asked for.
 _LATER = {
-    "Diagnosis": "verify",
-    "diagnose": "verify",
-    "EquivalenceReport": "verify",
-    "compare": "verify",
-    "grid": "sweep",
-    "optuna_sweep": "sweep",
-    "sample": "sweep",
-    "sweep": "sweep",  # the room itself, which can be called
+    "verify": ("Diagnosis", "EquivalenceReport", "compare", "diagnose"),
+    "sweep": ("grid", "optuna_sweep", "sample", "sweep"),  # the last is the room itself, which can be called
 }
 
 
 def __getattr__(name: str) -> object:
     """Import what is asked for, where it is one of the names in `_LATER`."""
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = importlib.import_module(f".{_LATER[name]}", __name__)
-    return room if name == "sweep" else getattr(room, name)
+    for room, names in _LATER.items():
+        if name in names:
+            found = importlib.import_module(f".{room}", __name__)
+            return found if name == room else getattr(found, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

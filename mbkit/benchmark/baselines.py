@@ -139,13 +139,20 @@ def _own_loop(*given: Any) -> Side:
     """mbkit in a training loop that its user wrote."""
     batch, optimizer, read = _batched(*given)
     loss_fn = _loss_of(given[0])
+    step = _update(lambda x, y: batch.compute_loss(batch(x), y, loss_fn), optimizer)
+    return Side([step], batch.num_models, read, batch)
+
+
+def _update(loss: _Step, optimizer: Any, *others: Any) -> _Step:
+    """Return a step as users write it; the gradients of others are cleared, too."""
 
     def step(x: Tensor, y: Tensor) -> None:
-        optimizer.zero_grad()
-        batch.compute_loss(batch(x), y, loss_fn).backward()
+        for each in (optimizer, *others):
+            each.zero_grad()
+        loss(x, y).backward()
         optimizer.step()
 
-    return Side([step], batch.num_models, read, batch)
+    return step
 
 
 def _modelbatch(models: _Models, optimizer_cls: type, configs: _Configs, _: Any) -> Side:
@@ -158,13 +165,7 @@ def _modelbatch(models: _Models, optimizer_cls: type, configs: _Configs, _: Any)
     batch = modelbatch.ModelBatch(copy.deepcopy(list(models)))
     optimizer = modelbatch.OptimizerFactory(optimizer_cls).create_optimizer(batch, list(configs))
     loss_fn = _loss_of(models)
-
-    def step(x: Tensor, y: Tensor) -> None:
-        optimizer.zero_grad()
-        batch.zero_grad()
-        batch.compute_loss(batch(x), y, loss_fn).backward()
-        optimizer.step()
-
+    step = _update(lambda x, y: batch.compute_loss(batch(x), y, loss_fn), optimizer, batch)
     return Side([step], len(models), lambda m, name: batch.get_model_states()[m][name])
 
 
@@ -179,12 +180,7 @@ def _naive_vmap(models: _Models, optimizer_cls: type, configs: _Configs, _: Any)
         return loss_fn(torch.func.functional_call(template, (params, buffers), (x,)), y)
 
     losses = torch.vmap(loss, in_dims=(0, 0, None, None))
-
-    def step(x: Tensor, y: Tensor) -> None:
-        optimizer.zero_grad()
-        losses(parameters, buffers, x, y).sum().backward()
-        optimizer.step()
-
+    step = _update(lambda x, y: losses(parameters, buffers, x, y).sum(), optimizer)
     return Side([step], len(models), lambda m, name: parameters[name].detach()[m])
 
 

@@ -37,8 +37,7 @@ def learning_rate_grid(num_models: int, min_lr: float = MIN_LR, max_lr: float = 
     """
     seeds = 2 if num_models % 2 == 0 and num_models > 2 else 1
     rates = [config["lr"] for config in create_lr_sweep_configs(min_lr, max_lr, num_models // seeds)]
-    pairs = list(itertools.product(rates, range(seeds)))
-    return [rate for rate, _ in pairs], [seed for _, seed in pairs]
+    return [rate for rate in rates for _ in range(seeds)], [*range(seeds)] * len(rates)
 
 
 def run_benchmark(

@@ -30,11 +30,9 @@ def list_of_models(models: Any) -> list[nn.Module]:
     models = list(models)
     if not models:
         raise ValueError("Expected at least one model, got an empty list: pass [model_0, model_1, …].")
-    for m, model in enumerate(models):
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"Expected nn.Modules, got {type(model).__name__} as model {m}: pass the models themselves."
-            )
+    for m, one in enumerate(models):
+        if not isinstance(one, nn.Module):
+            raise TypeError(f"Expected nn.Modules, got {type(one).__name__} as model {m}: pass the models themselves.")
     return models
 
 

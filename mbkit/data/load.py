@@ -203,9 +203,8 @@ def load_images(name: str = "auto", download: bool = True) -> ImageData:
     except OSError as error:
         _say(f"CIFAR-10 cannot be had, so the digits that ship with mbkit take its place. {error}")
         data = load_digits()
-        return dataclasses.replace(
-            data, name="digits (in place of CIFAR-10)", note=f"{data.note} They take the place of CIFAR-10."
-        )
+        note = f"{data.note} They take the place of CIFAR-10."
+        return dataclasses.replace(data, name="digits (in place of CIFAR-10)", note=note)
 
 
 def demo_points(num_samples: int = 100, num_features: int = 8, num_classes: int = 2) -> tuple[Tensor, Tensor]:

@@ -148,9 +148,8 @@ class LearningRates(Live):
         at = slice(0, 0) if highlight is None else slice(highlight, highlight + 1)
         ring.set_data(self.rates[at].tolist(), place[at].tolist())
         chosen.set_data(*lines[at].reshape(-1, 2).T.tolist())
-        count.set_text(
-            f"{self.title}step {len(loss)} of {self.steps}, {int(gone.sum())} of {len(gone)} models diverged"
-        )
+        done = f"{self.title}step {len(loss)} of {self.steps}"
+        count.set_text(f"{done}, {int(gone.sum())} of {len(gone)} models diverged")
 
 
 class RateMap(Live):
@@ -187,10 +186,8 @@ class RateMap(Live):
         lost = outcome.diverged
         ratio = outcome.ratio.double().clamp(min=10.0 ** (LOWEST - 1)).masked_fill(lost, math.nan)
         image.set_data(ratio.log10().numpy())
-        steps = len(outcome.loss)
-        left.set_text(
-            f"step {steps} of {outcome.steps}: {int(lost.sum()):,} of {lost.numel():,} networks diverged (white)"
-        )
+        steps, gone = len(outcome.loss), int(lost.sum())
+        left.set_text(f"step {steps} of {outcome.steps}: {gone:,} of {lost.numel():,} networks diverged (white)")
         row, column = chosen
         first, second = self.rates[0][column].item(), self.rates[1][row].item()
         ring.set_data([math.log10(first)], [math.log10(second)])

@@ -201,13 +201,11 @@ def scaling(measured: Mapping[str, Mapping[int, Any]]) -> Picture:
     panels = picture.subplots(1, len(measured), sharey=True, squeeze=False)[0]
     for axes, (what, results) in zip(panels, measured.items(), strict=True):
         for side, color, mark in (("alone", ALONE, "o--"), ("batched", BATCHED, "s-")):
-            times = {value: getattr(result, side) for value, result in results.items()}
-            lows, medians, highs = (
-                [1e3 * getattr(t, end) for t in times.values()] for end in ("low", "median", "high")
-            )
+            times = [getattr(result, side) for result in results.values()]
+            lows, medians, highs = ([1e3 * getattr(t, end) for t in times] for end in ("low", "median", "high"))
             label = "alone" if side == "alone" else "in the batch"
-            axes.plot(list(times), medians, mark, color=color, markersize=5, label=label)
-            axes.fill_between(list(times), lows, highs, color=color, alpha=0.25, linewidth=0)  # the quartiles
+            axes.plot(list(results), medians, mark, color=color, markersize=5, label=label)
+            axes.fill_between(list(results), lows, highs, color=color, alpha=0.25, linewidth=0)  # the quartiles
         axes.set(xscale="log", yscale="log", xlabel=what)
         axes.minorticks_off()
         label_decades(axes.yaxis)

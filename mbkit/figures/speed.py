@@ -16,10 +16,9 @@ def speedups(result: Any) -> Picture:
     Args:
         result: from `suite.run_suite`.
     """
-    cases = {row["network"]: row for row in result.rows}
-    for row in result.rows:
-        kept = cases[row["network"]]
-        cases[row["network"]] = max(row, kept, key=lambda row: (len(row["seconds"]), row["num_models"]))
+    cases = {row["network"]: row for row in result.rows}  # in their order
+    for row in sorted(result.rows, key=lambda row: (len(row["seconds"]), row["num_models"])):
+        cases[row["network"]] = row
     ratios = {network: {side: result.ratio(row, side) for side in row["seconds"]} for network, row in cases.items()}
     if not all(ratio for measured in ratios.values() for ratio in measured.values()):
         raise ValueError("Expected a loop among the sides, to compare with, got none: measure it, too.")
@@ -61,9 +60,8 @@ def growth(result: Any) -> Picture:
     if not rows:
         raise ValueError("Expected a network with several numbers of models, got none: measure more cases.")
     picture = Picture(max(6.5, 3.2 * len(rows)), 3.4)
-    for axes, ((network, batch), own) in zip(
-        picture.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True
-    ):
+    panels = picture.subplots(1, len(rows), squeeze=False)[0]
+    for axes, ((network, batch), own) in zip(panels, rows.items(), strict=True):
         sizes, costs = [row["num_models"] for row in own], [row["costs"].get("mbkit") for row in own]
         for side, color, look in (("", ALONE, "o-"), ("mbkit", BATCHED, "s-"), ("mbkit compiled", WRONG, "d-")):
             times = [result.timing(row, side or result.loop_of(row)) for row in own]

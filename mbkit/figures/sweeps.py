@@ -30,9 +30,8 @@ def parallel_coordinates(result: Any) -> Picture:
     span = high - low or 1.0
     ticks = [(share, f"{low + share * span:.3g}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     for own in scores:
-        columns.append(
-            ([max((score - low) / span, -0.05) if math.isfinite(score) else math.nan for score in own], ticks)
-        )
+        heights = [(score - low) / span if math.isfinite(score) else math.nan for score in own]
+        columns.append(([max(height, -0.05) for height in heights], ticks))  # NaN stays NaN
     picture = Picture(max(6.0, 1.25 * len(columns)), 3.6)
     axes = picture.subplots()
     last = [len(trial.rungs) == len(rungs) for trial in trials]
@@ -45,9 +44,8 @@ def parallel_coordinates(result: Any) -> Picture:
     for x, (_, own) in enumerate(columns):
         axes.axvline(x, color="#333333", linewidth=0.8)
         for height, word in own:
-            axes.text(
-                x + 0.03, height, word, fontsize=7, va="center", bbox={"color": "white", "alpha": 0.6, "pad": 0.3}
-            )
+            behind = {"color": "white", "alpha": 0.6, "pad": 0.3}
+            axes.text(x + 0.03, height, word, fontsize=7, va="center", bbox=behind)
     axes.set_xticks(range(len(columns)), [*names, *(f"score\nafter {epochs}" for epochs in rungs)], fontsize=8)
     axes.set_yticks([])
     axes.spines[:].set_visible(False)

@@ -89,10 +89,8 @@ dtype=torch.float32)
             raise ValueError(f"Expected torch.float32 or torch.float64 as dtype, got {self.dtype}.")
         name = getattr(self.optimizer, "__name__", self.optimizer)
         if name not in OPTIMIZERS or self.optimizer not in (name, OPTIMIZERS[name]):
-            guess = did_you_mean(str(name), OPTIMIZERS)
-            raise ValueError(
-                f"Expected a class of torch.optim that steps by dense gradients, got {self.optimizer!r}.{guess}"
-            )
+            got, guess = repr(self.optimizer), did_you_mean(str(name), OPTIMIZERS)
+            raise ValueError(f"Expected a class of torch.optim that steps by dense gradients, got {got}.{guess}")
         object.__setattr__(self, "optimizer", name)
 
     @property

@@ -101,10 +101,8 @@ class Outcome(Tables):
 
     def _tables(self) -> list[tuple[str, list[list[str]]]]:
         demo, steps = self.demo, len(self.parameter_difference)
-        title = (
-            f"{self.gradients.capitalize()} gradients, {self.weights} initial weights, {self.order} order of batches"
-        )
-        title += f"\n({demo.optimizer}, epochs: {demo.epochs}, seed: {demo.seed})"
+        title = f"{self.gradients.capitalize()} gradients, {self.weights} initial weights, {self.order} order"
+        title += f" of batches\n({demo.optimizer}, epochs: {demo.epochs}, seed: {demo.seed})"
         head = ["", *(f"Model {m}" for m in range(demo.num_models))]
         rates = ["learning rate", *(f"{rate:g}" for rate in demo.learning_rates)]
         tables = [(title, [head, rates, *([name, *row] for name, row in self.table().items())])]
@@ -118,12 +116,11 @@ class Outcome(Tables):
         if not self.faults and self.parameters_agree and self.verdict == "DIVERGENT":
             judged += "\nNothing was planted and the first steps agree: this is rounding, grown by training\n"
             judged += "at these rates." + (" Try dtype=torch.float64." if demo.dtype == torch.float32 else "")
-        shown = sorted({step for step in (1, 2, 3, 5, 10, 30, 100, 300, 1000, steps) if step <= steps})
-        growth = [
-            [f"{step}", *(f"{gap:.1e}" if gap else "0" for gap in self.parameter_difference[step - 1].tolist())]
-            for step in shown
-        ]
-        return [*tables, (judged, []), ("Largest difference of a parameter", [["after step", *head[1:]], *growth])]
+        growth = [["after step", *head[1:]]]
+        for step in sorted({step for step in (1, 2, 3, 5, 10, 30, 100, 300, 1000, steps) if step <= steps}):
+            gaps = self.parameter_difference[step - 1].tolist()
+            growth.append([f"{step}", *(f"{gap:.1e}" if gap else "0" for gap in gaps)])
+        return [*tables, (judged, []), ("Largest difference of a parameter", growth)]
 
 
 class Dissection(Tables, tuple):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -115,13 +116,11 @@ class RateGrid:
         optimizer_cls: type[torch.optim.Optimizer] = torch.optim.SGD,
         **hyperparameters: Any,
     ) -> None:
-        seeds = [seed] * size * size
         self.size, self.loss_fn = size, loss_fn
         self.batches = points() if batches is None else batches
-        self.batch = ModelBatch.build(build, seeds)
-        first, second = ({"params": names, "lr": 0.0} for names in groups)
+        self.batch = ModelBatch.build(build, [seed] * size**2)
         factory = OptimizerFactory(optimizer_cls, hyperparameters)
-        self.optimizer = factory.create_optimizer(self.batch, groups=[first, second])
+        self.optimizer = factory.create_optimizer(self.batch, groups=[{"params": names, "lr": 0.0} for names in groups])
         self._start = {name: tensor.clone() for name, tensor in self.batch.state_dict().items()}
 
     def train(self, first_rates: Range, second_rates: Range, steps: int) -> Iterator[Trainability]:
@@ -159,7 +158,7 @@ def spaced(low: float, high: float, size: int, name: str = "rates") -> Tensor:
         raise ValueError(
             f"Expected {name} as the lowest and the highest rate, both above 0, got {low}, {high}: pass (0.001, 1.0)."
         )
-    return torch.logspace(*torch.tensor([low, high], dtype=torch.float64).log10().tolist(), size, dtype=torch.float64)
+    return torch.from_numpy(np.geomspace(low, high, size))
 
 
 def film(path: str | Path, size: int = 128, steps: int = 60) -> None:

@@ -11,8 +11,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ..batch.context import context_of
 from ..common.checks import model_numbers
-from .groups import construct, parameters_of
-from .hyperparameters import SWITCHES, numbers_of
+from .groups import Configs, Names, construct, parameters_of
+from .hyperparameters import SWITCHES, OptimizerClass, numbers_of
 from .model_states import CanSelect, shapes_in
 
 _HOOKS = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
@@ -20,6 +20,11 @@ _HOOKS = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
 
 class BatchOptimizer(CanSelect, torch.optim.Optimizer):
     """Base of the optimizers that `OptimizerFactory` makes: a `torch.optim.Optimizer` over a batch.
+
+    A subclass gives `_update(closure)`, the step itself, without gradients; `_fill_state(lone, m)`, which gives a fresh
+    lone optimizer a copy of model m's state; `_load_state(state, groups)`, which takes over a copy of a state, or
+    refuses one that is not whole, or is another optimizer's or architecture's; and `_watch_groups()`, which turns
+    `param_groups` of plain dicts into ones that notice what is written into them.
 
     `param_groups[m]` holds model m's hyperparameters as plain numbers; read and write them at any time. Group 0's
     "params" lists the stacked parameters and the other groups' lists are empty, because a stacked parameter belongs
@@ -43,9 +48,9 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
     def __init__(
         self,
         batch: Any,
-        optimizer_cls: type[torch.optim.Optimizer],
-        configs: Sequence[Sequence[dict[str, Any]]],
-        names: Sequence[Sequence[str]],
+        optimizer_cls: OptimizerClass,
+        configs: Configs,
+        names: Names,
         groups: Sequence[dict[str, Any]],
         defaults: dict[str, Any],
     ) -> None:
@@ -108,10 +113,6 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         """Note that a step was made: torch's schedulers ask before they complain about the order of calls."""
         self._opt_called = True
 
-    def _update(self, closure: Callable[[], Any] | None) -> Any:
-        """Update the stacked parameters, gradients being off; return what `step` returns."""
-        raise NotImplementedError
-
     def _stopped(self) -> Tensor | None:
         """Return the models that take no part in this step, `[M]`; None if all do."""
         masks = [mask for mask in (context_of(self.batch).frozen, self._skipped) if mask is not None]
@@ -165,24 +166,19 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         """
         (m,) = model_numbers([m], self.num_models)
         model = self.batch[m] if model is None else model
-        expected, own = shapes_in(self.batch), ", ".join(f"{n} {tuple(p.shape)}" for n, p in model.named_parameters())
-        if own != expected:
+        parameters, expected = dict(model.named_parameters()), shapes_in(self.batch)
+        got = ", ".join(f"{name} {tuple(p.shape)}" for name, p in parameters.items())
+        if got != expected:
             raise ValueError(
-                f"Expected a module with the parameters {expected}, got {own}: pass batch[{m}], or nothing."
+                f"Expected a module with the parameters {expected}, got {got}: pass batch[{m}], or nothing."
             )
-        params = dict(model.named_parameters())
-        lone = construct(
-            self.optimizer_cls, [[params[name] for name in group] for group in self._names], self._configs[m], m
-        )
+        params = [[parameters[name] for name in group] for group in self._names]
+        lone = construct(self.optimizer_cls, params, self._configs[m], m)
         self._fill_state(lone, m)
         for own, group in zip(lone.param_groups, self.groups_of(m), strict=True):
             own.update({name: value for name, value in numbers_of(group).items() if name not in SWITCHES})
         lone.model = model  # type: ignore[attr-defined]
         return lone
-
-    def _fill_state(self, lone: torch.optim.Optimizer, m: int) -> None:
-        """Give a fresh lone optimizer a copy of model m's state."""
-        raise NotImplementedError
 
     # ---- staying whole through torch's own copying, pickling and loading
 
@@ -237,14 +233,6 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
                     "create the optimizer from the class that the state was saved from."
                 )
         return [{**flags, **group} for group in groups]
-
-    def _load_state(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
-        """Take over a copy of a state; refuse one that is not whole, or of another optimizer or architecture."""
-        raise NotImplementedError
-
-    def _watch_groups(self) -> None:
-        """Turn `param_groups` of plain dicts into ones that notice what is written into them."""
-        raise NotImplementedError
 
     def _foreign(self, expected: str, got: Any) -> ValueError:
         return ValueError(

@@ -8,10 +8,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..common.checks import did_you_mean, per_model, whole_number
-from .hyperparameters import SWITCHES, plain
+from .hyperparameters import SWITCHES, OptimizerClass, plain
 
 
 def create_sgd_configs(
@@ -56,9 +57,7 @@ def create_adam_configs(
     return _one_config_per_rate(torch.optim.Adam, learning_rates, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
-def create_lr_sweep_configs(
-    min_lr: float, max_lr: float, num_models: int, scale: str = "log"
-) -> list[dict[str, float]]:
+def create_lr_sweep_configs(min_lr: float, max_lr: float, num_models: int, scale: str = "log") -> list[dict[str, Any]]:
     """Return configs whose learning rates go from `min_lr` to `max_lr`, both included.
 
     Args:
@@ -81,28 +80,19 @@ def create_lr_sweep_configs(
     """
     whole_number(num_models, "num_models")
     if scale not in ("log", "linear"):
-        raise ValueError(
-            f"Expected scale 'log' or 'linear', got {scale!r}.{did_you_mean(str(scale), ['log', 'linear'])}"
-        )
+        guess = did_you_mean(str(scale), ["log", "linear"])
+        raise ValueError(f"Expected scale 'log' or 'linear', got {scale!r}.{guess}")
     for lr in (min_lr, max_lr):
         check_lr(lr, "")
     if min_lr > max_lr:
         raise ValueError(f"Expected min_lr <= max_lr, got {min_lr} and {max_lr}: swap them.")
     if scale == "log" and min_lr <= 0:
         raise ValueError(f"Expected min_lr above 0 on a log scale, got {min_lr}: raise it, or use scale='linear'.")
-    parts = [m / max(num_models - 1, 1) for m in range(num_models)]
-    if scale == "log":
-        rates = [min_lr * (max_lr / min_lr) ** part for part in parts]
-    else:
-        rates = [min_lr + (max_lr - min_lr) * part for part in parts]
-    if num_models > 1:
-        rates[-1] = max_lr  # to the last bit
-    return [{"lr": float(lr)} for lr in rates]
+    spaced = np.geomspace if scale == "log" else np.linspace  # whose ends are right to the last bit
+    return [{"lr": lr} for lr in spaced(min_lr, max_lr, num_models).tolist()]
 
 
-def _one_config_per_rate(
-    optimizer_cls: type[torch.optim.Optimizer], learning_rates: Any, **others: Any
-) -> list[dict[str, Any]]:
+def _one_config_per_rate(optimizer_cls: OptimizerClass, learning_rates: Any, **others: Any) -> list[dict[str, Any]]:
     rates = learning_rates.tolist() if hasattr(learning_rates, "tolist") else learning_rates
     if isinstance(rates, str) or not isinstance(rates, Sequence):
         raise TypeError(f"Expected a list of learning rates (one per model), got {learning_rates!r}: put it in a list.")
@@ -115,7 +105,7 @@ def _one_config_per_rate(
 
 
 def merge_configs(
-    optimizer_cls: type[torch.optim.Optimizer],
+    optimizer_cls: OptimizerClass,
     num_models: int,
     base_config: dict[str, Any],
     configs: Sequence[dict[str, Any]] | None,
@@ -202,7 +192,7 @@ def check_lr(lr: Any, whose: str) -> None:
         raise ValueError(f"Expected a finite learning rate from 0 on, got {lr}{whose}: choose one like 0.01.")
 
 
-def _check_values(optimizer_cls: type[torch.optim.Optimizer], config: dict[str, Any], m: int) -> None:
+def _check_values(optimizer_cls: OptimizerClass, config: dict[str, Any], m: int) -> None:
     taken = _arguments(optimizer_cls)
     if "lr" in config and not (config["lr"] is None and "lr" in taken and taken["lr"].default is None):
         check_lr(config["lr"], f" of model {m}")

@@ -109,14 +109,14 @@ class OptimizerFactory:
         if not batch.stacked_params:
             raise ValueError("Expected models with parameters, got a batch without any: there is nothing to optimize.")
         merged = merge_configs(self.optimizer_cls, batch.num_models, self.base_config, configs, hyperparameters)
-        names, merged = split_groups(
-            self.optimizer_cls, chosen_parameters(batch.stacked_params, params), merged, groups
-        )
+        chosen = chosen_parameters(batch.stacked_params, params)
+        names, merged = split_groups(self.optimizer_cls, chosen, merged, groups)
         ruled = ruled_class(self.optimizer_cls)
         stacked = ruled is not None and RULES[ruled].suits(merged)
         if stacked and ruled is not self.optimizer_cls:
             lone = construct(self.optimizer_cls, [lone_shapes(batch, names)], merged[0][:1], 0)
-            stacked = not _adds_to_its_step(lone)
+            # Its constructor may have hung something on it that is called with its steps.
+            stacked = not any(callable(v) or (name.endswith("_hooks") and v) for name, v in vars(lone).items())
         return (StackedOptimizer if stacked else ViewsOptimizer)(batch, self.optimizer_cls, merged, names)
 
     @staticmethod
@@ -175,8 +175,3 @@ def _check_class(optimizer_cls: Any) -> None:
         raise TypeError(
             f"Expected the class that trains one model alone, such as torch.optim.Adam, got {optimizer_cls!r}."
         )
-
-
-def _adds_to_its_step(lone: torch.optim.Optimizer) -> bool:
-    """Say whether an optimizer's constructor has hung something on it that is called with its steps."""
-    return any(callable(value) or (name.endswith("_hooks") and value) for name, value in vars(lone).items())

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .hyperparameters import Columns
+from .hyperparameters import Columns, OptimizerClass
 
 _WORTH = 16_384  # parameters of one model
 _FEW = 3  # models
 
 
-def prefers_kernel(optimizer_cls: type[torch.optim.Optimizer], params: Sequence[Tensor], columns: Columns) -> bool:
+def prefers_kernel(optimizer_cls: OptimizerClass, params: Sequence[Tensor], columns: Columns) -> bool:
     """Say whether the kernel knows this update and is faster: for models that are large or few, or had it before."""
     num_models = len(columns.groups)
     return (
@@ -34,10 +34,7 @@ def prefers_kernel(optimizer_cls: type[torch.optim.Optimizer], params: Sequence[
 
 
 def can_fuse(
-    optimizer_cls: type[torch.optim.Optimizer],
-    params: Sequence[Tensor],
-    states: Sequence[dict[str, Tensor]],
-    columns: Columns,
+    optimizer_cls: OptimizerClass, params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], columns: Columns
 ) -> bool:
     """Say whether the kernel is to be used, and can be: on a CPU, for float32 tensors."""
     return (

@@ -126,10 +126,8 @@ class GradScaler(torch.amp.GradScaler):
 
     def _found(self, states: Sequence[dict[str, Any]]) -> Tensor:
         """Return which models have met a gradient that is not finite, `[M]`."""
-        found = [
-            f.to(self._scale.device, non_blocking=True) for s in states for f in s["found_inf_per_device"].values()
-        ]
-        return torch.stack(found).any(0)
+        found = [own for state in states for own in state["found_inf_per_device"].values()]
+        return torch.stack([own.to(self._scale.device, non_blocking=True) for own in found]).any(0)
 
     def update(self, new_scale: float | Sequence[float] | Tensor | None = None) -> None:  # type: ignore[override]
         """Let each model's scale grow or shrink, after the steps of all optimizers.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,10 +11,14 @@ from torch import nn
 
 from ..common.checks import did_you_mean
 from .configs import merge_configs
+from .hyperparameters import OptimizerClass
+
+Configs = Sequence[Sequence[dict[str, Any]]]  # of M models, for each of G groups
+Names = Sequence[Sequence[str]]  # of the parameters in each of G groups
 
 
 def split_groups(
-    optimizer_cls: type[torch.optim.Optimizer],
+    optimizer_cls: OptimizerClass,
     stacked: Mapping[str, nn.Parameter],
     configs: list[dict[str, Any]],
     groups: Sequence[dict[str, Any]] | None,
@@ -43,20 +47,15 @@ def split_groups(
     if groups is None:
         return [names], [[config] for config in configs]
     if not isinstance(groups, (list, tuple)) or not groups or not all(isinstance(group, dict) for group in groups):
-        raise TypeError(
-            f"Expected a list of dicts as groups, got {groups!r}: write [{{'params': 'name', 'lr': …}}, …]."
-        )
+        raise TypeError(f"Expected a list of dicts as groups, got {groups!r}: write [{{'params': 'name', 'lr': …}}].")
     left, taken, columns = list(names), [], []
     for g, group in enumerate(groups):
         group = dict(group)
-        given = group.pop("params", None)
-        patterns, chosen = _patterns(given, f"'params' of group {g}", names), set()
-        for pattern in patterns:
-            chosen.update(_found(pattern, stacked, f" (group {g})"))
+        chosen, said = _chosen(group.pop("params", None), stacked, f"'params' of group {g}", f" (group {g})")
         own = [name for name in left if name in chosen]
         if not own:
             raise ValueError(
-                f"Group {g} ({_said(patterns)}) is left without parameters: a parameter belongs to the first group "
+                f"Group {g} ({said}) is left without parameters: a parameter belongs to the first group "
                 "that names it, so put the narrower group first."
             )
         left = [name for name in left if name not in own]
@@ -85,38 +84,31 @@ def chosen_parameters(stacked: Mapping[str, nn.Parameter], params: Any) -> dict[
     """
     if params is None:
         return dict(stacked)
-    patterns = _patterns(params, "params", list(stacked))
-    chosen = {name for pattern in patterns for name in _found(pattern, stacked, "")}
+    chosen, said = _chosen(params, stacked, "params")
     if not chosen:
-        raise ValueError(f"Expected parameters to train, got none by {_said(patterns)}: choose some, or all by '*'.")
+        raise ValueError(f"Expected parameters to train, got none by {said}: choose some, or all by '*'.")
     return {name: param for name, param in stacked.items() if name in chosen}
 
 
-def _patterns(given: Any, what: str, names: Sequence[str]) -> list[Any]:
+def _chosen(given: Any, stacked: Mapping[str, nn.Parameter], what: str, where: str = "") -> tuple[set[str], str]:
+    """Return the names that names, patterns and functions choose, and these in words; a name has to be there."""
     patterns = list(given) if isinstance(given, (list, tuple)) else [given]
     if not patterns or not all(isinstance(pattern, str) or callable(pattern) for pattern in patterns):
         raise TypeError(
             f"Expected names as {what}, got {given!r}: the batch's parameters are stacked, so name them as a lone "
-            f"model does, such as {names[0]!r}, or pass a function (name, parameter) -> bool."
+            f"model does, such as {next(iter(stacked))!r}, or pass a function (name, parameter) -> bool."
         )
-    return patterns
-
-
-def _said(patterns: Sequence[Any]) -> str:
-    return ", ".join(getattr(pattern, "__name__", str(pattern)) for pattern in patterns)
-
-
-def _found(
-    pattern: str | Callable[[str, nn.Parameter], Any], stacked: Mapping[str, nn.Parameter], where: str
-) -> list[str]:
-    """Return the names that a pattern chooses; a name has to be there."""
-    if callable(pattern):
-        rows = {name: nn.Parameter(p.detach()[0], requires_grad=p.requires_grad) for name, p in stacked.items()}
-        return [name for name, row in rows.items() if pattern(name, row)]
-    found = [n for n in stacked if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)]
-    if not found:
-        raise ValueError(f"No parameter is called {pattern!r}{where}.{did_you_mean(pattern, list(stacked))}")
-    return found
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if callable(pattern):
+            rows = {name: nn.Parameter(p.detach()[0], requires_grad=p.requires_grad) for name, p in stacked.items()}
+            chosen.update(name for name, row in rows.items() if pattern(name, row))
+            continue
+        found = [n for n in stacked if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)]
+        if not found:
+            raise ValueError(f"No parameter is called {pattern!r}{where}.{did_you_mean(pattern, list(stacked))}")
+        chosen.update(found)
+    return chosen, ", ".join(getattr(pattern, "__name__", str(pattern)) for pattern in patterns)
 
 
 def parameters_of(groups: Sequence[dict[str, Any]]) -> list[nn.Parameter]:
@@ -124,40 +116,35 @@ def parameters_of(groups: Sequence[dict[str, Any]]) -> list[nn.Parameter]:
     return [param for group in groups for param in group["params"]]
 
 
-def lone_shapes(batch: Any, names: Sequence[Sequence[str]]) -> list[nn.Parameter]:
+def lone_shapes(batch: Any, names: Names) -> list[nn.Parameter]:
     """Return parameters without memory that have a lone model's shapes."""
     stacked = batch.stacked_params
     return [nn.Parameter(torch.empty_like(stacked[n][0], device="meta")) for group in names for n in group]
 
 
 def construct(
-    optimizer_cls: type[torch.optim.Optimizer],
-    params: Sequence[Sequence[nn.Parameter]],
-    configs: Sequence[dict[str, Any]],
-    m: int,
+    optimizer_cls: OptimizerClass, params: Sequence[Sequence[nn.Parameter]], configs: Sequence[dict[str, Any]], m: int
 ) -> torch.optim.Optimizer:
     """Return a lone optimizer over G groups; where its class refuses the numbers, the error names model m."""
-    groups = []
+    groups, name_of = [], optimizer_cls.__name__
     for group, config in zip(params, configs, strict=True):  # one by one: torch checks the numbers in keywords only
         try:
             lone = optimizer_cls(list(group), **config)
         except (ValueError, TypeError, AssertionError) as error:
-            raise type(error)(
-                f"{optimizer_cls.__name__} refuses the hyperparameters of model {m}, {config}: {error}"
-            ) from None
+            raise type(error)(f"{name_of} refuses the hyperparameters of model {m}, {config}: {error}") from None
         groups.extend(lone.param_groups)  # filled up with the class's own defaults
     if len(params) > 1:
         for name in {name for config in configs for name in config} - set(lone.defaults):
             values = [config.get(name) for config in configs]
             if any(value != values[0] for value in values):
                 raise ValueError(
-                    f"{optimizer_cls.__name__} keeps one {name!r} for all groups of model {m}, got "
+                    f"{name_of} keeps one {name!r} for all groups of model {m}, got "
                     f"{' and '.join(map(str, values))}: pass it once, outside of the groups."
                 )
         lone = optimizer_cls(groups, **configs[0])
     if len(lone.param_groups) != len(params):
         raise TypeError(
-            f"Expected {optimizer_cls.__name__} to keep a model's parameters in {len(params)} group(s), got "
+            f"Expected {name_of} to keep a model's parameters in {len(params)} group(s), got "
             f"{len(lone.param_groups)}: train with one optimizer per model, over batch.models."
         )
     return lone

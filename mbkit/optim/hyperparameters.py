@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .each import Each
 
+OptimizerClass = type[torch.optim.Optimizer]
 SWITCHES = ("foreach", "fused", "capturable", "differentiable")
 """Arguments of torch.optim's classes that choose an implementation, not an update."""
 

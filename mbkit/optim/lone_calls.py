@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from ..batch.context import context_of
 from ..batch.freeze import rows_where
 from ..vmap import models_with_gradient, note_models_with_gradient
+
+_NEVER = object()  # in place of a loss
 
 
 class CanCallEach:
@@ -119,45 +122,42 @@ class _SuspendedStep:
     """A lone optimizer's step that stops where it calls its closure, and goes on when it gets the loss."""
 
     def __init__(self, step: Callable[[Callable[[], Any]], Any]) -> None:
-        self._step = step
-        self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._loss, self._error, self._given_up = None, None, False
+        self._step, self._thread = step, threading.Thread(target=self._run, daemon=True)
+        self._losses, self._errors = SimpleQueue(), SimpleQueue()  # each get() waits for the other thread's put()
         self.result, self.done = None, False
 
     def go_on(self, loss: Any) -> None:
         """Run the step up to its next call of the closure, or to its end; an error of it is raised here."""
-        self._loss = loss
         if self._thread.ident is None:
             self._thread.start()
-        self._mine.release()
-        self._theirs.acquire()
-        if self._error is not None:
-            raise self._error
+        else:
+            self._losses.put(loss)
+        error = self._errors.get()
+        if error is not None:
+            raise error
 
     def give_up(self) -> None:
         """End a step that waits for a loss which never comes."""
         if self._thread.ident is not None and not self.done:
-            self._given_up = True
-            self._mine.release()
+            self._losses.put(_NEVER)
             self._thread.join()
 
     def _run(self) -> None:
-        self._mine.acquire()
+        failed = None
         try:
             with torch.no_grad():  # each thread has a switch of its own
                 self.result = self._step(self._ask)
         except BaseException as error:
-            self._error = error
+            failed = error
         self.done = True
-        self._theirs.release()
+        self._errors.put(failed)
 
     def _ask(self) -> Any:
-        self._theirs.release()
-        self._mine.acquire()
-        if self._given_up:
+        self._errors.put(None)
+        loss = self._losses.get()
+        if loss is _NEVER:
             raise SystemExit
-        return self._loss
+        return loss
 
 
 class _SumOfLosses:

@@ -139,11 +139,9 @@ def select_scheduler(scheduler: Any, models: Iterable[int], optimizer: BatchOpti
 
 
 def _checked(models: Iterable[int], old: BatchOptimizer, new: BatchOptimizer) -> list[int]:
-    numbers = model_numbers(models, old.num_models)
-    if new.num_models != len(numbers):
-        raise ValueError(
-            f"Expected an optimizer of {len(numbers)} models, got one of {new.num_models}: select it first."
-        )
+    numbers, count = model_numbers(models, old.num_models), new.num_models
+    if count != len(numbers):
+        raise ValueError(f"Expected an optimizer of {len(numbers)} models, got one of {count}: select it first.")
     return numbers
 
 

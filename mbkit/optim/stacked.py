@@ -13,8 +13,8 @@ from ..vmap import models_with_gradient
 from .base import BatchOptimizer
 from .each import Each
 from .fused import can_fuse, fused_adam_, prefers_kernel
-from .groups import construct, lone_shapes, parameters_of
-from .hyperparameters import ALL, Columns, ModelGroups, cut
+from .groups import Configs, Names, construct, lone_shapes, parameters_of
+from .hyperparameters import ALL, Columns, ModelGroups, OptimizerClass, cut
 from .rules import RULES, Rule, known_hyperparameters, ruled_class
 
 _BLOCK = {"cpu": 8 << 20}  # bytes of parameters updated at once: what a rule makes on its way then takes little memory
@@ -35,13 +35,7 @@ class StackedOptimizer(BatchOptimizer):
     names; "step" is `[M]`, each model counting its own.
     """
 
-    def __init__(
-        self,
-        batch: Any,
-        optimizer_cls: type[torch.optim.Optimizer],
-        configs: Sequence[Sequence[dict[str, Any]]],
-        names: Sequence[Sequence[str]],
-    ) -> None:
+    def __init__(self, batch: Any, optimizer_cls: OptimizerClass, configs: Configs, names: Names) -> None:
         # The class itself fills in and checks the numbers. Learning rates have been checked, so models that differ in
         # nothing else share one lone optimizer; unless the class makes something of them itself.
         own_init = optimizer_cls.__init__ is not ruled_class(optimizer_cls).__init__
@@ -238,11 +232,8 @@ class StackedOptimizer(BatchOptimizer):
             for name, value in state.get(i, {}).items():
                 like = param.new_empty(self.num_models, *kept.get(name, param.shape[1:]))
                 like = torch.empty(self.num_models) if name in counts else like
-                if (
-                    name not in {*counts, *kept, *optional}
-                    or not isinstance(value, Tensor)
-                    or _kind(value) != _kind(like)
-                ):
+                is_state = isinstance(value, Tensor) and name in {*counts, *kept, *optional}
+                if not is_state or _kind(value) != _kind(like):
                     raise self._foreign(shape, f"{name!r} {_words(value)}")
             needed = {*counts, *kept, *(n for n, flag in optional.items() if columns.on(flag) is not False)}
             if state.get(i) and needed - state[i].keys():

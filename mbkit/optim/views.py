@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map_only
 from ..batch.context import context_of
 from .at_once import form_of, image_of, step_at_once
 from .base import BatchOptimizer
-from .groups import construct, parameters_of
-from .hyperparameters import ModelGroup, ModelGroups
+from .groups import Configs, Names, construct, parameters_of
+from .hyperparameters import ModelGroup, ModelGroups, OptimizerClass
 from .lone_calls import CanCallEach, has_gradient, place_of
 
 _FEW = 3  # models that are as fast in turn
@@ -39,13 +39,7 @@ class ViewsOptimizer(CanCallEach, BatchOptimizer):
     lone: list[torch.optim.Optimizer]
     _vmap_can = True  # make the class's step, as far as is known
 
-    def __init__(
-        self,
-        batch: Any,
-        optimizer_cls: type[torch.optim.Optimizer],
-        configs: Sequence[Sequence[dict[str, Any]]],
-        names: Sequence[Sequence[str]],
-    ) -> None:
+    def __init__(self, batch: Any, optimizer_cls: OptimizerClass, configs: Configs, names: Names) -> None:
         params = [[batch.stacked_params[name] for name in group] for group in names]
         lone = _over_views(params, optimizer_cls, configs)
         groups = [group for one in lone for group in one.param_groups]
@@ -211,9 +205,7 @@ def _form(model: dict[str, Any]) -> str:
 
 
 def _over_views(
-    params: list[list[nn.Parameter]],
-    optimizer_cls: type[torch.optim.Optimizer],
-    configs: Sequence[Sequence[dict[str, Any]]],
+    params: list[list[nn.Parameter]], optimizer_cls: OptimizerClass, configs: Configs
 ) -> list[torch.optim.Optimizer]:
     def views(m: int) -> list[list[nn.Parameter]]:
         return [[nn.Parameter(p.detach()[m], requires_grad=p.requires_grad) for p in group] for group in params]

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..common.checks import check_seeds, whole_number
 from ..common.progress import Progress
 from ..vmap import check_autocast
-from .configs import Parts, cut, divide, find_kinds, group_labels
+from .configs import cut, divide, find_kinds, group_labels
 from .executors import run_jobs
 from .folder import batch_file, locked, plain_json, settle
 from .ranking import ordered, promoted
@@ -163,29 +164,25 @@ def sweep(
         )  # fmt: skip
         trials = [Trial(t, config, seed) for t, (config, seed) in enumerate(zip(configs, seeds, strict=True))]
         workers = {"max_retries": max_retries, "no_workers_timeout": no_workers_timeout}
-        going = list(range(len(configs)))
+        run, going = partial(run_jobs, executor=executor, **workers), list(range(len(configs)))
         for rung in range(len(rungs)):
-            batches = cut(going, settled["kinds"], models_per_batch)
-            _train_rung(task, rung, batches, trials, parts, executor, workers, progress)
+            jobs = []
+            for number, own in enumerate(cut(going, settled["kinds"], models_per_batch)):
+                sources = tuple(trials[t].places[-1] for t in own) if rung else ()
+                own_parts, own_seeds = (tuple(each[t] for t in own) for each in (parts, seeds))
+                jobs.append(Job(task, rung, number, tuple(own), own_parts, own_seeds, sources))
+            _train_rung(jobs, trials, run, progress)
             going = promoted(trials, going, labels, reduction_factor, patience)
             if not going:
                 break
     return SweepResult(trials, task, parts, labels)
 
 
-def _train_rung(
-    task: Task,
-    rung: int,
-    batches: Sequence[Sequence[int]],
-    trials: list[Trial],
-    parts: Sequence[Parts],
-    executor: Any,
-    workers: Mapping[str, Any],
-    progress: bool,
-) -> None:
+def _train_rung(jobs: Sequence[Job], trials: list[Trial], run: Callable[..., None], progress: bool) -> None:
     """Train the trials that have come this far up to a rung, those batches that are not there already."""
+    task, rung = jobs[0].task, jobs[0].rung
     label = f"sweep, rung {rung + 1} of {len(task.rungs)}"
-    with Progress(sum(map(len, batches)), label, progress) as bar:
+    with Progress(sum(len(job.trials) for job in jobs), label, progress) as bar:
 
         def note(job: Job, result: Mapping[str, list[float]]) -> None:
             for row, (t, *seen) in enumerate(zip(job.trials, result["scores"], result["losses"], strict=True)):
@@ -193,15 +190,12 @@ def _train_rung(
             bar.advance(lambda: _best(trials), len(job.trials))
 
         left = []
-        for number, own in enumerate(batches):
-            sources = tuple(trials[t].places[-1] for t in own) if rung else ()
-            seeds, parts_of = tuple(trials[t].seed for t in own), tuple(parts[t] for t in own)
-            job = Job(task, rung, number, tuple(own), parts_of, seeds, sources)
-            if batch_file(task.folder, rung, number).exists():
+        for job in jobs:
+            if batch_file(task.folder, rung, job.number).exists():
                 note(job, read_result(job))
             else:
                 left.append(job)
-        run_jobs(left, executor, note, **workers)
+        run(left, done=note)
     if rung:
         for file in Path(task.folder, f"rung-{rung - 1}").glob("*.state.safetensors"):
             file.unlink()

@@ -33,10 +33,8 @@ def run_jobs(
     """Run batches, by an executor or in this process; exceptions are raised once the other batches are done.
 
     Args:
-        executor: None, an executor, or a Dask Client.
+        executor, max_retries, no_workers_timeout: as for `sweep`.
         done: called with each batch and its scores.
-        max_retries: how many times in a row a batch may lose its worker without coming further.
-        no_workers_timeout: seconds after which a Dask cluster without workers is given up.
 
     Raises:
         WorkersLost: a batch was given up, the executor is broken or gone, or has no workers.

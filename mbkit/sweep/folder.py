@@ -88,9 +88,8 @@ def plain_json(value: Any, name: str = "") -> Any:
     if callable(value):
         kind = value if hasattr(value, "__qualname__") else type(value)
         return f"{kind.__module__}.{kind.__qualname__}"
-    raise TypeError(
-        f"Expected numbers, texts, classes or functions in a sweep's configurations, got {value!r} as {name}."
-    )
+    expected = "numbers, texts, classes or functions in a sweep's configurations"
+    raise TypeError(f"Expected {expected}, got {value!r} as {name}.")
 
 
 def settle(folder: Path, asked: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:

@@ -96,11 +96,6 @@ class SweepResult(Tables):
         """Return each group's score by its label: the highest mean of its trials at one rung."""
         return {label: own[ordered(own)[0]] for label, own in group_scores(self.trials, self._labels).items()}
 
-    @property
-    def table(self) -> SweepResult:
-        """The table, which prints and shows itself: the result does so itself."""
-        return self
-
     def load(self, trial: Trial | int, rung: int | None = None) -> nn.Module:
         """Return a trial's model as a stand-alone module.
 
@@ -115,11 +110,9 @@ class SweepResult(Tables):
         if not 0 <= number < len(self.trials):
             raise IndexError(f"Expected a trial from 0 to {len(self.trials) - 1}, got {number}.")
         own = self.trials[number]
-        rung = own.best_rung if rung is None else rung
-        if not 0 <= rung < len(own.rungs):
-            raise IndexError(
-                f"Expected a rung from 0 to {len(own.rungs) - 1}, as far as trial {number} came, got {rung}."
-            )
+        rung, last = own.best_rung if rung is None else rung, len(own.rungs) - 1
+        if not 0 <= rung <= last:
+            raise IndexError(f"Expected a rung from 0 to {last}, as far as trial {number} came, got {rung}.")
         batch_number, row = own.places[rung]
         saved = read_batch(batch_file(self.folder, rung, batch_number), "batch of a sweep")
         with own_process(self._task):

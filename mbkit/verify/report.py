@@ -119,9 +119,8 @@ class EquivalenceReport(Tables):
         shown = sorted({s for s in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, steps) if s <= steps})
         rows = [["after step", "largest difference", "in", "of its way", "rounding explains", *self.floors]]
         for step in shown:
-            m, p = divmod(
-                int(self._excess(step - 1).argmax()), len(self.parameters)
-            )  # the parameter that is nearest to the limit
+            nearest = int(self._excess(step - 1).argmax())  # to the limit, of all models' parameters
+            m, p = divmod(nearest, len(self.parameters))
             values = [self.relative, self.allowed, *self.floors.values()]
             numbers = [f"{value[step - 1, m, p].item():.1e}" for value in values]
             largest = f"{self.difference[step - 1, m, p].item():.1e}"

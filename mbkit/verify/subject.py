@@ -49,9 +49,8 @@ class BatchSubject:
     Args:
         batch: the batch; it is put into train mode.
         optimizer: from `OptimizerFactory`, or anything with zero_grad() and step() over the batch's parameters.
-        max_norm: clip each model's gradient to this norm.
         schedule: an lr scheduler of the optimizer, stepped after each step.
-        shared_targets: False where targets are [M, B, ...], None to tell by their shapes.
+        max_norm, shared_targets: as for `compare`.
 
     Example:
         >>> subject = BatchRecipe(torch.optim.SGD)([nn.Linear(2, 1) for _ in range(3)], [{"lr": 0.1}] * 3, [0, 1, 2])
@@ -114,12 +113,7 @@ class BatchRecipe:
     """How a batch and its optimizer are made: by `build`, or as a `ModelBatch` with mbkit's optimizer.
 
     Args:
-        optimizer_cls: a class of torch.optim.
-        max_norm: clip each model's gradient to this norm, one number or one per model.
-        scheduler: a callable that makes an lr scheduler from the optimizer; it is stepped after each step.
-        shared_input: False where inputs are [M, B, ...].
-        shared_targets: False where targets are [M, B, ...], None to tell by their shapes.
-        build: makes (batch, optimizer) or a `Subject` from M models, M configs and M seeds.
+        optimizer_cls, max_norm, scheduler, shared_input, shared_targets, build: as for `compare`.
     """
 
     optimizer_cls: type[torch.optim.Optimizer]

@@ -71,9 +71,8 @@ def nearest(rates: Sequence[float], rate: float) -> int:
         ValueError: a rate that is not above 0.
     """
     if not 0 < rate < float("inf"):
-        raise ValueError(
-            f"Expected a rate above 0 as the mark's, got {rate}: pass one of {rates[0]:g} to {rates[-1]:g}."
-        )
+        ends = f"{rates[0]:g} to {rates[-1]:g}"
+        raise ValueError(f"Expected a rate above 0 as the mark's, got {rate}: pass one of {ends}.")
     return min(range(len(rates)), key=lambda index: abs(math.log(rates[index] / rate)))
 
 

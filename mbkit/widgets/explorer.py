@@ -68,8 +68,7 @@ class Explorer(ipw.VBox):
         self.buttons["step"].on_click(lambda _: self._step())
         self.buttons["reset"].on_click(lambda _: self.request())
         self.buttons["stop"].on_click(lambda _: self.worker.stop())
-        layout = {"flex_flow": "row wrap"}
-        boxes = [ipw.HBox(list(row.values()), layout=ipw.Layout(**layout)) for row in (*rows, self.buttons)]
+        boxes = [ipw.HBox([*row.values()], layout=ipw.Layout(flex_flow="row wrap")) for row in (*rows, self.buttons)]
         self.worker, self._dimming = Worker(self._start, self._show, self._say), threading.Lock()
         super().__init__([page(self.shows, height), *boxes, self.image, click, self.status])
         self.add_class("mbkit-explorer")

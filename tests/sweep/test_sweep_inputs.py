@@ -201,7 +201,7 @@ def test_the_result_shows_itself_and_becomes_a_data_frame(done: Path) -> None:
     assert list(frame.columns) == ["lr", "betas", "width", "dropout", "seed", "epochs", "score", "loss"]
     assert list(frame.index) == [trial.number for trial in result.ranked]
     assert frame.score.is_monotonic_decreasing
-    assert "10 after 1, 5 after 2, 2 after 4" in repr(result.table)
+    assert "10 after 1, 5 after 2, 2 after 4" in repr(result)
     assert "<table>" in result._repr_html_()
     with pytest.raises(IndexError, match="trial from 0 to 9"):
         result.load(10)
