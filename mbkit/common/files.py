@@ -94,9 +94,8 @@ def write_bytes(file: Path, content: bytes) -> None:
             finally:
                 os.close(folder)
     except OSError as error:
-        raise type(error)(
-            error.errno, f"Expected to write {file}, got: {error.strerror}; what was there before is as it was"
-        ) from error
+        told = f"Expected to write {file}, got: {error.strerror}; what was there before is as it was"
+        raise type(error)(error.errno, told) from error
 
 
 def write_tree(file: Path, tree: Any, kind: str) -> None:
@@ -142,9 +141,10 @@ def read_tree(file: Path, kind: str) -> Any:
     except OSError:
         raise
     except Exception as error:  # whatever the parsers make of bytes that they cannot read
-        raise ValueError(
+        told = (
             f"Expected {file} as it was saved ({_FORMAT} {kind}), got: {error}. Take a copy of the file, or save anew."
-        ) from error
+        )
+        raise ValueError(told) from error
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -165,8 +165,7 @@ def film(path: str | Path, size: int = 128, steps: int = 60) -> None:
     """Train N x N networks and save how their map comes about, step by step, as a GIF.
 
     Args:
-        path: of the GIF.
-        size: N.
+        path: of the GIF. size: N.
         steps: how many updates each network makes; after the first dozen one in four is shown.
     """
     shown, frames = None, []

@@ -166,12 +166,10 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         """
         (m,) = model_numbers([m], self.num_models)
         model = self.batch[m] if model is None else model
-        parameters, expected = dict(model.named_parameters()), shapes_in(self.batch)
+        parameters, wanted = dict(model.named_parameters()), shapes_in(self.batch)
         got = ", ".join(f"{name} {tuple(p.shape)}" for name, p in parameters.items())
-        if got != expected:
-            raise ValueError(
-                f"Expected a module with the parameters {expected}, got {got}: pass batch[{m}], or nothing."
-            )
+        if got != wanted:
+            raise ValueError(f"Expected a module with the parameters {wanted}, got {got}: pass batch[{m}], or nothing.")
         params = [[parameters[name] for name in group] for group in self._names]
         lone = construct(self.optimizer_cls, params, self._configs[m], m)
         self._fill_state(lone, m)

@@ -61,8 +61,7 @@ def create_lr_sweep_configs(min_lr: float, max_lr: float, num_models: int, scale
     """Return configs whose learning rates go from `min_lr` to `max_lr`, both included.
 
     Args:
-        min_lr: the first model's learning rate.
-        max_lr: the last model's.
+        min_lr: the first model's learning rate. max_lr: the last model's.
         num_models: M; a single model gets `min_lr`.
         scale: "log" (equal ratios) or "linear" (equal differences).
 
@@ -114,10 +113,7 @@ def merge_configs(
     """Return M dicts of plain values: `base_config`, overridden by `configs` and by the keywords.
 
     Raises:
-        TypeError: `configs` is not a list of dicts; a value that is not a number where one is needed.
-        ValueError: another number of configs or values than of models; a name that `optimizer_cls` does not know,
-            that comes twice, or that belongs to torch's implementation; a learning rate that is negative or not
-            finite; NaN anywhere.
+        TypeError, ValueError: as `create_optimizer`.
     """
     configs = [{}] * num_models if configs is None else configs
     if not isinstance(configs, (list, tuple)):
@@ -132,10 +128,9 @@ def merge_configs(
     twice = [name for name in hyperparameters if any(name in config for config in configs)]
     if twice:
         raise ValueError(f"Got {twice[0]!r} both in configs and as a keyword: keep one of the two.")
-    columns = {
-        name: per_model(value, num_models, "learning rates" if name == "lr" else f"values of {name!r}")
-        for name, value in hyperparameters.items()
-    }
+    columns = {}
+    for name, value in hyperparameters.items():
+        columns[name] = per_model(value, num_models, "learning rates" if name == "lr" else f"values of {name!r}")
     merged = []
     for m, config in enumerate(configs):
         own = {**base_config, **config, **{name: column[m] for name, column in columns.items()}}

@@ -168,10 +168,8 @@ class OptimizerFactory:
         return ModelSchedulers(optimizer, scheduler_cls, configs)
 
 
-def _check_class(optimizer_cls: Any) -> None:
-    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
-        raise TypeError(f"Expected a class of torch.optim, such as torch.optim.Adam, got {optimizer_cls!r}.")
-    if issubclass(optimizer_cls, BatchOptimizer) or optimizer_cls is torch.optim.Optimizer:
-        raise TypeError(
-            f"Expected the class that trains one model alone, such as torch.optim.Adam, got {optimizer_cls!r}."
-        )
+def _check_class(cls: Any) -> None:
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise TypeError(f"Expected a class of torch.optim, such as torch.optim.Adam, got {cls!r}.")
+    if issubclass(cls, BatchOptimizer) or cls is torch.optim.Optimizer:
+        raise TypeError(f"Expected the class that trains one model alone, such as torch.optim.Adam, got {cls!r}.")

@@ -32,10 +32,7 @@ def split_groups(
         groups: G dicts with "params" and what overrides the configs; or None, for one group of all parameters.
 
     Raises:
-        TypeError: not a list of dicts with names or functions as "params"; a value that is not a number where one is
-            needed.
-        ValueError: a name that no parameter has, a parameter that no group names, a group that is left without
-            parameters, and what `merge_configs` refuses.
+        TypeError, ValueError: as `create_optimizer`.
 
     Example:
         >>> stacked = {"0.weight": nn.Parameter(torch.ones(2, 3, 4)), "0.bias": nn.Parameter(torch.ones(2, 3))}

@@ -79,8 +79,7 @@ class ModelGroups(list):
     """`param_groups` of M models, which says what a scheduler does that is made for one model and sees all.
 
     Args:
-        groups: of all models.
-        num_models: M.
+        groups: of all models. num_models: M.
     """
 
     def __init__(self, groups: Iterable[ModelGroup], num_models: int) -> None:

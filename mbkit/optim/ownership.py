@@ -55,9 +55,6 @@ def check_trains(optimizer: Any, batch: nn.Module) -> None:
 def _look_for_noise(optimizer: torch.optim.Optimizer, create: str) -> None:
     """Warn in the first step if it draws random numbers: over `[M, ...]` these are not those of each model's stream."""
 
-    def before(*_: Any) -> None:
-        states.append(random_state())
-
     def after(*_: Any) -> None:
         state = states.pop()
         if states:  # a step within a step, of a class that calls its parent's
@@ -72,7 +69,8 @@ def _look_for_noise(optimizer: torch.optim.Optimizer, create: str) -> None:
             )
 
     states: list[list[torch.Tensor]] = []
-    handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+    before = optimizer.register_step_pre_hook(lambda *_: states.append(random_state()))
+    handles = before, optimizer.register_step_post_hook(after)
 
 
 def check_scheduler(scheduler: Any, optimizer: Any) -> None:

@@ -20,8 +20,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     """What model m's scheduler takes for its optimizer: the batch's optimizer, seen as if it had model m's groups only.
 
     Args:
-        optimizer: the optimizer of the batch.
-        m: the model.
+        optimizer: the optimizer of the batch. m: the model.
     """
 
     def __init__(self, optimizer: BatchOptimizer, m: int) -> None:

@@ -131,9 +131,9 @@ def _train(job: Job, size: Any) -> None:
             walked.saved = time.monotonic()
 
     walked.at_end = at_end
-    settings = {name: [own.loss[name] for own in parts] for name in parts[0].loss}
-    options = {**task.options, **({"loss_settings": settings} if settings else {})}
-    options |= {"scheduler": schedule, "chunk_size": size, "first_epoch": start}
+    settings = {name: [own.loss[name] for own in parts] for name in parts[0].loss} or None
+    options = {**task.options, "loss_settings": settings, "chunk_size": size}
+    options |= {"scheduler": schedule, "first_epoch": start}
     if own_data:
         options["shared_targets"] = False
     if parts[0].max_norm is not None:
@@ -164,12 +164,11 @@ def _optimizer(task: Task, batch: ModelBatch, parts: Sequence[Parts]) -> tuple[A
         {"params": pattern, **{name: [own.groups[pattern][name] for own in parts] for name in names}}
         for pattern, names in parts[0].groups.items()
     ]
-    optimizer = OptimizerFactory(task.optimizer_cls).create_optimizer(
-        batch, [own.optimizer for own in parts], groups=[*groups, {"params": "*"}] if groups else None
-    )
+    factory, configs = OptimizerFactory(task.optimizer_cls), [own.optimizer for own in parts]
+    optimizer = factory.create_optimizer(batch, configs, groups=[*groups, {"params": "*"}] if groups else None)
     if task.scheduler is None:
         return optimizer, None
-    return optimizer, OptimizerFactory.create_lr_scheduler(optimizer, task.scheduler, {})
+    return optimizer, factory.create_lr_scheduler(optimizer, task.scheduler, {})
 
 
 def _gather(job: Job, own_data: bool) -> tuple[ModelBatch, list[dict[str, Any]], Any]:
@@ -234,13 +233,11 @@ def _scores(task: Task, batch: Any, valid: Any, shared: bool, settings: Any, los
         if task.score == "accuracy":
             scores = evaluate(batch, valid, shared_input=shared)
         elif task.score == "loss":
-            total, count = 0, 0
-            extra = {"loss_settings": settings} if settings else {}
+            total, count, own = 0, 0, {"loss_settings": settings, "shared_targets": None if shared else False}
             for x, y in walk(valid, 0, batch):
                 args, kwargs = arguments(x)
                 outputs = batch(*args, shared_input=shared, **kwargs)
-                forms = None if shared else False
-                each = batch.compute_loss(outputs, y, task.loss_fn, "none", shared_targets=forms, **extra)
+                each = batch.compute_loss(outputs, y, task.loss_fn, "none", **own)
                 size = y.shape[0 if shared else 1] if isinstance(y, Tensor) else 1
                 total, count = total - each.double() * size, count + size
             scores = total / count

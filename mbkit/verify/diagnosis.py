@@ -6,6 +6,7 @@ import base64
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,10 +175,7 @@ is divided by M.
         models = [MLP((8, 8, 4), dropout=0.2) for _ in rates]
     optimizer_cls = getattr(torch.optim, optimizer)
     configs = [{"lr": rate, **({"momentum": 0.9} if optimizer == "SGD" else {})} for rate in rates]
-
-    def schedule(optimizer: Any) -> Any:
-        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-
+    schedule = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)
     return diagnose(
         models, optimizer_cls, configs, list(zip(x.split(16), y.split(16), strict=True)), nn.functional.cross_entropy,
         steps, range(seed, seed + len(models)), max_norm=0.5, scheduler=schedule,

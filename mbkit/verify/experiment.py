@@ -47,10 +47,8 @@ class Case:
 
     Args:
         recipe: makes a batch, and says how the lone models are trained.
-        models: M lone models. configs: M dicts. seeds: M numbers.
+        models, configs, seeds, loss_fn, dtype: as for `diagnose`; M of the first three.
         data: the batches, in the order in which the lone models see them; experiments use a few examples of each.
-        loss_fn: one model's outputs and targets to one number.
-        dtype: of the experiments, or None for the models' own.
 
     Attributes:
         quiet: the lone models without random layers. calm: the configs without weight decay.
@@ -82,10 +80,8 @@ class Case:
         self.quiet = [quiet(model) for model in self.models]
         self.settings = [self._lone_optimizer(config).param_groups[0] for config in self.configs]
         # Weight decay makes gradients and states depend on parameters: it would carry one fault into another's test.
-        self.calm = [
-            {**config, **({"weight_decay": 0.0} if group.get("weight_decay") else {})}
-            for config, group in zip(self.configs, self.settings, strict=True)
-        ]
+        pairs = zip(self.configs, self.settings, strict=True)
+        self.calm = [{**own, "weight_decay": 0.0} if group.get("weight_decay") else own for own, group in pairs]
         self.findings: dict[str, Finding] = {}
         self.blurred: dict[str, set[str]] = {"parameters": set(), "gradients": set(), "states": set()}
         self.training, self.factor = True, 1.0
@@ -154,7 +150,7 @@ class Case:
 
     def changes(self, kind: str, run: Run, m: int) -> list[tuple[float, Any]]:
         """Return how far model m's gradients or states are from those of the base run, where they are."""
-        blurred, found = self.blurred["gradients"] | (self.blurred[kind]), []
+        blurred, found = self.blurred["gradients"] | self.blurred[kind], []
         for before, after in zip(getattr(self.base, kind), getattr(run, kind), strict=True):
             for name in before[m]:
                 gap = apart(before[m][name], after[m].get(name))

@@ -92,11 +92,8 @@ class TrainabilityExplorer(Explorer):
         known(optimizer, hyperparameters, all_of_them=True)
         sizes = {"options": sorted({*SIZES, size}), "value": size, "description": "networks a side", "style": WIDE}
         place = {"min": 0.0, "max": 1.0, "step": 0.01, "readout": False, "style": WIDE}  # the picture says the rates
-        first, second = mark or (0.5, 0.5)
-        marks = {
-            "first": ipw.FloatSlider(first, description="show first", **place),
-            "second": ipw.FloatSlider(second, description="show second", **place),
-        }
+        marked = zip(("first", "second"), mark or (0.5, 0.5), strict=True)
+        marks = {name: ipw.FloatSlider(value, description=f"show {name}", **place) for name, value in marked}
         rows = [
             {"size": ipw.SelectionSlider(**sizes), "seed": slider("seed", seed, 0, 100), "optimizer": chosen},
             {"zoom": slider("zoom", 0, 0, 10), **marks},
@@ -161,9 +158,9 @@ class TrainabilityExplorer(Explorer):
         outcome = self.outcome  # of one moment: the thread may put another map there at any time
         row, column = self._place(outcome)
         marked = {"first-rate": outcome.first_rates[column], "second-rate": outcome.second_rates[row]}
-        counts = {"step": len(outcome.loss), "networks": outcome.diverged.numel()}
-        lost = {"diverged": int(outcome.diverged.sum())}
-        return {**counts, **lost, **{name: f"{rate.item():.4g}" for name, rate in marked.items()}}
+        lost = outcome.diverged
+        counts = {"step": len(outcome.loss), "networks": lost.numel(), "diverged": int(lost.sum())}
+        return {**counts, **{name: f"{rate.item():.4g}" for name, rate in marked.items()}}
 
 
 def _around(low: float, high: float, place: float, factor: float) -> Range:
