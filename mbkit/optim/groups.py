@@ -44,7 +44,7 @@ def split_groups(
     if groups is None:
         return [names], [[config] for config in configs]
     if not isinstance(groups, (list, tuple)) or not groups or not all(isinstance(group, dict) for group in groups):
-        raise TypeError(f"Expected a list of dicts as groups, got {groups!r}: write [{{'params': 'name', 'lr': …}}].")
+        raise TypeError(f"Expected a list of dicts as groups, got {groups!r}: write [{{'params': 'fc1', 'lr': …}}, …].")
     left, taken, columns = list(names), [], []
     for g, group in enumerate(groups):
         group = dict(group)
