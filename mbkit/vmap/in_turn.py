@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from .errors import BatchingError, call_named
-from .layout import check_order
+from .layout import LayoutMatters, has_gaps
 from .module_copy import ModuleCopy, materialize, merge
 from .per_model import PerModel
 from .registry import Pass
@@ -78,7 +78,8 @@ def _inside_vmap(mode: Pass, before: State, args: tuple, kwargs: dict, *what: An
 
     def on(run: Callable, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         def below(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor, ...]:
-            check_order(mode, stacks, stacked)
+            if mode.folded and any(own and has_gaps(t[0]) for t, own in zip(stacks, stacked, strict=True)):
+                raise LayoutMatters
             with torch._C.DisableTorchFunction():  # torch's encoder layers take another path where they see a mode
                 return run(stacks, stacked)
 

@@ -1,8 +1,9 @@
 """How activations lie in memory: folded for fast convolutions, and in no other order than alone where that counts.
 
-Only what is contiguous alone is folded, and a model's slice of a folded activation has gaps between its elements,
-which tells it from any other. Whatever asks for its memory order (a random mask, an edit in place through a view)
-raises `LayoutMatters`, and the pass is run again without folding.
+A pass folds only what has one memory format alone, so of a folded activation that order is known, and random masks are
+drawn by it. A model's slice of what is made from one, such as a part of it, has gaps between its elements, which tells
+it from any other. Whatever asks for its memory order then, or edits in place what shares its memory with others alone
+and not here, raises `LayoutMatters`, and the pass is run again without folding.
 """
 
 from __future__ import annotations
@@ -24,15 +25,23 @@ def is_folded(stack: Tensor) -> bool:
         return False
     models, _, channels, height, width = stack.shape
     row = models * channels
-    return stack.stride() == (channels, height * width * row, 1, width * row, row)
+    strides = (channels, height * width * row, 1, width * row, row)
+    return all(size == 1 or have == want for size, have, want in zip(stack.shape, stack.stride(), strides, strict=True))
 
 
-def check_order(mode: Pass, stacks: list[Tensor], stacked: list[bool]) -> None:
-    """Raise `LayoutMatters` if a model's slice of a stack has gaps: its memory order is not the one it has alone."""
-    if mode.folded:
-        for stack, is_stacked in zip(stacks, stacked, strict=True):
-            if is_stacked and not torch.ops.aten.is_non_overlapping_and_dense(stack[0]):
-                raise LayoutMatters
+def has_gaps(tensor: Tensor) -> bool:
+    """Say whether there is memory between a tensor's numbers that is not its own."""
+    return not torch.ops.aten.is_non_overlapping_and_dense(tensor)
+
+
+def row_alone(mode: Pass, stack: Tensor, stacked: bool) -> Tensor:
+    """Return a tensor like one model's slice, in the memory order that it has alone, but perhaps with other numbers."""
+    row = stack[0] if stacked else stack
+    if not has_gaps(row) or (has_gaps(stack) and not mode.folded):
+        return row
+    if mode.folded and not is_folded(stack):
+        raise LayoutMatters
+    return torch.empty_like(row, memory_format=mode.folded or torch.preserve_format)
 
 
 def check_edit(mode: Pass, args: tuple) -> None:

@@ -24,7 +24,8 @@ class Pass:
         device: where the models are.
         level: of vmap, among the transforms that are on.
         per_model_settings: whether a module or the loss has a `PerModel` setting; spares looking for them otherwise.
-        folding, folded: whether convolutions may fold the models into their channels, and whether one has.
+        folding, folded: whether convolutions may fold the models into their channels; the memory format that these
+            activations have alone, None before the first.
         own_rows: whether operators get a shared tensor that requires gradients as rows of each model's own.
         laid_out: by the id of such a tensor: the tensor, and what one model sees of its rows.
         traced: whether the pass is traced to be compiled, so that some rules emit what the compiler makes fast.
@@ -42,7 +43,7 @@ class Pass:
     folding: bool = False
     own_rows: bool = False
     traced: bool = False
-    folded: bool = False
+    folded: torch.memory_format | None = None
     reads_gradients: bool = False
     copies: set[int] = field(default_factory=set)
     laid_out: dict[int, tuple] = field(default_factory=dict)

@@ -47,8 +47,16 @@ def both(between: Any) -> tuple[ModelBatch, list[nn.Module], Tensor, Any, list[A
     models = [Net(between).double() for _ in range(M)]
     for model in models:
         model(x)  # makes the lazy layer
+    return both_sides(models, x)
+
+
+def both_sides(models: list[nn.Module], x: Tensor) -> tuple[ModelBatch, list[nn.Module], Tensor, Any, list[Any]]:
     batch = ModelBatch(copy.deepcopy(models), seeds=range(M))
-    return batch, models, x, batch(x), [model(x) for model in models]
+    outputs, alone = batch(x), []
+    for m, model in enumerate(models):
+        torch.manual_seed(m)
+        alone.append(model(x))
+    return batch, models, x, outputs, alone
 
 
 def assert_same(batch: ModelBatch, models: list[nn.Module], x: Tensor, losses: Tensor, alone: list[Tensor]) -> None:
@@ -101,6 +109,10 @@ def not_a_number(net: Net, h: Tensor) -> Tensor:
     return F.max_pool2d((h - broken).relu(), 2).nan_to_num()
 
 
+def noise_in_place(net: Net, h: Tensor) -> Tensor:
+    return h + torch.empty_like(h).normal_() + h.detach().clone().uniform_()
+
+
 # What stands between two convolutions -> over how many numbers a ReLU's gradient is stopped, of one model's 2,400
 # before the pooling and its 600 after it.
 WAYS = {
@@ -144,6 +156,56 @@ def test_as_alone_and_at_once(way):
         with Stopped() as seen:
             batch(x).sum().backward()
         assert seen.numbers == stopped * M
+
+
+# What stands between two convolutions -> whether they stay folded.
+ORDERS = {
+    "dropout": (lambda net, h: F.dropout(F.max_pool2d(h.relu(), 2), 0.3), True),
+    "dropout of features": (lambda net, h: F.dropout2d(h, 0.3), True),
+    "in turn": (lambda net, h: F.alpha_dropout(h, 0.3, training=True), False),
+    "noise": (lambda net, h: h + torch.rand_like(h), True),
+    "noise in place": (noise_in_place, True),
+    "noise for a part": (lambda net, h: h * torch.rand_like(h[:, :, 1:, :1]).mean(), False),
+    "group norm": (lambda net, h: F.group_norm(h, 2), False),
+    "pooled to one, edited": (lambda net, h: h * F.adaptive_avg_pool2d(h, 1).flatten(1).mul_(2)[..., None, None], True),
+    "flattened, edited": (lambda net, h: h.flatten(1).mul_(2).sum() + h, False),
+}
+
+
+@pytest.mark.parametrize("way", ORDERS)
+def test_memory_order_as_alone(way):
+    between, folds = ORDERS[way]
+    batch, models, x, outputs, alone = both(between)
+    assert_same(batch, models, x, outputs.pow(2).sum((1, 2)), [out.pow(2).sum() for out in alone])
+    assert batch._context.folding == folds
+
+
+@pytest.mark.parametrize(
+    ("last", "images"),
+    [("", 1), ("model", 1), ("input and model", 1), ("input", B), ("model", B), ("input and model", B)],
+)
+def test_channels_last_and_one_image(last, images):
+    torch.manual_seed(0)
+    x = torch.randn(images, 3, 12, 12, dtype=torch.float64)
+    models = [
+        nn.Sequential(
+            nn.Conv2d(3, 6, 3),
+            nn.BatchNorm2d(6),
+            nn.Dropout(0.3),
+            nn.Conv2d(6, 8, 3),
+            nn.GroupNorm(2, 8) if last == "model" else nn.BatchNorm2d(8),
+            nn.Dropout(0.3),
+            nn.Flatten(),
+            nn.Linear(512, K),
+        ).double()
+        for _ in range(M)
+    ]
+    if "input" in last:
+        x = x.to(memory_format=torch.channels_last)
+    if "model" in last:
+        models = [model.to(memory_format=torch.channels_last) for model in models]
+    batch, models, x, outputs, alone = both_sides(models, x.requires_grad_())
+    assert_same(batch, models, x, outputs.pow(2).sum((1, 2)), [out.pow(2).sum() for out in alone])
 
 
 def keep(net: Net, h: Tensor) -> Tensor:

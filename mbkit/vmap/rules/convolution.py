@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import is_folded
+from ..layout import LayoutMatters, is_folded
 from ..registry import Pass, rule
 from ..unwrap import call_unwrapped
 from .grouped_convolution import conv_on_a_gpu, on_a_cpu, settings_of
@@ -34,10 +34,17 @@ def _unfold(folded: Tensor, num_models: int) -> Tensor:
     return folded.unflatten(1, (num_models, -1)).transpose(0, 1)
 
 
-def _foldable(mode: Pass, stack: Tensor, stacked: bool) -> bool:
-    """Fold only what is contiguous alone (then a folded layout has one meaning) and what the fast kernels take."""
-    contiguous = is_folded(stack) or (stack[0] if stacked else stack).is_contiguous()
-    return mode.folding and stack.dim() == 4 + stacked and stack.dtype in FOLDED_DTYPES and contiguous
+def _order(mode: Pass, x: Tensor, stacked: bool, weight: Tensor) -> torch.memory_format | None:
+    """Return the memory format that one model's output has alone; None for what the fast kernels do not take.
+
+    With one image the stride of the batch is any number, by which batch_norm's kernel takes one layout for another.
+    """
+    if not (mode.folding and x.dim() == 4 + stacked and x.shape[stacked] > 1 and x.dtype in FOLDED_DTYPES):
+        return None
+    known, orders = (torch.contiguous_format, torch.channels_last), [mode.folded] if is_folded(x) else []
+    rows = [weight[0]] if orders else [weight[0], x[0] if stacked else x]
+    orders += [next((order for order in known if row.is_contiguous(memory_format=order)), None) for row in rows]
+    return None if None in orders else known[known[1] in orders]
 
 
 @rule(torch.conv2d)
@@ -50,13 +57,16 @@ def _conv2d(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
         x, weight, *biases = stacks
-        if not (stacked[1] and all(stacked[2:]) and _foldable(mode, x, stacked[0]) and weight[0].is_contiguous()):
+        order = _order(mode, x, stacked[0], weight) if stacked[1] and all(stacked[2:]) else None
+        if order is None:
             return NotImplemented
+        if mode.folded not in (None, order):
+            raise LayoutMatters
+        mode.folded = order
         if stacked[0]:
             x = _fold(x)
         elif groups > 1:
             x = x.repeat(1, mode.num_models, 1, 1)
-        mode.folded = True
         one_group = not stacked[0] and groups == 1  # all models read the same channels
         bias = biases[0].flatten() if biases else None
         out = convolve(
@@ -80,9 +90,22 @@ def _pool(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
             return NotImplemented
         of_relu = operator is torch.max_pool2d and not kwargs and is_rectifier(stacks[0].grad_fn)
         pool = partial(pool_rectified, stacks[0].grad_fn) if of_relu else operator
-        return _unfold(pool(_fold(stacks[0]), *args[1:], **kwargs), mode.num_models)
+        out = _unfold(pool(_fold(stacks[0]), *args[1:], **kwargs), mode.num_models)
+        return out.contiguous() if out[0, 0, 0].numel() == 1 else out  # what is flattened next stays a view
 
     return call_unwrapped(mode, run, args[:1]) if mode.folded else NotImplemented
+
+
+@rule(torch.group_norm, torch.batch_norm)
+def _normalize(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
+    """vmap refuses groups in channels_last, and of one image batch_norm's kernel takes one layout for another."""
+    x, *rest = args
+    grouped = operator is torch.group_norm
+    if grouped and mode.folded:
+        raise LayoutMatters  # torch's kernel costs more, folded, than the convolutions save
+    if (grouped or len(x) == 1) and x.dim() == 4 and x.stride(1) == 1 < x.shape[1]:
+        return operator(x.contiguous(), *rest, **kwargs).movedim(1, -1).contiguous().movedim(-1, 1)
+    return NotImplemented
 
 
 @rule(Tensor.view, Tensor.flatten, torch.flatten, Tensor.reshape, torch.reshape)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..in_turn import model_by_model
-from ..layout import check_order
+from ..layout import has_gaps, row_alone
 from ..per_model import PerModel
 from ..registry import RULES_WITH_SETTINGS, Pass, rule
 from ..unwrap import call_unwrapped
@@ -42,9 +42,8 @@ def _fill(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
     method = partial(operator, **named) if named else operator
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> bool:
-        check_order(mode, stacks, stacked)
         if stacked[0]:
-            stacks[0].copy_(mode.streams.fill(method, stacks[0][0], *args[1:]))
+            stacks[0].copy_(mode.streams.fill(method, row_alone(mode, stacks[0], True), *args[1:]))
         return stacked[0]
 
     if not _fixed(args[1:], kwargs) or not call_unwrapped(mode, run, args[:1]):
@@ -85,9 +84,7 @@ def _drawn(mode: Pass, method: Callable, like: Sequence[Tensor], make: Callable,
     """Return a tensor that a method fills; `make` makes it, empty, from what one model has of `like`."""
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
-        check_order(mode, stacks, stacked)
-        row = [stack[0] if of_each else stack for stack, of_each in zip(stacks, stacked, strict=True)]
-        return mode.streams.fill(method, make(*row), *settings)
+        return mode.streams.fill(method, make(*map(partial(row_alone, mode), stacks, stacked)), *settings)
 
     return call_unwrapped(mode, run, like)
 
@@ -167,19 +164,15 @@ def _dropout(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
     fused = mode.device.type == "cuda" and operator is torch.dropout
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
-        check_order(mode, stacks, stacked)
-        row = stacks[0][0] if stacked[0] else stacks[0]
-        if fused and not (torch.ops.aten.is_non_overlapping_and_dense(row) and _begins_a_vector(row)):
+        row = row_alone(mode, stacks[0], stacked[0])
+        begins_a_vector = row.storage_offset() * row.itemsize % _ALIGNED == 0
+        if fused and (has_gaps(row) or not begins_a_vector):
             return NotImplemented
         like = torch.empty_like(row) if operator is torch.dropout else row.new_empty(features)
         return stacks[0] * mode.streams.dropout_masks(like, rates, fused)
 
     out = call_unwrapped(mode, run, [x])
     return model_by_model(mode, operator, args, kwargs) if out is NotImplemented else out
-
-
-def _begins_a_vector(row: Tensor) -> bool:
-    return row.storage_offset() * row.itemsize % _ALIGNED == 0
 
 
 @rule(torch._C._nn.scaled_dot_product_attention)
