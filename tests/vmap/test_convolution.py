@@ -162,6 +162,7 @@ def test_as_alone_and_at_once(way):
 ORDERS = {
     "dropout": (lambda net, h: F.dropout(F.max_pool2d(h.relu(), 2), 0.3), True),
     "dropout of features": (lambda net, h: F.dropout2d(h, 0.3), True),
+    "dropout in place": (lambda net, h: F.dropout2d(F.dropout(h, 0.3, inplace=True), inplace=True), True),
     "in turn": (lambda net, h: F.alpha_dropout(h, 0.3, training=True), False),
     "noise": (lambda net, h: h + torch.rand_like(h), True),
     "noise in place": (noise_in_place, True),

@@ -22,8 +22,8 @@ from ..registry import RULES_WITH_SETTINGS, Pass, rule
 from ..unwrap import call_unwrapped
 from .data_dependent import all_true
 
-_IN_TURN = """alpha_dropout alpha_dropout_ binomial dropout_ feature_alpha_dropout feature_alpha_dropout_
-    feature_dropout_ native_dropout poisson rrelu rrelu_ _sample_dirichlet _standard_gamma"""
+_IN_TURN = """alpha_dropout alpha_dropout_ binomial feature_alpha_dropout feature_alpha_dropout_
+    native_dropout poisson rrelu rrelu_ _sample_dirichlet _standard_gamma"""
 _ALIGNED = 64  # bytes, at least what a GPU's thread reads at once
 _FILLS = "bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_"
 
@@ -173,6 +173,15 @@ def _dropout(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
 
     out = call_unwrapped(mode, run, [x])
     return model_by_model(mode, operator, args, kwargs) if out is NotImplemented else out
+
+
+_IN_PLACE = {torch.dropout_: torch.dropout, torch.feature_dropout_: torch.feature_dropout}
+
+
+@rule(*_IN_PLACE)
+def _dropout_in_place(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
+    dropped = _dropout(mode, _IN_PLACE[operator], args, kwargs)
+    return dropped if dropped is args[0] else args[0].copy_(dropped)
 
 
 @rule(torch._C._nn.scaled_dot_product_attention)
