@@ -209,6 +209,15 @@ def test_channels_last_and_one_image(last, images):
     assert_same(batch, models, x, outputs.pow(2).sum((1, 2)), [out.pow(2).sum() for out in alone])
 
 
+def test_one_image():
+    x = torch.randn(1, 3, 12, 12, dtype=torch.float64, requires_grad=True)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, K)
+    layers = nn.Conv2d(3, 8, (1, 5), padding=(0, 2)), nn.ReLU(), nn.Conv2d(8, 8, (5, 1), (2, 1), (2, 0)), *head
+    models = [copy.deepcopy(nn.Sequential(*layers)).double() for _ in range(M)]
+    batch, models, x, outputs, alone = both_sides(models, x)
+    assert_same(batch, models, x, outputs.pow(2).sum((1, 2)), [out.pow(2).sum() for out in alone])
+
+
 def keep(net: Net, h: Tensor) -> Tensor:
     h = (h - 0.3).relu()
     kept.append(h)
