@@ -3,16 +3,19 @@
 A pass folds only what has one memory format alone, so of a folded activation that order is known, and random masks are
 drawn by it. A model's slice of what is made from one, such as a part of it, has gaps between its elements, which tells
 it from any other. Whatever asks for its memory order then, or edits in place what shares its memory with others alone
-and not here, raises `LayoutMatters`, and the pass is run again without folding.
+and not here, raises `LayoutMatters`, and the pass is run again without folding. There, too, vmap may have to copy what
+is a view alone, and a model that then edits one of the two in place runs model by model.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from .errors import BatchingError
 from .registry import Pass
-from .unwrap import call_unwrapped
 
 
 class LayoutMatters(Exception):
@@ -45,8 +48,21 @@ def row_alone(mode: Pass, stack: Tensor, stacked: bool) -> Tensor:
 
 
 def check_edit(mode: Pass, args: tuple) -> None:
-    """Raise `LayoutMatters` if the tensor to be edited in place is a copy of what is a view alone."""
-    if isinstance(args[0], Tensor):
-        storage = call_unwrapped(mode, lambda stacks, _: stacks[0].untyped_storage()._cdata, args[:1])
-        if storage in mode.copies:
+    """Refuse to edit in place what was copied where alone it may be viewed, or the copy."""
+    if isinstance(args[0], Tensor) and storage_of(args[0]) in mode.copies:
+        if mode.folded:
             raise LayoutMatters
+        raise BatchingError("it edits a tensor in place that shares its memory with another one alone, and not here")
+
+
+def storage_of(tensor: Tensor) -> StorageWeakRef:
+    """Return what stands for the storage of a tensor, perhaps as one model sees it, without keeping its memory."""
+    while functorch.is_batchedtensor(tensor) or functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def keeps_order(tensor: Tensor) -> bool:
+    """Say whether what one model sees of a tensor lies in memory in its order, perhaps with gaps."""
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return strides == sorted(strides, reverse=True)

@@ -29,7 +29,7 @@ class Pass:
         own_rows: whether operators get a shared tensor that requires gradients as rows of each model's own.
         laid_out: by the id of such a tensor: the tensor, and what one model sees of its rows.
         traced: whether the pass is traced to be compiled, so that some rules emit what the compiler makes fast.
-        copies: storages of copies of what is a view alone; see `layout`.
+        copies: storages of copies of what is a view alone, and of what was copied; see `layout`.
         rectified: what ReLUs of a traced pass were given; see `rules/pooling`.
         reads_gradients: whether `.grad` may be read: by an optimizer, to which it has been given.
         hooks: on saved tensors, the caller's, which pack whole stacks.
@@ -45,7 +45,7 @@ class Pass:
     traced: bool = False
     folded: torch.memory_format | None = None
     reads_gradients: bool = False
-    copies: set[int] = field(default_factory=set)
+    copies: set[Any] = field(default_factory=set)
     laid_out: dict[int, tuple] = field(default_factory=dict)
     rectified: dict[int, tuple] = field(default_factory=dict)
     hooks: Any = field(default_factory=_saved_tensors_hooks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -134,6 +135,21 @@ WAYS = {
 }
 
 
+# What is a view of `[B, 6, 10, 10]` alone -> whether a batch without folding has to copy it.
+ALIASES = {
+    "flatten": (lambda h: h.flatten(2), False),
+    "flatten of a part": (lambda h: h[:, :3].flatten(1), False),
+    "reshape": (lambda h: h.reshape(len(h), -1), False),
+    "view": (lambda h: h.view(len(h), -1), False),
+    "contiguous": (Tensor.contiguous, True),
+    "contiguous of a part": (lambda h: h[:1, :3].contiguous(), False),
+    "ravel": (torch.ravel, True),
+    "to": (lambda h: h.to(memory_format=torch.contiguous_format), False),
+    "flatten of channels last": (lambda h: h.permute(0, 2, 3, 1).flatten(1, 2), False),
+    "unflatten": (lambda h: h.unflatten(1, (2, 3)), False),
+}
+
+
 class Stopped(TorchDispatchMode):
     """Counts the numbers that ReLUs' gradients are stopped at, of more than one layer's outputs."""
 
@@ -215,6 +231,26 @@ def test_one_image():
     layers = nn.Conv2d(3, 8, (1, 5), padding=(0, 2)), nn.ReLU(), nn.Conv2d(8, 8, (5, 1), (2, 1), (2, 0)), *head
     models = [copy.deepcopy(nn.Sequential(*layers)).double() for _ in range(M)]
     batch, models, x, outputs, alone = both_sides(models, x)
+    assert_same(batch, models, x, outputs.pow(2).sum((1, 2)), [out.pow(2).sum() for out in alone])
+
+
+@pytest.mark.parametrize("folds", [True, False])
+@pytest.mark.parametrize("edits_view", [True, False])
+@pytest.mark.parametrize("alias", ALIASES)
+def test_edits_of_what_is_a_view_alone(alias, edits_view, folds, monkeypatch):
+    view, copied = ALIASES[alias]
+    if not folds:
+        monkeypatch.setattr(convolution, "FOLDED_DTYPES", set())
+
+    def between(net: Net, h: Tensor) -> Tensor:
+        seen = view(h)
+        (seen if edits_view else h).mul_(2)
+        return F.max_pool2d(h, 2) + seen.sum()
+
+    with warnings.catch_warnings():
+        if copied:
+            warnings.filterwarnings("ignore", "The whole model runs model by model")
+        batch, models, x, outputs, alone = both(between)
     assert_same(batch, models, x, outputs.pow(2).sum((1, 2)), [out.pow(2).sum() for out in alone])
 
 

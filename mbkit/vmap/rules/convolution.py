@@ -106,21 +106,3 @@ def _normalize(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     if (grouped or len(x) == 1) and x.dim() == 4 and x.stride(1) == 1 < x.shape[1]:
         return operator(x.contiguous(), *rest, **kwargs).movedim(1, -1).contiguous().movedim(-1, 1)
     return NotImplemented
-
-
-@rule(Tensor.view, Tensor.flatten, torch.flatten, Tensor.reshape, torch.reshape)
-def _flatten(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
-    """`view` and `flatten` of a folded activation have to copy; the copy is noted, lest it be edited in place."""
-    x, *rest = args
-    if not mode.folded or x.dim() != 4:
-        return NotImplemented
-
-    def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
-        if not (stacked[0] and is_folded(stacks[0])):
-            return NotImplemented
-        copy = stacks[0].contiguous()
-        mode.copies.add(copy.untyped_storage()._cdata)
-        return copy
-
-    copy = call_unwrapped(mode, run, [x])
-    return copy if copy is NotImplemented else operator(copy, *rest, **kwargs)

@@ -1,0 +1,35 @@
+"""What reshapes a tensor, or lays it out anew: alone it may be a view, where under vmap the numbers have to be copied.
+
+Until one of the two is edited in place nobody can tell, so both are noted; see `layout.check_edit`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import is_folded, keeps_order, storage_of
+from ..registry import Pass, rule
+from ..unwrap import call_unwrapped
+
+_FLAT = {Tensor.view, Tensor.flatten, torch.flatten, Tensor.reshape, torch.reshape}
+
+
+@rule(*_FLAT, Tensor.ravel, torch.ravel, Tensor.contiguous, Tensor.to)
+def _reshape(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
+    """`view` and `flatten` of a folded activation have to copy, too."""
+    if not args or args[0].layout is not torch.strided:
+        return NotImplemented
+    x, *rest = args
+
+    def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
+        return stacks[0].contiguous() if stacked[0] and is_folded(stacks[0]) else NotImplemented
+
+    copy = call_unwrapped(mode, run, [x]) if mode.folded and x.dim() == 4 and operator in _FLAT else NotImplemented
+    out = operator(x if copy is NotImplemented else copy, *rest, **kwargs)
+    storages = {storage_of(x), storage_of(out)}
+    if len(storages) > 1 and out.dtype == x.dtype and (mode.folded or keeps_order(x)):
+        mode.copies |= storages
+    return out
