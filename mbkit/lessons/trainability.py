@@ -79,11 +79,6 @@ class Trainability:
         """Whether the last loss is not finite or a quarter above the first one, [N, N] bools."""
         return ~(self.ratio <= CEILING)
 
-    @property
-    def trained(self) -> Tensor:
-        """Whether the last loss is less than half of the first one, [N, N] bools."""
-        return self.ratio < 0.5
-
 
 class RateGrid:
     """N x N networks in one batch, trained again and again from the same weights with other pairs of rates.
@@ -100,8 +95,8 @@ class RateGrid:
 
     Example:
         >>> *_, outcome = RateGrid(size=8).train(*WINDOW, steps=20)
-        >>> outcome.loss.shape, bool(outcome.diverged[-1, -1]), bool(outcome.trained[4, 4])
-        (torch.Size([20, 8, 8]), True, True)
+        >>> outcome.loss.shape, bool(outcome.diverged[-1, -1]), bool(outcome.diverged[4, 4])
+        (torch.Size([20, 8, 8]), True, False)
     """
 
     def __init__(

@@ -9,6 +9,8 @@ is a view alone, and a model that then edits one of the two in place runs model 
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
@@ -50,9 +52,12 @@ def row_alone(mode: Pass, stack: Tensor, stacked: bool) -> Tensor:
 def check_edit(mode: Pass, args: tuple) -> None:
     """Refuse to edit in place what was copied where alone it may be viewed, or the copy."""
     if isinstance(args[0], Tensor) and storage_of(args[0]) in mode.copies:
-        if mode.folded:
-            raise LayoutMatters
-        raise BatchingError("it edits a tensor in place that shares its memory with another one alone, and not here")
+        refuse_layout(mode, "it edits a tensor in place that shares its memory with another one alone, and not here")
+
+
+def refuse_layout(mode: Pass, reason: str) -> NoReturn:
+    """Have the pass run again without folding, or the layer model by model if it runs so already."""
+    raise LayoutMatters if mode.folded else BatchingError(reason)
 
 
 def storage_of(tensor: Tensor) -> StorageWeakRef:

@@ -147,6 +147,7 @@ ALIASES = {
     "to": (lambda h: h.to(memory_format=torch.contiguous_format), False),
     "flatten of channels last": (lambda h: h.permute(0, 2, 3, 1).flatten(1, 2), False),
     "unflatten": (lambda h: h.unflatten(1, (2, 3)), False),
+    "strides": (lambda h: h.as_strided((len(h), 50), (600, 2), 1), True),
 }
 
 
@@ -185,6 +186,9 @@ ORDERS = {
     "noise for a part": (lambda net, h: h * torch.rand_like(h[:, :, 1:, :1]).mean(), False),
     "group norm": (lambda net, h: F.group_norm(h, 2), False),
     "pooled to one, edited": (lambda net, h: h * F.adaptive_avg_pool2d(h, 1).flatten(1).mul_(2)[..., None, None], True),
+    "strides": (lambda net, h: h * h.stride(2) + h.is_contiguous(), True),
+    "strides of a view": (lambda net, h: h * h.permute(0, 2, 3, 1).stride(1) + h.mT.is_contiguous(), False),
+    "a question about a format": (lambda net, h: h + h.is_contiguous(memory_format=torch.channels_last), True),
     "flattened, edited": (lambda net, h: h.flatten(1).mul_(2).sum() + h, False),
 }
 

@@ -2,20 +2,8 @@
 
 The fused kernels, one model after the other, give the lone bits and are no faster than a loop. The batched cell is one
 `baddbmm` over all models a time step; it differs from them by rounding (1e-12 in float64), and between its layers it
-drops what each model drops alone. It is taken where it was measured to be faster: on a CPU, for hidden sizes up to 128.
-float32 LSTMs without projections have oneDNN's kernel when they are alone, so there it takes 16 models. How many times
-as fast as the fused kernels, forward and backward, 20 time steps, one thread, ratios of medians:
-
-    M, B, H      RNN f32  LSTM f32  GRU f32   RNN f64  LSTM f64  GRU f64
-    4, 8, 8          1.9       0.7      1.7       2.3       2.2      2.0
-    4, 8, 128        1.8       0.8      1.6       1.3       1.4      1.2
-    4, 128, 128      1.4       1.1      1.1       1.1       1.1      1.0
-    16, 8, 8         4.9       1.5      6.8       6.8       7.0      7.0
-    16, 8, 128       2.5       1.0      1.9       3.0       1.1      1.0
-    16, 128, 64      1.4       1.0      1.5         -         -        -
-    64, 8, 8        18.1       4.8     18.1         -         -        -
-    64, 8, 128       3.1       2.0      2.7         -         -        -
-
+drops what each model drops alone. It is taken where it is faster: on a CPU, for hidden sizes up to 128, and most of all
+for many small models. float32 LSTMs without projections have oneDNN's kernel when they are alone, so there it takes 16.
 Layers over packed sequences, single cells, autocast and devices that were not measured stay with the fused kernels.
 """
 
@@ -114,7 +102,7 @@ def _batched(cell: Callable, mode: Pass, operator: Any, args: tuple, kwargs: dic
 
 
 def _worthwhile(mode: Pass, x: Tensor, weights: Sequence[Tensor], cell: Callable) -> bool:
-    """Say whether the batched cell is the faster one; see the table above."""
+    """Say whether the batched cell is the faster one."""
     if mode.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not x.numel():
         return False
     w_hh = weights[1]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import is_folded, keeps_order, storage_of
+from ..layout import has_gaps, is_folded, keeps_order, refuse_layout, row_alone, storage_of
 from ..registry import Pass, rule
 from ..unwrap import call_unwrapped
 
@@ -33,3 +33,19 @@ def _reshape(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     if len(storages) > 1 and out.dtype == x.dtype and (mode.folded or keeps_order(x)):
         mode.copies |= storages
     return out
+
+
+@rule(torch.as_strided, Tensor.as_strided, Tensor.stride, Tensor.is_contiguous)
+def _order(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
+    """Answer what a model asks of its memory; to walk through it in strides takes the very memory that it has alone."""
+
+    def run(stacks: list[Tensor], stacked: list[bool]) -> list[Any]:
+        row = row_alone(mode, stacks[0], stacked[0])
+        if operator in (Tensor.stride, Tensor.is_contiguous):
+            return [operator(row, *args[1:], **kwargs)]
+        if stacked[0] and has_gaps(stacks[0][0]):
+            refuse_layout(mode, "it reads its memory in strides, where other models' numbers lie in between")
+        return NotImplemented
+
+    answer = call_unwrapped(mode, run, args[:1]) if args else NotImplemented
+    return answer if answer is NotImplemented else answer[0]
