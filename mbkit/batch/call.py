@@ -246,16 +246,8 @@ def at_once(
     # "error": a random operator that no rule covers raises here, where "different" would draw wrong numbers.
     level = functorch._vmap_increment_nesting(context.num_models, "error")
     try:
-        mode = Pass(
-            context.num_models,
-            context.streams,
-            device,
-            level,
-            context.per_model_settings,
-            context.folding,
-            context.own_rows,
-            context.traced,
-        )
+        known = context.per_model_settings, context.folding, context.own_rows, context.traced
+        mode = Pass(context.num_models, context.streams, device, level, *known)
         own = [given_to_models(mode, t, d is None) for t, d in zip(tensors, in_dims, strict=True)]
         with context.streams.shared_draws_refused(), RuleMode(mode):
             outputs = function(mode, *own)

@@ -83,9 +83,8 @@ class Kept:
 
     def has(self, keeper: Any) -> bool:
         """Say whether a list, dict or set, or an attribute of an object, is one of the places."""
-        return any(
-            place.owner is keeper or place.owner is getattr(keeper, "__dict__", keeper) for place in self._places
-        )
+        attributes = getattr(keeper, "__dict__", keeper)
+        return any(place.owner is keeper or place.owner is attributes for place in self._places)
 
     def refuse_trained(self, losses: Tensor, outputs: Any) -> None:
         """Refuse a loss whose gradient reaches a parameter that is kept: all models would add theirs up in it.

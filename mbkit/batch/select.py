@@ -105,10 +105,8 @@ class CanSelect:
         )
         mine = context_of(merged)
         mine.folding = all(context.folding for context, _ in sources)
-        whole = "" in mine.model_by_model
-        joined, columns = merge(
-            [{key: values[m] for key, values in kept.items()} for m in range(len(models))], State(), whole
-        )
+        each = [{key: values[m] for key, values in kept.items()} for m in range(len(models))]
+        joined, columns = merge(each, State(), "" in mine.model_by_model)
         _, after, tensors = materialize(joined | {OUTPUT: None}, [stack_alike(column) for column in columns])
         for (path, _, name), value in after.items():
             vars(mine.template.get_submodule(path))[name] = value

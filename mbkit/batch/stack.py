@@ -136,11 +136,9 @@ class _Stack:
             torch.stack([row.permute(self._order) for row in rows], out=self._memory[start : self._written])
 
     def whole(self) -> Tensor:
-        return (
-            stack_alike(self._rows)
-            if self._memory is None
-            else self._memory.permute(0, *(1 + d for d in self._inverse))
-        )
+        if self._memory is None:
+            return stack_alike(self._rows)
+        return self._memory.permute(0, *(1 + d for d in self._inverse))
 
 
 def may_keep(holder: Any) -> bool:

@@ -141,10 +141,8 @@ def read_tree(file: Path, kind: str) -> Any:
     except OSError:
         raise
     except Exception as error:  # whatever the parsers make of bytes that they cannot read
-        told = (
-            f"Expected {file} as it was saved ({_FORMAT} {kind}), got: {error}. Take a copy of the file, or save anew."
-        )
-        raise ValueError(told) from error
+        told = f"Expected {file} as it was saved ({_FORMAT} {kind}), got: {error}."
+        raise ValueError(f"{told} Take a copy of the file, or save anew.") from error
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -126,8 +126,7 @@ class Batches:
 def _check_subsets(subsets: Any, num_examples: int) -> int:
     """Return n."""
     if not isinstance(subsets, Tensor) or subsets.dtype != torch.int64 or subsets.ndim != 2:
-        is_tensor = isinstance(subsets, Tensor)
-        got = f"{subsets.dtype} {list(subsets.shape)}" if is_tensor else type(subsets).__name__
+        got = f"{subsets.dtype} {list(subsets.shape)}" if isinstance(subsets, Tensor) else type(subsets).__name__
         raise TypeError(
             f"Expected subsets as an int64 tensor [M, n], got {got}: stack one row of indices a model, all of one "
             "length, since the models make the same steps (cut longer ones, or let shorter ones repeat examples)."

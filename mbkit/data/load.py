@@ -85,14 +85,9 @@ class ImageData:
         chosen = _choose(len(self.images), num_images, self.images.device)
         num_test_images = len(self.test_images) if num_test_images is None else num_test_images
         tested = _choose(len(self.test_images), num_test_images, self.images.device)
-        return dataclasses.replace(
-            self,
-            name=f"{self.name}, {num_images:,} images",
-            images=self.images[chosen],
-            labels=self.labels[chosen],
-            test_images=self.test_images[tested],
-            test_labels=self.test_labels[tested],
-        )
+        training = {"images": self.images[chosen], "labels": self.labels[chosen]}
+        test = {"test_images": self.test_images[tested], "test_labels": self.test_labels[tested]}
+        return dataclasses.replace(self, name=f"{self.name}, {num_images:,} images", **training, **test)
 
     def batches(
         self,

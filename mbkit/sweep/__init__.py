@@ -3,8 +3,8 @@
 `mbkit.sweep` is this room and the function in one: `mbkit.sweep(build, ...)` is `mbkit.sweep.sweep(build, ...)`.
 
     configs     grid and sample; who takes which setting; batches of trials whose models are alike
-    engine      sweep: rung after rung        executors   batches handed out; lost workers
-    worker      one batch, one rung           ranking     who goes on
+    engine      sweep: rung after rung, who goes on
+    worker      one batch, one rung           executors   batches handed out; lost workers
     folder      files, lock, sweep.json       ask_tell    Optuna asks, mbkit trains and ranks
     result      table, best, load, plot       digits      a sweep to begin with
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from ..vmap import check_autocast
 from .configs import cut, divide, find_kinds, group_labels
 from .executors import run_jobs
 from .folder import batch_file, locked, plain_json, settle
-from .ranking import ordered, promoted
-from .result import SweepResult, Trial
+from .result import SweepResult, Trial, group_scores, ordered
 from .worker import Job, Task, read_result
 
 
@@ -172,7 +171,7 @@ def sweep(
                 own_parts, own_seeds = (tuple(each[t] for t in own) for each in (parts, seeds))
                 jobs.append(Job(task, rung, number, tuple(own), own_parts, own_seeds, sources))
             _train_rung(jobs, trials, run, progress)
-            going = promoted(trials, going, labels, reduction_factor, patience)
+            going = _promoted(trials, going, labels, reduction_factor, patience)
             if not going:
                 break
     return SweepResult(trials, task, parts, labels)
@@ -199,6 +198,33 @@ def _train_rung(jobs: Sequence[Job], trials: list[Trial], run: Callable[..., Non
     if rung:
         for file in Path(task.folder, f"rung-{rung - 1}").glob("*.state.safetensors"):
             file.unlink()
+
+
+def _promoted(
+    trials: Sequence[Trial],
+    going: Sequence[int],
+    labels: Sequence[Hashable],
+    reduction_factor: int | None,
+    patience: int | None,
+) -> list[int]:
+    """Return the trials that go on to the next rung, by successive halving of whole rungs, and patience.
+
+    It depends on scores only, never on a clock.
+
+    Args:
+        trials: of the sweep. going: the numbers of those that came to this rung.
+        labels: of all trials; those of one label stand and fall by the mean of their scores.
+        reduction_factor, patience: as `sweep` has them.
+    """
+    means = group_scores((trials[t] for t in going), labels)
+    names = list(means)
+    if reduction_factor is not None:
+        order = ordered([means[name][-1] for name in names])
+        names = [names[i] for i in order[: max(1, len(names) // reduction_factor)]]
+    if patience is not None:
+        names = [name for name in names if len(means[name]) - 1 - ordered(means[name])[0] < patience]
+    kept = set(names)
+    return sorted(t for t in going if labels[t] in kept)
 
 
 def _best(trials: Sequence[Trial]) -> str:

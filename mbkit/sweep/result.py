@@ -1,8 +1,9 @@
-"""What a sweep leaves behind: a table of its trials, the best of them, each as a module of its own."""
+"""What a sweep leaves behind: a table of its trials, in the order of their scores, each as a module of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,6 @@ from ..batch.whole_state import load_whole
 from ..common.tables import Tables
 from .configs import Parts
 from .folder import batch_file, read_batch
-from .ranking import group_scores, ordered
 from .worker import Task, build_batch, own_process
 
 _ROWS_SHOWN = 20
@@ -57,6 +57,28 @@ class Trial:
     def epochs(self) -> int:
         """How long it was trained."""
         return self.rungs[-1]
+
+
+def ordered(scores: Sequence[float]) -> list[int]:
+    """Return places from the highest score to the lowest; NaN is lowest, and of equals the first comes first.
+
+    Example:
+        >>> ordered([0.5, math.nan, 0.9, 0.5])
+        [2, 0, 3, 1]
+    """
+    return sorted(range(len(scores)), key=lambda i: (math.isnan(scores[i]), -scores[i], i))
+
+
+def group_scores(trials: Iterable[Trial], labels: Sequence[Hashable]) -> dict[Hashable, list[float]]:
+    """Return each label's mean scores, rung by rung; trials of one label have come equally far.
+
+    Args:
+        trials: some of a sweep's. labels: of all its trials.
+    """
+    groups: dict[Hashable, list[list[float]]] = {}
+    for trial in trials:
+        groups.setdefault(labels[trial.number], []).append(trial.scores)
+    return {label: [sum(each) / len(each) for each in zip(*scores, strict=True)] for label, scores in groups.items()}
 
 
 class SweepResult(Tables):

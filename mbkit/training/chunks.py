@@ -32,11 +32,9 @@ from .loop import arguments, call, detach, first_tensor
 from .options import StepOptions
 from .saved_bytes import MadeBytes, saved_bytes
 
-# Bytes that one chunk's activations may take. On two cores (AMD EPYC, medians of 7 steps in turns) 64 LeNets with
-# batches of 128 (5.9 MiB each) took 5.7, 5.3, 5.1, 4.9, 5.2 ms each in chunks of 4, 8, 16, 32, 64; 16 of them with
-# batches of 512 took 21.2, 20.2, 19.9, 18.9 in chunks of 2, 4, 8, 16; 8 ResNets with batches of 32 (13.4 MiB each)
-# 16.4, 13.0, 11.5 in chunks of 2, 4, 8. So a chunk should hold many models; but a process takes nearly three times as
-# much as the activations of one chunk, and beyond this size the gain is small: two chunks are left as one, no more.
+# Bytes that one chunk's activations may take. In larger chunks LeNets and ResNets took less time each; but a process
+# takes nearly three times as much as the activations of one chunk, and beyond this size the gain is small: two chunks
+# are left as one, no more.
 _ENOUGH = {"cpu": 144 << 20}
 _ENOUGH_ELSEWHERE = 4 << 30
 _SHARE = 0.5  # of the free memory that they may take

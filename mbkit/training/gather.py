@@ -109,9 +109,8 @@ def keep_state(context: CallContext, before: dict, after: list[dict], sizes: lis
         if isinstance(whole, Tensor):
             fresh[id(whole)] = whole
         elif isinstance(whole, PerModelValue) and key[1] != "__dict__":
-            raise BatchingError(
-                f"'{name}' is {cut(repr(column[0]))} in one chunk of models and another value in the next"
-            )
+            first = cut(repr(column[0]))
+            raise BatchingError(f"'{name}' is {first} in one chunk of models and another value in the next")
         return whole
 
     state = dict(before)

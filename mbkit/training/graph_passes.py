@@ -31,10 +31,8 @@ def _minds_memory(graph: Graph) -> bool:
             continue
         if node.target in _OF_MEMORY:
             return True
-        arguments = zip(node.args, node.target._schema.arguments, strict=False)
-        written = [
-            v for v, a in arguments if a.alias_info is not None and a.alias_info.is_write and isinstance(v, Node)
-        ]
+        arguments = [(v, a.alias_info) for v, a in zip(node.args, node.target._schema.arguments, strict=False)]
+        written = [v for v, alias in arguments if alias is not None and alias.is_write and isinstance(v, Node)]
         edited |= {origin: shape for origin, shape in map(seen.get, written) if origin.op != "placeholder"}
         if any(edited.get(origin, shape) is not shape for origin, shape in map(seen.get, node.all_input_nodes)):
             return True
@@ -61,7 +59,7 @@ def _is_turned(node: Node) -> bool:
     """Say whether a node is a linear layer's output before it is copied to the order that it has alone.
 
     Without the copy, activations lie feature by feature, `[M, K, B]`, which makes the products with few features
-    faster, such as logits: 256 MLPs 20-16-16-4 take 0.87 of the time.
+    faster, such as logits.
     """
     steps = []
     while node.target in (aten.transpose.int, aten.add.Tensor) and len(node.users) == 1:

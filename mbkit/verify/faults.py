@@ -64,9 +64,8 @@ class StaleGradientOptimizer:
         configs = per_model(list(configs), batch.num_models, "configs")
         self.batch = batch
         stacked_params = batch.stacked_params.values()
-        self.copies = [
-            [nn.Parameter(stacked.detach()[m].clone()) for stacked in stacked_params] for m in range(batch.num_models)
-        ]
+        models = range(batch.num_models)
+        self.copies = [[nn.Parameter(stacked.detach()[m].clone()) for stacked in stacked_params] for m in models]
         self.lone = [optimizer_cls(copies, **config) for copies, config in zip(self.copies, configs, strict=True)]
         self.param_groups = [lone.param_groups[0] for lone in self.lone]
 

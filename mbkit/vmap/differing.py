@@ -97,10 +97,8 @@ class Guarded(dict):
 def can_be_opened(values: Sequence[Any]) -> bool:
     """Say whether values are objects or dicts of one type, of which single entries can be read."""
     first = values[0]
-    kept = type(first) in _OPENED or (
-        hasattr(first, "__dict__") and not isinstance(first, Tensor) and not callable(first)
-    )
-    return kept and all(type(value) is type(first) for value in values)
+    is_object = hasattr(first, "__dict__") and not isinstance(first, Tensor) and not callable(first)
+    return (is_object or type(first) in _OPENED) and all(type(value) is type(first) for value in values)
 
 
 def _read(values: list[Any], name: str) -> Any:

@@ -32,9 +32,8 @@ def _opened(function: types.FunctionType) -> types.FunctionType:
         types.CellType(_opened(cell.cell_contents)) if _is_composite(cell.cell_contents) else cell
         for cell in function.__closure__ or ()
     )
-    opened = types.FunctionType(
-        function.__code__, {**function.__globals__, **deaf}, function.__name__, function.__defaults__, cells
-    )
+    names = {**function.__globals__, **deaf}
+    opened = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
     opened.__kwdefaults__ = function.__kwdefaults__
     return opened
 

@@ -83,14 +83,11 @@ def _lifted(function: Callable) -> Callable:
     return method
 
 
-def _reflected(function: Callable) -> Callable:
-    return _lifted(lambda a, b: function(b, a))
-
-
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(PerModel, f"__{_name}__", _lifted(getattr(operator, _name)))
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
-    setattr(PerModel, f"__{_name}__", _lifted(getattr(operator, _name)))
-    setattr(PerModel, f"__r{_name}__", _reflected(getattr(operator, _name)))
+    _own = getattr(operator, _name)
+    setattr(PerModel, f"__{_name}__", _lifted(_own))
+    setattr(PerModel, f"__r{_name}__", _lifted(lambda a, b, own=_own: own(b, a)))
 PerModel.__neg__ = _lifted(lambda a, _: operator.neg(a))
 PerModel.__abs__ = _lifted(lambda a, _: abs(a))

@@ -84,13 +84,11 @@ def _grad(mode: Pass, operator: Callable, args: tuple, kwargs: dict) -> Any:
     stacks = [_stack(mode, t) for t in outputs]
     weights = [_weights(mode, *pair, several) for pair in zip(stacks, weights, strict=True)]
     own = [_in_memory(t) for t, whole in zip(inputs, shared, strict=True) if whole is None]
-    dims = [
-        several + (functorch.maybe_get_bdim(t) if whole is None else 0) for t, whole in zip(inputs, shared, strict=True)
-    ]
+    dims = [0 if whole is not None else functorch.maybe_get_bdim(t) for t, whole in zip(inputs, shared, strict=True)]
     with temporarily_pop_interpreter_stack():
         found = _derivatives(operator, stacks, own, shared, weights, kwargs)
     pairs = zip(found, dims, strict=True)
-    return tuple(None if g is None else functorch._add_batch_dim(g, dim, mode.level) for g, dim in pairs)
+    return tuple(None if g is None else functorch._add_batch_dim(g, several + dim, mode.level) for g, dim in pairs)
 
 
 def _weights(mode: Pass, stack: Tensor, weights: Tensor | None, several: bool) -> Tensor:

@@ -69,13 +69,8 @@ def _conv2d(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
             x = x.repeat(1, mode.num_models, 1, 1)
         one_group = not stacked[0] and groups == 1  # all models read the same channels
         bias = biases[0].flatten() if biases else None
-        out = convolve(
-            x.contiguous(memory_format=torch.channels_last),
-            weight.flatten(0, 1).contiguous(memory_format=torch.channels_last),
-            bias,
-            *how,
-            1 if one_group else groups * mode.num_models,
-        )
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight.flatten(0, 1)))
+        out = convolve(x, weight, bias, *how, 1 if one_group else groups * mode.num_models)
         return _unfold(out, mode.num_models)
 
     return call_unwrapped(mode, run, [x, weight] if bias is None else [x, weight, bias])

@@ -4,7 +4,7 @@ On a GPU cuDNN starts kernels for each group. But this gradient is itself a grou
 gradient with the weights turned around, and that is one kernel; with windows of 1 all is a product of matrices.
 On a CPU a model with few channels fills a part of each vector. With a window's columns as channels it fills all, if
 their sum costs little, since the compiler joins it with what follows. Two columns at once, with windows wider by one,
-fill twice as much: with AVX-512 in 0.6 to 0.9 of the time; with AVX2's shorter vectors torch's way is mostly faster.
+fill twice as much, which is faster with AVX-512; with AVX2's shorter vectors torch's way mostly is.
 """
 
 from __future__ import annotations

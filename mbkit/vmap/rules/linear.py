@@ -39,8 +39,7 @@ class _Turned(torch.autograd.Function):
 
     A weight's gradient lies in memory as the weight does, so the update reads both in vectors. A bias's gradient is
     summed over all models at once: where N is less than a vector's length, inductor would start its threads anew for
-    each model. The bias is added in one loop with what follows; baddbmm would first copy it to each row. On 2 cores,
-    256 MLPs 20-16-16-4 on batches of 32 take 0.85 of the time.
+    each model. The bias is added in one loop with what follows; baddbmm would first copy it to each row.
     """
 
     @staticmethod

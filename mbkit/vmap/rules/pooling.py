@@ -2,8 +2,7 @@
 
 Of each window one number takes the gradient. Where windows do not overlap, every number can tell by its place in the
 window whether it is that one, in one loop. After a ReLU, a window whose largest number is not above zero has no such
-place, so the gradient need not pass the ReLU, which would read all its outputs again. Sixteen LeNets take about
-0.7 of the time.
+place, so the gradient need not pass the ReLU, which would read all its outputs again.
 """
 
 from __future__ import annotations
