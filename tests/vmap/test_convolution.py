@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from oracle import close
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,9 +38,11 @@ class Net(nn.Module):
         return (out, *more) if more else out
 
 
-@pytest.fixture(autouse=True)
-def fold_double_precision(monkeypatch):
-    monkeypatch.setattr(convolution, "FOLDED_DTYPES", {torch.float64})
+@pytest.fixture(autouse=True, scope="module")
+def fold_double_precision():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "FOLDED_DTYPES", {torch.float64})
+        yield
 
 
 def both(between: Any) -> tuple[ModelBatch, list[nn.Module], Tensor, Any, list[Any]]:
@@ -300,3 +304,46 @@ def test_gradient_in_part_from_elsewhere():
         ]
         (got,) = torch.autograd.grad(mine.sum(), batch.stacked_params["first.weight"], retain_graph=True)
         close(got, torch.stack(expected))
+
+
+# Steps of a drawn network, each from `[B, 6, H, W]` to the like.
+STEPS = {
+    "relu": lambda net, h: h.relu(),
+    "shifted relu": lambda net, h: (h - 0.2).relu(),
+    "tanh": lambda net, h: h.tanh(),
+    "pool": lambda net, h: F.max_pool2d(h, 2) if h.shape[-1] > 8 else h,
+    "pool, overlapping": lambda net, h: F.max_pool2d(h, 3, 1, 1),
+    "average": lambda net, h: F.avg_pool2d(h, 3, 1, 1),
+    "convolve": lambda net, h: F.conv2d(h, net.second.weight[:6], padding=1),
+    "normalize": lambda net, h: F.batch_norm(h, None, None, training=True),
+    "drop": lambda net, h: F.dropout(h, 0.3),
+    "flatten": lambda net, h: h.flatten(1).view(h.shape),
+    "turn": lambda net, h: h.mT,
+    "contiguous": lambda net, h: h.contiguous(),
+    "channels last": lambda net, h: h.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "roll": lambda net, h: h.roll(1, 1),
+    "scale in place": lambda net, h: h.mul_(1.5),
+    "relu in place": lambda net, h: h.relu_(),
+    "a part in place": lambda net, h: h[:, :2].add_(0.5).mean() + h,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The whole model runs model by model")
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(steps=st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 2)), min_size=2, max_size=6))
+def test_drawn_networks(steps):
+    """Each step takes one of the three latest results; the last one goes on, with a share of the one before."""
+
+    def between(net: Net, h: Tensor) -> Tensor:
+        made = [h]
+        for name, back in steps:
+            made.append(STEPS[name](net, made[-1 - min(back, len(made) - 1)]))
+        return made[-1] + made[-2].mean()
+
+    try:
+        batch, models, x, outputs, alone = both(between)
+        torch.autograd.grad(sum(out.sum() for out in alone), x, retain_graph=True)
+    except RuntimeError as error:
+        assume("inplace operation" not in str(error))  # alone it cannot be trained
+        raise
+    assert_same(batch, models, x, outputs.pow(2).sum((1, 2)), [out.pow(2).sum() for out in alone])
