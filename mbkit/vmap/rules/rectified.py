@@ -1,8 +1,8 @@
 """ReLU and the max-pooling after it: where nothing in a window is above zero, the pooling stops the gradient itself.
 
 So the ReLU, which would read its whole output again to stop it, has nothing left to do. It takes a gradient as it is
-only if that is the very tensor which the pooling has made, and nobody has changed it since. Between the two, the
-gradient is another one than alone. So where the model shows the ReLU's output to anybody, each does its own work.
+only if that is the very tensor which the pooling has made. Between the two, the gradient is another one than alone.
+So where the model shows the ReLU's output to anybody, each does its own work.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ class _ReLU(torch.autograd.Function):
     """ReLU of folded activations.
 
     Attributes of its node:
-        stopped: a gradient that is zero already where it has to be, and its version.
+        stopped: a gradient that is zero already where it has to be; while it is held, autograd adds nothing to it.
         shown: whether somebody may ask for the gradient of the output.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(out := x.relu())
-        ctx.stopped, ctx.shown = (None, 0), False
+        ctx.stopped, ctx.shown = None, False
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (out,), (stopped, version), ctx.stopped = ctx.saved_tensors, ctx.stopped, (None, 0)
-        if stopped is not None and stopped.data_ptr() == gradient.data_ptr() and gradient._version == version:
+        (out,), stopped, ctx.stopped = ctx.saved_tensors, ctx.stopped, None
+        if stopped is not None and stopped.data_ptr() == gradient.data_ptr():
             return gradient
         return torch.ops.aten.threshold_backward(gradient, out, 0)
 
@@ -54,7 +54,7 @@ class _MaxPool(torch.autograd.Function):
             gradient = torch.ops.aten.threshold_backward(gradient, largest, 0)
         gradient = torch.ops.aten.max_pool2d_with_indices_backward(gradient, x, *ctx.how, places)
         if not ctx.rectifier.shown:
-            ctx.rectifier.stopped = gradient, gradient._version
+            ctx.rectifier.stopped = gradient
         return gradient, None, *[None] * len(ctx.how)
 
 
