@@ -32,10 +32,10 @@ from .loop import arguments, call, detach, first_tensor
 from .options import StepOptions
 from .saved_bytes import MadeBytes, saved_bytes
 
-# Bytes that one chunk's activations may take. In larger chunks LeNets and ResNets took less time each; but a process
-# takes nearly three times as much as the activations of one chunk, and beyond this size the gain is small: two chunks
-# are left as one, no more.
-_ENOUGH = {"cpu": 144 << 20}
+# Bytes that one chunk's activations may take. In larger chunks LeNets, ResNets and GPTs took less time each; but a
+# process takes nearly three times as much as the activations of one chunk, and beyond this size the gain is small: two
+# chunks are left as one, no more.
+_ENOUGH = {"cpu": 320 << 20}
 _ENOUGH_ELSEWHERE = 4 << 30
 _SHARE = 0.5  # of the free memory that they may take
 
