@@ -80,7 +80,7 @@ def fit(
         on_nonfinite: what to do with a model whose loss or gradient is not finite, before that update is made:
             "freeze" stops it (see ModelBatch.freeze; the History says when), "raise" ends the run, None does nothing.
         chunk_size: how many models are trained at once, which changes no result; None for all. "auto" keeps their
-            activations within 320 MiB on a CPU, past which larger chunks gain nothing, and within 4 GiB elsewhere. The
+            activations within 256 MiB on a CPU, past which larger chunks gain nothing, and within 4 GiB elsewhere. The
             first step finds out what a model keeps for its backward pass; the History names the size. It depends on
             sizes only, so two equal runs end in the same bits, unless half of the free memory is less than that: then
             chunks are smaller, and the History says so. A single model, one that fills a chunk and, on a CPU, models

@@ -33,9 +33,9 @@ from .options import StepOptions
 from .saved_bytes import MadeBytes, saved_bytes
 
 # Bytes that one chunk's activations may take. In larger chunks LeNets, ResNets and GPTs took less time each; but a
-# process takes nearly three times as much as the activations of one chunk, and beyond this size the gain is small: two
-# chunks are left as one, no more.
-_ENOUGH = {"cpu": 320 << 20}
+# process takes nearly three times as much as the activations of one chunk, and beyond this size the gain is small: up to
+# three chunks are left as one, no more.
+_ENOUGH = {"cpu": 256 << 20}
 _ENOUGH_ELSEWHERE = 4 << 30
 _SHARE = 0.5  # of the free memory that they may take
 
@@ -222,7 +222,7 @@ class Chunks:
     def largest(self, device: torch.device) -> int:
         """Return how many models go at once by what each takes: a constant, or less where memory is short."""
         size = min(self.num_models, _ENOUGH.get(device.type, _ENOUGH_ELSEWHERE) // self.bytes_each)
-        size = self.num_models if 2 * size > self.num_models else size
+        size = self.num_models if 3 * size > self.num_models else size
         room = int(_SHARE * free_memory(device)) // self.bytes_each
         self._memory_is_short = room < size
         size = max(1, min(size, room))

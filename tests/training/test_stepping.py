@@ -476,10 +476,10 @@ def test_a_compiled_adam_works_out_its_bias_corrections_once_and_not_for_each_we
     assert kept.count((2, M)) == 2  # of two parameters, for both averages
 
 
-@pytest.mark.parametrize(("fit_at_once", "size"), [(8, 8), (5, 8), (4, 4), (3, 3), (2, 2), (1, 1)])
+@pytest.mark.parametrize(("fit_at_once", "size"), [(13, 13), (5, 13), (4, 4), (3, 3), (2, 2), (1, 1)])
 def test_chunks_are_as_even_as_can_be(fit_at_once, size, monkeypatch):
-    """Eight models of which five fit stay whole; of which three fit they go by three, three and two."""
-    chunks = Chunks(ModelBatch([nn.Linear(2, 1) for _ in range(8)]))
+    """Thirteen models of which five fit stay whole; of which four fit they go by four, four, four and one."""
+    chunks = Chunks(ModelBatch([nn.Linear(2, 1) for _ in range(13)]))
     monkeypatch.setattr("mbkit.training.chunks.free_memory", lambda device: 1 << 40)
     chunks.bytes_each = _ENOUGH["cpu"] // fit_at_once
     assert chunks.largest(torch.device("cpu")) == size
