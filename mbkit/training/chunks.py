@@ -33,8 +33,8 @@ from .options import StepOptions
 from .saved_bytes import MadeBytes, saved_bytes
 
 # Bytes that one chunk's activations may take. In larger chunks LeNets, ResNets and GPTs took less time each; but a
-# process takes nearly three times as much as the activations of one chunk, and beyond this size the gain is small: up to
-# three chunks are left as one, no more.
+# process takes nearly three times as much as the activations of one chunk, and beyond this size the gain is small: no
+# more than three chunks are left as one.
 _ENOUGH = {"cpu": 256 << 20}
 _ENOUGH_ELSEWHERE = 4 << 30
 _SHARE = 0.5  # of the free memory that they may take
