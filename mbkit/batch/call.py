@@ -28,10 +28,12 @@ from ..vmap import (
     SharedDraw,
     SharedInput,
     State,
+    WholeInTurn,
     call_in_turn,
     call_named,
     given_to_models,
     graph_nodes,
+    is_channels_last,
     is_folded,
     loop_inside,
     materialize,
@@ -104,16 +106,16 @@ def _call(
                 context.folding = False
             elif isinstance(error, SharedInput) and not context.own_rows:
                 context.own_rows = True
-            elif isinstance(error, SharedDraw):
-                slow.add(f"{method}()" if method else "")
             else:
                 is_vmaps = undone and in_turn is None and not isinstance(error, NO_FAULT_OF_VMAP)
                 unit = _next_slower(error, slow, method) if is_vmaps else None
+                unit = (f"{method}()" if method else "") if isinstance(error, WholeInTurn) else unit
                 if unit is None:
                     slow.difference_update(reasons)
                     raise _named(error, context.num_models) from error
                 slow.add(unit)
-                reasons[unit] = str(error).strip().split("\n")[0]
+                if not isinstance(error, SharedDraw):
+                    reasons[unit] = str(error).strip().split("\n")[0]
     memory.learn()
     if isinstance(output, Failure):  # the user's own error, so what the calls have changed before it stays, as alone
         slow.difference_update(reasons)
@@ -249,6 +251,7 @@ def at_once(
         known = context.per_model_settings, context.folding, context.own_rows, context.traced
         mode = Pass(context.num_models, context.streams, device, level, *known)
         own = [given_to_models(mode, t, d is None) for t, d in zip(tensors, in_dims, strict=True)]
+        mode.channels_last = any(is_channels_last(t, d == 0) for t, d in zip(tensors, in_dims, strict=True))
         with context.streams.shared_draws_refused(), RuleMode(mode):
             outputs = function(mode, *own)
         rows = [own_rows(mode, t) for t in outputs]

@@ -13,6 +13,10 @@ class BatchingError(RuntimeError):
     """A layer cannot do for M models at once what it does for one; the message names the layer and the way out."""
 
 
+class WholeInTurn(BatchingError):
+    """No single layer can be run in turn for it to come right: the whole model has to."""
+
+
 class ClosedOutput(BatchingError):
     """A model returns or keeps an object that is not taken apart: one for all models is not each model's own."""
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from .errors import BatchingError, call_named
-from .layout import LayoutMatters, has_gaps
+from .layout import SHARES, LayoutMatters, check_format, has_gaps, refuse_layout, storage_of
 from .module_copy import ModuleCopy, materialize, merge
 from .per_model import PerModel
 from .registry import Pass
@@ -80,8 +80,14 @@ def _inside_vmap(mode: Pass, before: State, args: tuple, kwargs: dict, *what: An
         def below(stacks: list[Tensor], stacked: list[bool]) -> tuple[Tensor, ...]:
             if mode.folded and any(own and has_gaps(t[0]) for t, own in zip(stacks, stacked, strict=True)):
                 raise LayoutMatters
+            for t in (t[0] for t, own in [*zip(stacks, stacked, strict=True)][len(before.tensors) :] if own):
+                check_format(mode, t)
+            versions = list(map(version, stacks))
             with torch._C.DisableTorchFunction():  # torch's encoder layers take another path where they see a mode
-                return run(stacks, stacked)
+                result = run(stacks, stacked)
+            if any(version(t) != was and storage_of(t) in mode.copies for t, was in zip(stacks, versions, strict=True)):
+                refuse_layout(mode, SHARES)
+            return result
 
         return call_unwrapped(mode, below, tensors)
 

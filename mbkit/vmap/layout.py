@@ -4,7 +4,8 @@ A pass folds only what has one memory format alone, so of a folded activation th
 drawn by it. A model's slice of what is made from one, such as a part of it, has gaps between its elements, which tells
 it from any other. Whatever asks for its memory order then, or edits in place what shares its memory with others alone
 and not here, raises `LayoutMatters`, and the pass is run again without folding. There, too, vmap may have to copy what
-is a view alone, and a model that then edits one of the two in place runs model by model.
+is a view alone, and a model that then edits one of the two in place runs in turn. So does one in channels_last of which
+an activation's order is asked for: vmap does not keep it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .errors import BatchingError
+from .errors import WholeInTurn
 from .registry import Pass
+
+SHARES = "it edits a tensor in place that shares its memory with another one alone, and not here"
 
 
 class LayoutMatters(Exception):
@@ -34,6 +37,13 @@ def is_folded(stack: Tensor) -> bool:
     return all(size == 1 or have == want for size, have, want in zip(stack.shape, stack.stride(), strides, strict=True))
 
 
+def is_channels_last(tensor: Tensor, stacked: bool) -> bool:
+    """Say whether the channels of images or of a convolution's weight are next to each other in memory."""
+    channels = 1 + stacked
+    image = tensor.dim() > 3 + stacked and tensor.shape[channels] > 1
+    return image and tensor.stride(channels) == 1 != tensor.stride(-1)
+
+
 def has_gaps(tensor: Tensor) -> bool:
     """Say whether there is memory between a tensor's numbers that is not its own."""
     return not torch.ops.aten.is_non_overlapping_and_dense(tensor)
@@ -41,23 +51,33 @@ def has_gaps(tensor: Tensor) -> bool:
 
 def row_alone(mode: Pass, stack: Tensor, stacked: bool) -> Tensor:
     """Return a tensor like one model's slice, in the memory order that it has alone, but perhaps with other numbers."""
-    row = stack[0] if stacked else stack
+    if not stacked:
+        return stack
+    row, known = stack[0], mode.folded is not None and is_folded(stack)
+    if not known:
+        check_format(mode, row)
     if not has_gaps(row) or (has_gaps(stack) and not mode.folded):
         return row
-    if mode.folded and not is_folded(stack):
+    if mode.folded and not known:
         raise LayoutMatters
     return torch.empty_like(row, memory_format=mode.folded or torch.preserve_format)
+
+
+def check_format(mode: Pass, row: Tensor) -> None:
+    """Refuse to ask for the memory order of what one model sees, where vmap may have lost it."""
+    if mode.channels_last and row.dim() > 2 and not is_channels_last(row, False):
+        refuse_layout(mode, "it asks for the memory order of an activation that may lie in channels_last alone")
 
 
 def check_edit(mode: Pass, args: tuple) -> None:
     """Refuse to edit in place what was copied where alone it may be viewed, or the copy."""
     if isinstance(args[0], Tensor) and storage_of(args[0]) in mode.copies:
-        refuse_layout(mode, "it edits a tensor in place that shares its memory with another one alone, and not here")
+        refuse_layout(mode, SHARES)
 
 
 def refuse_layout(mode: Pass, reason: str) -> NoReturn:
-    """Have the pass run again without folding, or the layer model by model if it runs so already."""
-    raise LayoutMatters if mode.folded else BatchingError(reason)
+    """Have the pass run again without folding, or the whole model in turn if it runs so already."""
+    raise LayoutMatters if mode.folded else WholeInTurn(reason)
 
 
 def storage_of(tensor: Tensor) -> StorageWeakRef:

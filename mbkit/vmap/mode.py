@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .autocast import call_cast
 from .in_turn import edits_in_place, model_by_model
-from .layout import check_edit
+from .layout import LayoutMatters, check_edit
 from .per_model import PerModel
 from .registry import RULES, RULES_INSIDE, RULES_WHEN_TRACED, RULES_WITH_SETTINGS, Pass
 from .unwrap import own_rows
@@ -55,6 +55,9 @@ def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = 
 _THIN = {functional.relu: _relu, functional.dropout: _dropout}
 
 
+_LAST = (torch.channels_last, torch.channels_last_3d)
+
+
 class RuleMode(TorchFunctionMode):
     """Routes the calls that vmap gets wrong to their rules, for one pass of M models."""
 
@@ -73,6 +76,10 @@ class RuleMode(TorchFunctionMode):
                 with self:
                     return _opened(function)(*args, **kwargs)
             (function, *args), kwargs = inner, {}
+        if kwargs.get("memory_format") in _LAST and function is not torch.Tensor.is_contiguous:
+            models.channels_last = True  # from here on an activation's order is known in no pass that folds
+            if models.folded:
+                raise LayoutMatters
         if models.copies and edits_in_place(function):
             check_edit(models, args)
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(models.device.type):

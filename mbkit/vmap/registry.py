@@ -29,6 +29,7 @@ class Pass:
         own_rows: whether operators get a shared tensor that requires gradients as rows of each model's own.
         laid_out: by the id of such a tensor: the tensor, and what one model sees of its rows.
         traced: whether the pass is traced to be compiled, so that some rules emit what the compiler makes fast.
+        channels_last: whether images or weights lie in channels_last alone.
         copies: storages of copies of what is a view alone, and of what was copied; see `layout`.
         rectified: what ReLUs of a traced pass were given; see `rules/pooling`.
         reads_gradients: whether `.grad` may be read: by an optimizer, to which it has been given.
@@ -44,6 +45,7 @@ class Pass:
     own_rows: bool = False
     traced: bool = False
     folded: torch.memory_format | None = None
+    channels_last: bool = False
     reads_gradients: bool = False
     copies: set[Any] = field(default_factory=set)
     laid_out: dict[int, tuple] = field(default_factory=dict)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.random_streams import GENERATOR, PYTHON_GENERATORS, PythonGenerator, generator_marks, moved_generators
-from .errors import BatchingError
+from .errors import BatchingError, WholeInTurn
 from .per_model import PerModel
 
 
@@ -49,7 +49,7 @@ def _draw_fused_mask(mask: Tensor, rate: float, generator: torch.Generator) -> N
         default.set_state(before)
 
 
-class SharedDraw(BatchingError):
+class SharedDraw(WholeInTurn):
     """All models at once have drawn one and the same number from Python's or numpy's generator."""
 
 

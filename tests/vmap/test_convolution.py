@@ -306,6 +306,61 @@ def test_gradient_in_part_from_elsewhere():
         close(got, torch.stack(expected))
 
 
+class Keeps(nn.Module):
+    """Lays images out anew, in a layer of its own."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.change(h)
+
+
+LAST = {"memory_format": torch.channels_last}
+# Where images or weights become channels_last, in which vmap may not keep them.
+CHANGES = {
+    "model": lambda model: model.to(**LAST),
+    "to": lambda model: Keeps(lambda h: h.to(**LAST)),
+    "contiguous": lambda model: Keeps(lambda h: h.contiguous(**LAST)),
+    "empty": lambda model: Keeps(lambda h: torch.empty_like(h, **LAST).copy_(h)),
+    "turned": lambda model: Keeps(lambda h: h.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* runs model by model")
+@pytest.mark.parametrize("folds", [True, False])
+@pytest.mark.parametrize("images", [1, B])
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("change", CHANGES)
+def test_masks_of_what_becomes_channels_last(change, where, images, folds, monkeypatch):
+    if not folds:
+        monkeypatch.setattr(convolution, "FOLDED_DTYPES", set())
+    torch.manual_seed(0)
+    models = []
+    for _ in range(M):
+        layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Dropout(0.3), nn.Conv2d(6, 8, 3), nn.Dropout(0.3)]
+        changed = CHANGES[change](nn.Sequential(*layers))
+        layers.insert(where, changed if isinstance(changed, Keeps) else nn.Identity())
+        models.append(nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, K)).double())
+    x = torch.randn(images, 3, 12, 12, dtype=torch.float64).requires_grad_()
+    batch, models, x, outputs, alone = both_sides(models, x)
+    assert_same(batch, models, x, outputs.pow(2).sum((1, 2)), [out.pow(2).sum() for out in alone])
+
+
+@pytest.mark.filterwarnings("ignore:.* runs model by model")
+@pytest.mark.parametrize("edits_view", [True, False])
+@pytest.mark.parametrize("layer", [nn.ReLU(inplace=True), Keeps(lambda h: h.mul_(2 if h.sum() > -1e9 else 1))])
+def test_a_layer_that_edits_what_is_a_view_alone(layer, edits_view):
+    def between(net: Net, h: Tensor) -> Tensor:
+        seen = h.contiguous()
+        layer(seen if edits_view else h)
+        return h + seen.sum()
+
+    batch, models, x, outputs, alone = both(between)
+    assert_same(batch, models, x, outputs.pow(2).sum((1, 2)), [out.pow(2).sum() for out in alone])
+
+
 # Steps of a drawn network, each from `[B, 6, H, W]` to the like.
 STEPS = {
     "relu": lambda net, h: h.relu(),

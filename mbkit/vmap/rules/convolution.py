@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import LayoutMatters, is_folded
+from ..layout import LayoutMatters, is_channels_last, is_folded
 from ..registry import Pass, rule
 from ..unwrap import call_unwrapped
 from .grouped_convolution import conv_on_a_gpu, on_a_cpu, settings_of
@@ -59,6 +59,7 @@ def _conv2d(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
         x, weight, *biases = stacks
         order = _order(mode, x, stacked[0], weight) if stacked[1] and all(stacked[2:]) else None
         if order is None:
+            mode.channels_last |= not mode.folded and any(map(is_channels_last, (x, weight), stacked))
             return NotImplemented
         if mode.folded not in (None, order):
             raise LayoutMatters
@@ -95,9 +96,10 @@ def _pool(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
 def _normalize(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """vmap refuses groups in channels_last, and of one image batch_norm's kernel takes one layout for another."""
     x, *rest = args
-    grouped = operator is torch.group_norm
+    grouped, last = operator is torch.group_norm, is_channels_last(x, False)
+    mode.channels_last |= last and not mode.folded
     if grouped and mode.folded:
         raise LayoutMatters  # torch's kernel costs more, folded, than the convolutions save
-    if (grouped or len(x) == 1) and x.dim() == 4 and x.stride(1) == 1 < x.shape[1]:
+    if (grouped or len(x) == 1) and x.dim() == 4 and last:
         return operator(x.contiguous(), *rest, **kwargs).movedim(1, -1).contiguous().movedim(-1, 1)
     return NotImplemented
