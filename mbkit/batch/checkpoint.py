@@ -133,10 +133,8 @@ def _check(m: int, state: Any, stacked: State) -> None:
         raise ValueError(f"Expected a state dict for model {m}, got {type(state).__name__}: pass model.state_dict().")
     if state.keys() != stacked.keys():
         missing, foreign = _few(stacked.keys() - state.keys()), _few(state.keys() - stacked.keys())
-        raise ValueError(
-            f"The state of model {m} belongs to another architecture: missing {missing}, unexpected {foreign}; build "
-            "the batch from models like the ones that were saved."
-        )
+        told = f"The state of model {m} belongs to another architecture: missing {missing}, unexpected {foreign}"
+        raise ValueError(f"{told}; build the batch from models like the ones that were saved.")
     for name, tensor in stacked.items():
         given = state[name]
         got = given.shape if isinstance(given, Tensor) else type(given).__name__

@@ -164,9 +164,7 @@ def stop_nonfinite(batch: nn.Module, losses: Tensor, choice: str) -> None:
         known = batch.frozen
         numbers = [m for m, is_bad in enumerate(bad.tolist()) if is_bad and m not in known]
         if numbers:
-            raise FloatingPointError(
-                f"The loss or gradient of models {numbers} is not finite: the batch is as before this update. "
-                "Go on with smaller learning rates, or with on_nonfinite='freeze'."
-            )
+            told = f"The loss or gradient of models {numbers} is not finite: the batch is as before this update"
+            raise FloatingPointError(f"{told}. Go on with smaller learning rates, or with on_nonfinite='freeze'.")
     else:
         context.frozen = None if bad.device.type == "cpu" and not bad.any() else bad

@@ -128,10 +128,8 @@ def _in_dims(
         raise TypeError(f"Expected outputs made of tensors, got {cut(repr(outputs))}: pass what the batch returned.")
     for tensor in made:
         if tensor.dim() == 0 or tensor.shape[0] != num_models:
-            raise ValueError(
-                f"Expected outputs [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}: "
-                "pass what the batch returned, outputs first, then targets."
-            )
+            told = f"Expected outputs [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}"
+            raise ValueError(f"{told}: pass what the batch returned, outputs first, then targets.")
         settings.check_outputs(tensor.shape)
     dims = [0 for _ in made] + [None if shared else 0 for shared in forms.of(targets, made[0].shape, num_models)]
     for name, value in settings.values.items():
@@ -142,10 +140,8 @@ def _in_dims(
 def one_number(loss: Any) -> Tensor:
     """Return one model's loss as a tensor without dimensions, or refuse what is not a tensor of one number."""
     if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"Expected the loss of a model to be a tensor, got {type(loss).__name__}: "
-            "return the tensor itself, without item() or float()."
-        )
+        told = f"Expected the loss of a model to be a tensor, got {type(loss).__name__}"
+        raise TypeError(f"{told}: return the tensor itself, without item() or float().")
     if loss.numel() != 1:
         raise ValueError(
             f"Expected one loss a model, got a tensor {list(loss.shape)}: let loss_fn average or add up its batch."

@@ -45,10 +45,8 @@ class LossSettings:
         for name, value in (given or {}).items():
             _check_name(name, loss_fn)
             if isinstance(value, Tensor) and value.requires_grad:
-                raise ValueError(
-                    f"Expected loss_settings without parameters, got a tensor that is trained as {name!r}: make it a "
-                    "part of each model, and let forward return it beside the outputs."
-                )
+                told = f"Expected loss_settings without parameters, got a tensor that is trained as {name!r}"
+                raise ValueError(f"{told}: make it a part of each model, and let forward return it beside the outputs.")
             if not isinstance(value, Tensor) and getattr(value, "ndim", 0) > 0:
                 value = torch.as_tensor(value)  # numpy's
             if isinstance(value, Tensor) and value.dim() > 0 and len(value) == num_models:
@@ -101,19 +99,15 @@ class LossSettings:
 
     def _per_model(self, name: str, values: Sequence, num_models: int) -> Any:
         if len(values) != num_models:
-            raise ValueError(
-                f"Expected {num_models} values (one per model) as {name!r} in loss_settings, got {len(values)}: pass "
-                f"one value for all models, or a list of {num_models}."
-            )
+            told = f"Expected {num_models} values (one per model) as {name!r} in loss_settings, got {len(values)}"
+            raise ValueError(f"{told}: pass one value for all models, or a list of {num_models}.")
         if all(isinstance(value, Tensor) for value in values):
             self.rows.add(name)
             return torch.stack(list(values))
         values = [value.item() if hasattr(value, "item") else value for value in values]  # numpy's and torch's
         if not all(isinstance(value, int | float) for value in values):
-            raise TypeError(
-                f"Expected numbers or tensors as {name!r} in loss_settings, got {values!r}: one value per model can "
-                "only be a number or a tensor."
-            )
+            told = f"Expected numbers or tensors as {name!r} in loss_settings, got {values!r}"
+            raise TypeError(f"{told}: one value per model can only be a number or a tensor.")
         return values[0] if all(type(v) is type(values[0]) and v == values[0] for v in values) else PerModel(values)
 
 

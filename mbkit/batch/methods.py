@@ -77,10 +77,8 @@ class CanCall:
                 return partial(self.call, name)
             if own is None and name not in getattr(template, "__dict__", ()):
                 raise
-            raise AttributeError(
-                f"'{name}' of {type(template).__name__} is not a method, and may be another for each model: use "
-                f"batch[m].{name}."
-            ) from None
+            told = f"'{name}' of {type(template).__name__} is not a method, and may be another for each model"
+            raise AttributeError(f"{told}: use batch[m].{name}.") from None
 
 
 def stand_for_parts(context: CallContext) -> None:

@@ -143,15 +143,11 @@ def refuse_circles(m: int, module: nn.Module, path: str = "", above: tuple[nn.Mo
     """Refuse a module inside itself (ValueError), and a ModelBatch as model m or as a part of it (TypeError)."""
     where = f"'{path}' of model {m}" if path else f"model {m}"
     if hasattr(type(module), "stacked_params"):
-        raise TypeError(
-            f"Expected plain modules, got a ModelBatch as {where}: take its models out first, [*batch], or build one "
-            "ModelBatch of all of them."
-        )
+        told = f"Expected plain modules, got a ModelBatch as {where}"
+        raise TypeError(f"{told}: take its models out first, [*batch], or build one ModelBatch of all of them.")
     if any(module is one for one in above):
-        raise ValueError(
-            f"Expected modules without circles, got {where}, which is a module that contains it: keep the reference "
-            "in a list, [module], so that it is not a part of itself."
-        )
+        told = f"Expected modules without circles, got {where}, which is a module that contains it"
+        raise ValueError(f"{told}: keep the reference in a list, [module], so that it is not a part of itself.")
     for name, child in module._modules.items():
         if child is not None:
             refuse_circles(m, child, f"{path}.{name}" if path else name, (*above, module))

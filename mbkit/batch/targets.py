@@ -90,10 +90,8 @@ def _is_shared(target: Tensor, outputs: Sequence[int], num_models: int) -> bool:
         return one_for_all
     got = f"{list(target.shape)} for outputs {list(outputs)}"
     if one_for_all:
-        raise ValueError(
-            f"Targets {got} could be one batch for all {num_models} models or one for each: say which with "
-            "shared_targets=True or shared_targets=False."
-        )
+        told = f"Targets {got} could be one batch for all {num_models} models or one for each"
+        raise ValueError(f"{told}: say which with shared_targets=True or shared_targets=False.")
     raise ValueError(
         f"Expected targets [{size}, …] for all models or [{num_models}, {size}, …] for each its own, got {got}: pass "
         "one of the two forms, or say with shared_targets=True or shared_targets=False how to read them."

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import did_you_mean, list_of_models, memory_of
+from ..common.checks import cut, did_you_mean, list_of_models, memory_of
 from ..vmap import Absent, has_method
 from .stack import may_keep
 from .structure import Comparison, Names, may_differ, refuse_circles, refuse_references
@@ -154,10 +154,8 @@ def _refuse_what_vmap_ignores(model: nn.Module) -> None:
             raise ValueError(f"{where} keeps extra state outside tensors, which cannot be stacked: use buffers.")
         for name, value in (*_plain(module), *module._buffers.items()):
             if isinstance(value, Tensor) and value.layout not in (torch.strided, torch.sparse_coo):
-                raise ValueError(
-                    f"{where} keeps in {name!r} a tensor of layout {value.layout}, which cannot be stacked: keep it as "
-                    "a COO tensor, .to_sparse_coo(), or pass it as an input."
-                )
+                told = f"{where} keeps in {name!r} a tensor of layout {value.layout}, which cannot be stacked"
+                raise ValueError(f"{told}: keep it as a COO tensor, .to_sparse_coo(), or pass it as an input.")
             if isinstance(value, Tensor) and not value.is_leaf and not _recomputed(module, name):
                 raise ValueError(
                     f"{where} keeps in {name!r} a tensor that carries the gradient of an earlier computation: "
@@ -273,8 +271,6 @@ def _refuse(m: int, what: str, got: Any, expected: Any) -> None:
 
 def _contrast(got: Any, expected: Any) -> tuple[str, str]:
     """Two short texts for an error message, that differ."""
-    texts = []
-    for value in (got, expected):
-        text = re.sub(r" at 0x[0-9a-f]+", "", repr(value).replace("\n", " "))
-        texts.append(text if len(text) <= 80 else text[:77] + "…")
+    told = (re.sub(r" at 0x[0-9a-f]+", "", repr(value).replace("\n", " ")) for value in (got, expected))
+    texts = [cut(text) for text in told]
     return (f"{texts[0]} with other values inside" if texts[0] == texts[1] else texts[0]), texts[1]

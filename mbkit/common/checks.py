@@ -107,10 +107,8 @@ def per_model(value: Any, num_models: int, name: str) -> list[Any]:
     if not isinstance(value, list):
         return [value] * num_models
     if len(value) != num_models:
-        raise ValueError(
-            f"Expected {num_models} {name} (one per model), got {len(value)}: "
-            f"pass one value for all models or a list of {num_models}."
-        )
+        told = f"Expected {num_models} {name} (one per model), got {len(value)}"
+        raise ValueError(f"{told}: pass one value for all models or a list of {num_models}.")
     return list(value)
 
 
@@ -146,10 +144,8 @@ def check_seeds(seeds: Sequence[int] | None, num_models: int) -> list[int]:
         if not 0 <= seed <= _MAX_SEED:
             raise ValueError(f"Expected seeds from 0 to 2**63 - 1, got {seed}: choose another seed.")
     if len(seeds) != num_models:
-        raise ValueError(
-            f"Expected {num_models} seeds (one per model), got {len(seeds)}: "
-            f"pass a list of {num_models}, or none at all."
-        )
+        told = f"Expected {num_models} seeds (one per model), got {len(seeds)}"
+        raise ValueError(f"{told}: pass a list of {num_models}, or none at all.")
     return seeds
 
 
@@ -257,7 +253,5 @@ def check_inputs(leaves: list[Any], num_models: int) -> None:
                 "tensors would be the same for all models: pass them as a dict, or pass shared_input=True."
             )
         if isinstance(tensor, Tensor) and (tensor.dim() == 0 or tensor.shape[0] != num_models):
-            raise ValueError(
-                f"Expected per-model input [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}: "
-                "stack one input per model, or pass shared_input=True for one input to all."
-            )
+            told = f"Expected per-model input [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}"
+            raise ValueError(f"{told}: stack one input per model, or pass shared_input=True for one input to all.")

@@ -108,10 +108,8 @@ def _read(response: http.client.HTTPResponse, md5: str, most: int) -> bytes:
             bar.advance()
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if digest != md5:
-        raise ValueError(
-            f"{len(content):,} bytes with md5 {digest} instead of {md5}: the download broke off, or something in "
-            "between answered"
-        )
+        told = f"{len(content):,} bytes with md5 {digest} instead of {md5}"
+        raise ValueError(f"{told}: the download broke off, or something in between answered")
     return bytes(content)
 
 

@@ -75,10 +75,8 @@ def is_range(name: str, own: Any) -> bool:
         return False
     numbers = isinstance(own, tuple) and len(own) in (2, 3) and all(isinstance(v, (int, float)) for v in own[:2])
     if not numbers or own[2:] not in ((), ("log",)):
-        raise TypeError(
-            f"Expected a list to choose {name!r} from, or (low, high) or (low, high, 'log'), got {own!r}: write e.g. "
-            "(1e-4, 1e-1, 'log')."
-        )
+        told = f"Expected a list to choose {name!r} from, or (low, high) or (low, high, 'log'), got {own!r}"
+        raise TypeError(f"{told}: write e.g. (1e-4, 1e-1, 'log').")
     if not own[0] <= own[1] or (len(own) == 3 and own[0] <= 0):
         raise ValueError(f"Expected low <= high{' and low > 0' * (len(own) == 3)} for {name!r}, got {own!r}.")
     return True

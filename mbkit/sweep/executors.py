@@ -110,15 +110,11 @@ def _look_for_workers(executor: Any, last_seen: float, timeout: float) -> float:
         if client is None or client.nthreads():
             return time.monotonic()
     except Exception as error:
-        raise WorkersLost(
-            f"Dask's scheduler does not answer ({error or type(error).__name__}): start another, and call sweep "
-            "again; it goes on where this one ended."
-        ) from error
+        told = f"Dask's scheduler does not answer ({error or type(error).__name__})"
+        raise WorkersLost(f"{told}: start another, and call sweep again; it goes on where this one ended.") from error
     if time.monotonic() - last_seen > timeout:
-        raise WorkersLost(
-            f"No worker has been there for {timeout:g} s: start some, and call sweep again, which goes on where this "
-            "one ended."
-        )
+        told = f"No worker has been there for {timeout:g} s"
+        raise WorkersLost(f"{told}: start some, and call sweep again, which goes on where this one ended.")
     return last_seen
 
 

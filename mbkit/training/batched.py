@@ -201,10 +201,8 @@ def _steps(
     _check_batch(batch)
     verbs = [getattr(optimizer, verb, None) for verb in ("step", "zero_grad")]
     if isinstance(optimizer, type) or not all(map(callable, verbs)):
-        raise TypeError(
-            f"Expected an optimizer with step() and zero_grad(), got {optimizer!r}: "
-            "create one by OptimizerFactory(...).create_optimizer(batch, ...)."
-        )
+        told = f"Expected an optimizer with step() and zero_grad(), got {optimizer!r}"
+        raise TypeError(f"{told}: create one by OptimizerFactory(...).create_optimizer(batch, ...).")
     check_run(batches, options.loss_fn, epochs, scheduler_every, walks=epochs)
     whole_number(first_epoch, "first_epoch", least=0)
     check_trains(optimizer, batch)

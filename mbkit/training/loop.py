@@ -50,10 +50,8 @@ def make_schedule(scheduler: Any, optimizer: Any) -> Any:
         return None
     made = scheduler(optimizer) if callable(scheduler) else scheduler
     if made is scheduler or not callable(getattr(made, "step", None)):
-        raise TypeError(
-            f"Expected a callable that makes an lr scheduler from an optimizer, got {made!r}: pass e.g. "
-            "lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)."
-        )
+        told = f"Expected a callable that makes an lr scheduler from an optimizer, got {made!r}"
+        raise TypeError(f"{told}: pass e.g. lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=1).")
     return check_schedule(made)
 
 
@@ -75,10 +73,8 @@ def check_batches(batches: Any, walks: int) -> None:
         TypeError: not an iterable, or one that can be walked through only once where more is needed.
     """
     if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
-        raise TypeError(
-            f"Expected batches as an iterable of (inputs, targets), got {type(batches).__name__}: pass a DataLoader, "
-            "a Batches or a list of pairs."
-        )
+        told = f"Expected batches as an iterable of (inputs, targets), got {type(batches).__name__}"
+        raise TypeError(f"{told}: pass a DataLoader, a Batches or a list of pairs.")
     # An iterator that knows its length is most likely a hand-written loader that starts again in __iter__.
     if walks > 1 and isinstance(batches, Iterator) and not hasattr(batches, "__len__"):
         raise TypeError(
@@ -196,10 +192,8 @@ def rounds(
             yield epoch, x, y, every == "step" or done == count
         due = list(schedules()) if every == "epoch" and done != count else []
         if due and count is not None and done > count:
-            raise ValueError(
-                f"Expected {count} batches in epoch {epoch}, as len(batches) says, got {done}: correct the length, "
-                "which says when the scheduler's step of an epoch is due."
-            )
+            told = f"Expected {count} batches in epoch {epoch}, as len(batches) says, got {done}"
+            raise ValueError(f"{told}: correct the length, which says when the scheduler's step of an epoch is due.")
         for schedule in due:
             schedule.step()
         if at_end is not None:
@@ -219,10 +213,8 @@ def goes_on(answer: Any) -> bool:
     if str(getattr(answer, "dtype", "")) not in ("bool", "torch.bool"):
         return answer is not False
     if answer.ndim > 0:
-        raise TypeError(
-            f"Expected a callback to return True, False or None, got {list(answer.shape)} truth values: "
-            "return (...).all() or (...).any()."
-        )
+        told = f"Expected a callback to return True, False or None, got {list(answer.shape)} truth values"
+        raise TypeError(f"{told}: return (...).all() or (...).any().")
     return bool(answer)
 
 

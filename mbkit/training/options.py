@@ -45,10 +45,9 @@ class StepOptions:
 
     def settings_of(self, num_models: int) -> LossSettings | None:
         """Return the loss function's settings for M models, or None where there are none."""
-        if self.loss_settings is None:
-            return None
-        if not isinstance(self.loss_settings, LossSettings):
-            object.__setattr__(self, "loss_settings", LossSettings(self.loss_settings, self.loss_fn, num_models))
+        if self.loss_settings is not None:
+            made = LossSettings.made_of(self.loss_settings, self.loss_fn, num_models)
+            object.__setattr__(self, "loss_settings", made)
         return self.loss_settings
 
     def __post_init__(self) -> None:

@@ -223,10 +223,8 @@ def lone_models(models: Any, may_share: bool = False) -> list[nn.Module]:
     for m, model in enumerate(models):
         for name, p in model.named_parameters():
             if p.is_meta:
-                raise ValueError(
-                    f"Expected parameters with numbers, got '{name}' of model {m} on the meta device: call "
-                    "model.to_empty(device='cpu') and initialise it."
-                )
+                told = f"Expected parameters with numbers, got '{name}' of model {m} on the meta device"
+                raise ValueError(f"{told}: call model.to_empty(device='cpu') and initialise it.")
             if owners.setdefault(id(p), m) != m and not may_share:
                 raise ValueError(
                     f"Expected {len(models)} models that share nothing, got '{name}' of model {m} in model "

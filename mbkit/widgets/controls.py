@@ -53,10 +53,8 @@ def check_size(networks: int, steps: int) -> None:
     if networks > MOST_NETWORKS:
         raise ValueError(f"Expected at most {MOST_NETWORKS:,} networks, got {networks:,}: make the grid smaller.")
     if networks * steps > MOST_LOSSES:
-        raise ValueError(
-            f"Expected at most {MOST_LOSSES // networks:,} steps for {networks:,} networks, got {steps:,}: every loss "
-            "is kept, so use fewer steps or networks."
-        )
+        told = f"Expected at most {MOST_LOSSES // networks:,} steps for {networks:,} networks, got {steps:,}"
+        raise ValueError(f"{told}: every loss is kept, so use fewer steps or networks.")
 
 
 def spread(low: float, high: float, number: int) -> tuple[float, ...]:
