@@ -65,7 +65,8 @@ def row_alone(mode: Pass, stack: Tensor, stacked: bool) -> Tensor:
 
 def check_format(mode: Pass, row: Tensor) -> None:
     """Refuse to ask for the memory order of what one model sees, where vmap may have lost it."""
-    if mode.channels_last and row.dim() > 2 and not is_channels_last(row, False):
+    orders_differ = row.dim() > 2 and row.shape[1] > 1 and row.shape[2:].numel() > 1
+    if mode.channels_last and orders_differ and not is_channels_last(row, False):
         refuse_layout(mode, "it asks for the memory order of an activation that may lie in channels_last alone")
 
 

@@ -348,6 +348,21 @@ def test_masks_of_what_becomes_channels_last(change, where, images, folds, monke
     assert_same(batch, models, x, outputs.pow(2).sum((1, 2)), [out.pow(2).sum() for out in alone])
 
 
+@pytest.mark.parametrize("folds", [True, False])
+def test_masks_of_whole_features_and_images_have_one_order(folds, monkeypatch):
+    if not folds:
+        monkeypatch.setattr(convolution, "FOLDED_DTYPES", set())
+    torch.manual_seed(0)
+    depth = Keeps(lambda h: h * h.new_empty(len(h), 1, 1, 1).bernoulli_(0.7))
+    squeeze = Keeps(lambda h: h * F.dropout(F.adaptive_avg_pool2d(h, 1), 0.3))
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Dropout2d(0.3), depth, squeeze, nn.Flatten(), nn.Linear(600, K)]
+    models = [copy.deepcopy(nn.Sequential(*layers)).double().to(**LAST) for _ in range(M)]
+    x = torch.randn(B, 3, 12, 12, dtype=torch.float64).requires_grad_()
+    batch, models, x, outputs, alone = both_sides(models, x)
+    assert_same(batch, models, x, outputs.pow(2).sum((1, 2)), [out.pow(2).sum() for out in alone])
+    assert not batch._context.model_by_model
+
+
 @pytest.mark.filterwarnings("ignore:.* runs model by model")
 @pytest.mark.parametrize("edits_view", [True, False])
 @pytest.mark.parametrize("layer", [nn.ReLU(inplace=True), Keeps(lambda h: h.mul_(2 if h.sum() > -1e9 else 1))])

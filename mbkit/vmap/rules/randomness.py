@@ -164,7 +164,7 @@ def _dropout(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
     fused = mode.device.type == "cuda" and operator is torch.dropout
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
-        row = row_alone(mode, stacks[0], stacked[0])
+        row = row_alone(mode, stacks[0], stacked[0] and operator is torch.dropout)
         begins_a_vector = row.storage_offset() * row.itemsize % _ALIGNED == 0
         if fused and (has_gaps(row) or not begins_a_vector):
             return NotImplemented
