@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..batch.call import at_once
 from ..batch.context import CallContext
 from ..vmap import BatchingError, Pass, PerModel
+from .groups import parameters_of
 
 Lone = torch.optim.Optimizer
 Image = dict[tuple[str, int, str], Any]  # all that an optimizer holds, by its kind, the number of its owner, its name
@@ -134,7 +135,7 @@ def image_of(lone: Lone) -> Image:
         for name, value in group.items():
             if name not in ("params", "foreach"):
                 image["group", g, name] = value
-    states = list(map(lone.state.get, _params(lone)))
+    states = list(map(lone.state.get, parameters_of(lone.param_groups)))
     for i, state in enumerate(states):
         for name, value in (state or {}).items():
             image["state", i, name] = value
@@ -145,7 +146,7 @@ def image_of(lone: Lone) -> Image:
 
 def _write(lone: Lone, image: Image) -> None:
     """Give an optimizer what an image says."""
-    params = _params(lone)
+    params = parameters_of(lone.param_groups)
     for (kind, i, name), value in image.items():
         if kind == "state":
             lone.state[params[i]][name] = value
@@ -153,10 +154,6 @@ def _write(lone: Lone, image: Image) -> None:
             lone.param_groups[i][name] = value
         else:
             setattr(lone, name, value)
-
-
-def _params(lone: Lone) -> list[Tensor]:
-    return [param for group in lone.param_groups for param in group["params"]]
 
 
 def _merged(values: list[Any]) -> Any:

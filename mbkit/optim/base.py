@@ -133,10 +133,8 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: the groups are the models."""
         if "batch" in self.__dict__:
-            raise RuntimeError(
-                f"Expected {len(self.param_groups)} groups (of {self.num_models} models), and a further one cannot be "
-                "added: build a ModelBatch with more models, or name the groups in create_optimizer(…, groups=[…])."
-            )
+            told = f"Expected {len(self.param_groups)} groups (of {self.num_models} models), got a further one"
+            raise RuntimeError(f"{told}: build a batch of more models, or name groups in create_optimizer(groups=[…]).")
         super().add_param_group(param_group)
 
     def unstack(self, m: int, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -196,18 +194,11 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         """
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
             got = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
-            raise ValueError(
-                f"Expected a dict with 'state' and 'param_groups', got {got}: pass what state_dict() of an optimizer "
-                "of a batch returned."
-            )
+            raise ValueError(f"Expected 'state' and 'param_groups', got {got}: pass what state_dict() returned.")
         groups = state_dict["param_groups"]
         if len(groups) != len(self.param_groups):
-            size = len(self._names)
-            each = f" with {size} groups of parameters each" if size > 1 else ""
-            raise ValueError(
-                f"Expected the state of {self.num_models} models{each}, got one of {len(groups)} groups: load it into "
-                f"a batch of as many models, with the groups that it was saved from."
-            )
+            expected = f"{self.num_models} models with {len(self._names)} group(s) of parameters each"
+            raise self._foreign(expected, f"one of {len(groups)} groups")
         groups = self._whole(groups)
         count = iter(range(len(self._params())))
         expected = [[next(count) for _ in group["params"]] for group in self.param_groups]
@@ -226,17 +217,12 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         for group in groups:
             missing = [name for name in self.defaults if name not in {*group, *flags, *SWITCHES}]
             if missing:
-                raise ValueError(
-                    f"Expected the state of {self.optimizer_cls.__name__}, got one without {', '.join(missing)}: "
-                    "create the optimizer from the class that the state was saved from."
-                )
+                raise self._foreign("groups with all hyperparameters", f"one without {', '.join(missing)}")
         return [{**flags, **group} for group in groups]
 
     def _foreign(self, expected: str, got: Any) -> ValueError:
-        return ValueError(
-            f"Expected the state of {self.optimizer_cls.__name__} for {expected}, got {got}: load the state into the "
-            "optimizer and the architecture that it was saved from."
-        )
+        told = f"Expected the state of {self.optimizer_cls.__name__} for {expected}, got {got}"
+        return ValueError(f"{told}: load it into a batch and an optimizer like those that it was saved from.")
 
     def _params(self) -> list[nn.Parameter]:
         return parameters_of(self.groups_of(0))
@@ -247,7 +233,5 @@ class BatchOptimizer(CanSelect, torch.optim.Optimizer):
         if any(p.grad is not None for p in params):
             return
         if not set(map(id, self.batch.stacked_params.values())).issuperset(map(id, params)):
-            raise RuntimeError(
-                "The batch's parameters are other objects than when this optimizer was made, so no gradient reaches "
-                "it: create a new optimizer for the batch."
-            )
+            told = "Expected the parameters that this optimizer was made for, got others in the batch"
+            raise RuntimeError(f"{told}, so no gradient reaches it: create a new optimizer for the batch.")

@@ -117,10 +117,8 @@ def merge_configs(
     """
     configs = [{}] * num_models if configs is None else configs
     if not isinstance(configs, (list, tuple)):
-        raise TypeError(
-            f"Expected a list of {num_models} configs (one dict per model), got {type(configs).__name__}: "
-            "hyperparameters for all models go in as keywords, create_optimizer(batch, lr=0.1)."
-        )
+        told = f"Expected a list of {num_models} configs (one dict per model), got {type(configs).__name__}"
+        raise TypeError(f"{told}: give what is for all models as keywords, create_optimizer(batch, lr=0.1).")
     configs = per_model(list(configs), num_models, "configs")
     for m, config in enumerate(configs):
         check_names(optimizer_cls, config, f"the config of model {m}")
@@ -168,10 +166,8 @@ def check_names(
             options = [option for option in known if option not in SWITCHES]
             raise ValueError(f"{name_of} has no argument {name!r}{where}.{did_you_mean(str(name), options)}")
         if name in SWITCHES and value:
-            raise ValueError(
-                f"Got {name}={value!r}{where}: it chooses how torch loops over a lone model's parameters, "
-                "and a batch has its own update, equal to torch's for-loop. Leave it out."
-            )
+            told = f"Got {name}={value!r}{where}: it chooses how torch loops over a lone model's parameters"
+            raise ValueError(f"{told}, and a batch has its own update, equal to torch's for-loop. Leave it out.")
 
 
 def check_lr(lr: Any, whose: str) -> None:
@@ -194,15 +190,11 @@ def _check_values(optimizer_cls: OptimizerClass, config: dict[str, Any], m: int)
     for name, value in config.items():
         usual = taken[name].default if name in taken else None
         if isinstance(usual, tuple) and isinstance(value, (int, float)):
-            raise TypeError(
-                f"Expected a tuple like {usual} as {name!r} of model {m}, got {value}: a tuple is one value for all "
-                "models, a list has one value per model."
-            )
+            told = f"Expected a tuple like {usual} as {name!r} of model {m}, got {value}"
+            raise TypeError(f"{told}: a tuple is one value for all models, a list has one value per model.")
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, float) and math.isnan(part):
-                raise ValueError(
-                    f"Expected a number as {name!r} of model {m}, got {value}: NaN would spread to its weights."
-                )
+                raise ValueError(f"Expected a number as {name!r} of model {m}, got {value}: NaN would spread.")
 
 
 @functools.lru_cache(maxsize=64)  # asked once per model; 16,384 answers took 3 seconds

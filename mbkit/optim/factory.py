@@ -52,7 +52,10 @@ class OptimizerFactory:
     """
 
     def __init__(self, optimizer_cls: type[torch.optim.Optimizer], base_config: dict[str, Any] | None = None) -> None:
-        _check_class(optimizer_cls)
+        if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
+            raise TypeError(f"Expected a class of torch.optim, such as torch.optim.Adam, got {optimizer_cls!r}.")
+        if issubclass(optimizer_cls, BatchOptimizer) or optimizer_cls is torch.optim.Optimizer:
+            raise TypeError(f"Expected the class that trains one model alone, such as Adam, got {optimizer_cls!r}.")
         check_names(optimizer_cls, {} if base_config is None else base_config, "base_config")
         self.optimizer_cls = optimizer_cls
         self.base_config = dict(base_config or {})
@@ -103,9 +106,7 @@ class OptimizerFactory:
             [[0.1, 0.3], [0.2, 0.3]]
         """
         if not hasattr(batch, "stacked_params") or not hasattr(batch, "num_models"):
-            raise TypeError(
-                f"Expected a ModelBatch, got {type(batch).__name__}: wrap the models first, ModelBatch([model, …])."
-            )
+            raise TypeError(f"Expected a ModelBatch, got {type(batch).__name__}: wrap the models first, ModelBatch(…).")
         if not batch.stacked_params:
             raise ValueError("Expected models with parameters, got a batch without any: there is nothing to optimize.")
         merged = merge_configs(self.optimizer_cls, batch.num_models, self.base_config, configs, hyperparameters)
@@ -156,20 +157,11 @@ class OptimizerFactory:
             [0.5, 0.1]
         """
         if not isinstance(optimizer, BatchOptimizer):
-            raise TypeError(
-                f"Expected an optimizer from create_optimizer, got {type(optimizer).__name__}: "
-                "a lone optimizer takes torch's scheduler directly."
-            )
+            told = f"Expected an optimizer from create_optimizer, got {type(optimizer).__name__}"
+            raise TypeError(f"{told}: a lone optimizer takes torch's scheduler directly.")
         if not callable(scheduler_cls):
             raise TypeError(f"Expected a scheduler class, got {scheduler_cls!r}: pass the class, not an instance.")
         configs = per_model(list(configs) if isinstance(configs, tuple) else configs, optimizer.num_models, "configs")
         for m, config in enumerate(configs):
             check_names(scheduler_cls, config, f"the config of model {m}", skip=("self", "optimizer"))
         return ModelSchedulers(optimizer, scheduler_cls, configs)
-
-
-def _check_class(cls: Any) -> None:
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        raise TypeError(f"Expected a class of torch.optim, such as torch.optim.Adam, got {cls!r}.")
-    if issubclass(cls, BatchOptimizer) or cls is torch.optim.Optimizer:
-        raise TypeError(f"Expected the class that trains one model alone, such as torch.optim.Adam, got {cls!r}.")

@@ -78,10 +78,8 @@ class GradScaler(torch.amp.GradScaler):
         count = None if self._scale is None else len(self._scale)
         if not isinstance(losses, Tensor) or losses.dim() != 1 or count not in (None, len(losses)):
             got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(
-                f"Expected the losses [{count or 'M'}], one per model, got {got}: pass what "
-                "compute_loss(..., reduction='none') returns, and add up the scaled losses."
-            )
+            told = f"Expected the losses [{count or 'M'}], one per model, got {got}"
+            raise ValueError(f"{told}: pass what compute_loss(..., reduction='none') returns, and add up the result.")
         if self._scale is None:
             self._start(len(losses), losses.device)
         return losses * self._scale.to(losses.device, non_blocking=True)
@@ -94,19 +92,15 @@ class GradScaler(torch.amp.GradScaler):
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         if not isinstance(optimizer, BatchOptimizer) or optimizer.num_models != len(inv_scale):
-            raise TypeError(
-                f"Expected an optimizer from OptimizerFactory for {len(inv_scale)} models, got "
-                f"{type(optimizer).__name__}: create one by OptimizerFactory(...).create_optimizer(batch, ...)."
-            )
+            expected, got = f"an optimizer from OptimizerFactory for {len(inv_scale)} models", type(optimizer).__name__
+            raise TypeError(f"Expected {expected}, got {got}: create one by create_optimizer(batch, ...).")
         self._frozen = context_of(optimizer.batch).frozen
         all_grads = [p.grad for p in parameters_of(optimizer.param_groups) if p.grad is not None]
         if not allow_fp16 and any(grad.dtype == torch.float16 for grad in all_grads):
             raise ValueError("Expected float32 gradients, got float16: keep the parameters in float32.")
         if not all_grads:
-            raise RuntimeError(
-                "Expected gradients for the optimizer's batch, got none: the losses are those of another batch, or "
-                "backward() was not called. Create an optimizer for the batch that is trained."
-            )
+            told = "Expected gradients for the optimizer's batch, got none: the losses are those of another batch"
+            raise RuntimeError(f"{told}, or backward() was not called. Create the optimizer for the trained batch.")
         found = {}
         for device in {grad.device for grad in all_grads}:
             grads = [grad for grad in all_grads if grad.device == device]
@@ -213,10 +207,8 @@ def _check_factors(growth_factor: Any, backoff_factor: Any, growth_interval: Any
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             raise TypeError(f"Expected a number as {name}, got {factor!r}: pass one like 2.0 or 0.5.")
     if not 1 < growth_factor < math.inf or not 0 < backoff_factor < 1:
-        raise ValueError(
-            f"Expected a growth_factor above 1 and a backoff_factor between 0 and 1, got {growth_factor} and "
-            f"{backoff_factor}: the usual ones are 2.0 and 0.5."
-        )
+        got = f"{growth_factor} and {backoff_factor}"
+        raise ValueError(f"Expected growth_factor > 1 and 0 < backoff_factor < 1, got {got}: pass e.g. 2.0 and 0.5.")
     whole_number(growth_interval, "growth_interval")
 
 
@@ -232,9 +224,8 @@ def _column(value: Any, num_models: int, device: Any = "cpu", dtype: torch.dtype
     except (TypeError, RuntimeError):
         raise TypeError(f"Expected one number, or one per model, got {value!r}: pass one like 65536.0.") from None
     if given.dim() > 1 or (given.dim() == 1 and len(given) != num_models):
-        raise ValueError(
-            f"Expected one scale or {num_models} (one per model), got {list(given.shape)}: use it for as many models."
-        )
+        told = f"Expected one scale or {num_models} (one per model), got {list(given.shape)}"
+        raise ValueError(f"{told}: use it for as many models.")
     if dtype == torch.float32 and given.device.type == "cpu" and not bool(((given > 0) & given.isfinite()).all()):
         raise ValueError(f"Expected finite scales above 0, got {value}: pass one like 65536.0.")
     return given.to(device).expand(num_models).clone()

@@ -51,18 +51,14 @@ def split_groups(
         chosen, said = _chosen(group.pop("params", None), stacked, f"'params' of group {g}", f" (group {g})")
         own = [name for name in left if name in chosen]
         if not own:
-            raise ValueError(
-                f"Group {g} ({said}) is left without parameters: a parameter belongs to the first group "
-                "that names it, so put the narrower group first."
-            )
+            told = f"Group {g} ({said}) is left without parameters, which belong to the first group that names them"
+            raise ValueError(f"{told}: put the narrower group first.")
         left = [name for name in left if name not in own]
         taken.append(own)
         columns.append(merge_configs(optimizer_cls, len(configs), {}, None, group))
     if left:
-        raise ValueError(
-            f"No group names {', '.join(left[:3])}{' …' if len(left) > 3 else ''}: it would not be trained. "
-            "Add a last group {'params': '*'}, or say which to train, create_optimizer(batch, params=[…])."
-        )
+        told = f"No group names {', '.join(left[:3])}{' …' if len(left) > 3 else ''}: it would not be trained"
+        raise ValueError(f"{told}. Add a last group {{'params': '*'}}, or say which to train by params=[…].")
     rows = zip(*columns, strict=True)
     return taken, [[{**config, **own} for own in row] for config, row in zip(configs, rows, strict=True)]
 
@@ -91,10 +87,8 @@ def _chosen(given: Any, stacked: Mapping[str, nn.Parameter], what: str, where: s
     """Return the names that names, patterns and functions choose, and these in words; a name has to be there."""
     patterns = list(given) if isinstance(given, (list, tuple)) else [given]
     if not patterns or not all(isinstance(pattern, str) or callable(pattern) for pattern in patterns):
-        raise TypeError(
-            f"Expected names as {what}, got {given!r}: the batch's parameters are stacked, so name them as a lone "
-            f"model does, such as {next(iter(stacked))!r}, or pass a function (name, parameter) -> bool."
-        )
+        told = f"Expected names as {what}, got {given!r}: pass those that a lone model's parameters have"
+        raise TypeError(f"{told}, such as {next(iter(stacked))!r}, or a function (name, parameter) -> bool.")
     chosen: set[str] = set()
     for pattern in patterns:
         if callable(pattern):
@@ -134,14 +128,10 @@ def construct(
         for name in {name for config in configs for name in config} - set(lone.defaults):
             values = [config.get(name) for config in configs]
             if any(value != values[0] for value in values):
-                raise ValueError(
-                    f"{name_of} keeps one {name!r} for all groups of model {m}, got "
-                    f"{' and '.join(map(str, values))}: pass it once, outside of the groups."
-                )
+                told = f"{name_of} keeps one {name!r} for all groups of model {m}, got {' and '.join(map(str, values))}"
+                raise ValueError(f"{told}: pass it once, outside of the groups.")
         lone = optimizer_cls(groups, **configs[0])
     if len(lone.param_groups) != len(params):
-        raise TypeError(
-            f"Expected {name_of} to keep a model's parameters in {len(params)} group(s), got "
-            f"{len(lone.param_groups)}: train with one optimizer per model, over batch.models."
-        )
+        told = f"Expected {name_of} to keep parameters in {len(params)} group(s), got {len(lone.param_groups)}"
+        raise TypeError(f"{told}: train with one optimizer per model, over batch.models.")
     return lone

@@ -228,10 +228,8 @@ class Hyperparameters:
 def _agreed(name: str, values: list[Any]) -> Any:
     for m, value in enumerate(values):
         if value != values[0]:
-            raise ValueError(
-                f"Expected one {name!r} for all models, got {values[0]!r} and {value!r} for model {m}: give them to "
-                "create_optimizer, which then updates one model after the other."
-            )
+            told = f"Expected one {name!r} for all models, got {values[0]!r} and {value!r} for model {m}"
+            raise ValueError(f"{told}: give them to create_optimizer, which then updates one model after the other.")
     return values[0]
 
 
@@ -242,10 +240,8 @@ def _to_column(name: str, values: list[Any]) -> Tensor:
         forms = [_form(value) for value in values]
         # Model 0 may be the odd one out; then a later one differs from it, and both are shown.
         odd = next((m for m, form in enumerate(forms) if form is None or form != forms[0]), 0)
-        raise TypeError(
-            f"Expected numbers of one form as {name!r} of all models, got {values[odd]!r} for model {odd} "
-            f"(model 0 has {values[0]!r}, {type(values[0]).__name__}): write a number, or tuples of one length."
-        ) from None
+        told = f"Expected numbers of one form as {name!r} of all models, got {values[odd]!r} for model {odd}"
+        raise TypeError(f"{told} and {values[0]!r} for model 0: write a number, or tuples of one length.") from None
 
 
 def _form(value: Any) -> int | None:

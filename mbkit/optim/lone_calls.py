@@ -164,10 +164,8 @@ class _SumOfLosses:
     """What a lone step gets where the closure returned one number for all models: it can be returned, but not read."""
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(
-            "The optimizer reads the loss that its closure returns, and needs each model's own: return the M losses, "
-            "as compute_loss(..., reduction='none') does, after the backward pass of their sum."
-        )
+        told = "The optimizer reads the loss that its closure returns, and needs each model's own: return the M losses"
+        raise TypeError(f"{told}, from compute_loss(..., reduction='none'), after the backward pass of their sum.")
 
     __float__ = __bool__ = __add__ = __sub__ = __mul__ = __truediv__ = __radd__ = __rsub__ = __rmul__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __abs__ = __getattr__ = __torch_function__ = _refuse

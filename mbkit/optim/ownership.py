@@ -46,10 +46,8 @@ def check_trains(optimizer: Any, batch: nn.Module) -> None:
         if isinstance(optimizer, torch.optim.Optimizer):
             _look_for_noise(optimizer, create)
         return
-    raise ValueError(
-        f"Expected an optimizer of this batch's parameters, got {name} over others, so nothing would be trained: after "
-        "a new ModelBatch, create the optimizer anew, by OptimizerFactory(...).create_optimizer(batch, ...)."
-    )
+    told = f"Expected an optimizer of this batch's parameters, got {name} over others, so nothing would be trained"
+    raise ValueError(f"{told}: after a new ModelBatch create it anew, by {create}...).")
 
 
 def _look_for_noise(optimizer: torch.optim.Optimizer, create: str) -> None:
@@ -85,8 +83,5 @@ def check_scheduler(scheduler: Any, optimizer: Any) -> None:
     if of is None or groups is None or of is optimizer or getattr(of, "param_groups", None) is groups:
         return
     name = type(scheduler[0] if isinstance(scheduler, Sequence) else scheduler).__name__
-    raise ValueError(
-        f"Expected a scheduler of this optimizer, got {name} of another {type(of).__name__}, so no learning rate would "
-        "change: create the scheduler anew from this optimizer, or pass a function that does, such as "
-        f"lambda optimizer: {name}(optimizer, ...)."
-    )
+    told = f"Expected a scheduler of this optimizer, got {name} of another {type(of).__name__}, so no rate would change"
+    raise ValueError(f"{told}: create it anew, or pass a function that does, lambda optimizer: {name}(optimizer, ...).")

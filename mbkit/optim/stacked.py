@@ -109,15 +109,12 @@ class StackedOptimizer(BatchOptimizer):
 
     def alike(self, params: Sequence[nn.Parameter]) -> list[tuple[list[nn.Parameter], Columns]]:
         """Divide parameters into lots of one group, device and dtype, each with its columns, brought up to date."""
-        wanted, lots = set(map(id, params)), []
-        for columns in self.columns:
-            columns.refresh()
-            kinds: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
-            for param in columns.groups[0]["params"]:
-                if id(param) in wanted:
-                    kinds.setdefault((param.device, param.dtype), []).append(param)
-            lots += [(members, columns) for members in kinds.values()]
-        return lots
+        wanted, lots = set(map(id, params)), {}
+        for param, columns in self._with_columns(self.columns):
+            if id(param) in wanted:
+                members, _ = lots.setdefault((columns, param.device, param.dtype), ([], columns))
+                members.append(param)
+        return list(lots.values())
 
     def _active(self, gradient: Tensor, stopped: Tensor | None) -> Tensor | None:
         """Return the models `[M]` whose parameter and its state this step may change, by its gradient; None for all.
@@ -184,15 +181,13 @@ class StackedOptimizer(BatchOptimizer):
         for i, (param, columns) in enumerate(self._with_columns(self._columns_of(groups))):
             kept = [model["state"].get(i, {}) for model in models]
             for name in {name: None for own in kept for name in own}:
-                given = {m: own[name] for m, own in enumerate(kept) if name in own}
-                shapes = dict.fromkeys(self.rule.counts, ()) | self.rule.shapes(param.shape[1:])
-                shape = shapes.get(name, param.shape[1:])
-                for m, value in given.items():
-                    if not isinstance(value, Tensor) or value.shape != shape:
-                        raise self._foreign(f"{name!r} of shape {tuple(shape)}", f"one {_words(value)} for model {m}")
                 # A model that has no such state yet begins as it would without the others.
-                whole = self._start(name, param, columns).to(next(iter(given.values())).dtype)
-                for m, value in given.items():
+                whole = self._start(name, param, columns)
+                for m, value in ((m, own[name]) for m, own in enumerate(kept) if name in own):
+                    if not isinstance(value, Tensor) or value.shape != whole.shape[1:]:
+                        expected = f"{name!r} of shape {tuple(whole.shape[1:])}"
+                        raise self._foreign(expected, f"one {_words(value)} for model {m}")
+                    whole = whole.to(value.dtype)
                     whole[m] = value
                 state.setdefault(i, {})[name] = whole
         return state
@@ -230,10 +225,8 @@ class StackedOptimizer(BatchOptimizer):
         for i, (param, columns) in enumerate(params):
             shape, kept = f"a parameter of shape {tuple(param.shape)}", self.rule.shapes(param.shape[1:])
             for name, value in state.get(i, {}).items():
-                like = param.new_empty(self.num_models, *kept.get(name, param.shape[1:]))
-                like = torch.empty(self.num_models) if name in counts else like
                 is_state = isinstance(value, Tensor) and name in {*counts, *kept, *optional}
-                if not is_state or _kind(value) != _kind(like):
+                if not is_state or _kind(value) != _kind(self._start(name, param, columns)):
                     raise self._foreign(shape, f"{name!r} {_words(value)}")
             needed = {*counts, *kept, *(n for n, flag in optional.items() if columns.on(flag) is not False)}
             if state.get(i) and needed - state[i].keys():
@@ -259,10 +252,8 @@ def _words(value: Any) -> str:
 
 def _gradient(param: nn.Parameter) -> Tensor:
     if param.grad.is_sparse:
-        raise RuntimeError(
-            f"Expected a dense gradient, got a sparse one for a parameter of shape {tuple(param.shape)}: "
-            "build the embedding with sparse=False."
-        )
+        told = f"Expected a dense gradient, got a sparse one for a parameter of shape {tuple(param.shape)}"
+        raise RuntimeError(f"{told}: build the embedding with sparse=False.")
     return param.grad
 
 

@@ -75,10 +75,8 @@ class ViewsOptimizer(CanCallEach, BatchOptimizer):
         except TypeError as error:
             if "'NoneType' object is not callable" not in str(error) and "'closure'" not in str(error):
                 raise
-            raise TypeError(
-                f"{self.optimizer_cls.__name__} needs a closure that computes the losses anew: call "
-                "optimizer.step(closure), where the closure returns the M losses after their backward pass."
-            ) from error
+            told = f"{self.optimizer_cls.__name__} needs a closure that computes the losses anew: call step(closure)"
+            raise TypeError(f"{told}, where the closure returns the M losses after their backward pass.") from error
 
     def _step_at_once(self) -> list[int]:
         """Make a step of all models that can make it at once, and return those that are left for one in turn."""

@@ -98,7 +98,7 @@ def test_what_a_class_keeps_for_all_groups_cannot_differ_between_them() -> None:
 
 def test_a_state_with_other_groups_is_refused() -> None:
     _, batch, optimizer = start(optim.SGD, {"lr": 0.1}, in_groups=True)
-    with pytest.raises(ValueError, match="4 models with 2 groups of parameters each, got one of 4 groups"):
+    with pytest.raises(ValueError, match=r"4 models with 2 group\(s\) of parameters each, got one of 4 groups"):
         optimizer.load_state_dict(OptimizerFactory(optim.SGD).create_optimizer(batch).state_dict())
 
 

@@ -145,9 +145,9 @@ def test_foreign_states_are_refused() -> None:
     step_batch(optimizer, batch, range(1))
     state = optimizer.state_dict()
     smaller = ModelBatch([Shapes(torch.float32) for _ in range(2)])
-    with pytest.raises(ValueError, match="state of 2 models, got one of 4"):
+    with pytest.raises(ValueError, match=r"for 2 models with 1 group\(s\) of parameters each, got one of 4 groups"):
         OptimizerFactory(optim.Adam).create_optimizer(smaller).load_state_dict(state)
-    with pytest.raises(ValueError, match="state of SGD, got one without momentum"):
+    with pytest.raises(ValueError, match="state of SGD for groups with all hyperparameters, got one without momentum"):
         start(optim.SGD, {})[2].load_state_dict(state)
     with pytest.raises(ValueError, match="state of ASGD"):
         start(optim.ASGD, {})[2].load_state_dict(state)
