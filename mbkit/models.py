@@ -249,10 +249,8 @@ def build_models(build: Callable[[], nn.Module], seeds: Sequence[int]) -> list[n
         each = _COPIES * sum(t.nbytes for model in models for t in (*model.parameters(), *model.buffers()))
         room = free_memory(torch.device("cpu")) // max(1, each)
         if len(seeds) > room:
-            raise ValueError(
-                f"Expected at most {room:,} models of {each / _COPIES / 1e6:.3g} MB, as many as memory is for, "
-                f"got {len(seeds):,}: train fewer."
-            )
+            told = f"Expected at most {room:,} models of {each / _COPIES / 1e6:.3g} MB, as many as memory is for"
+            raise ValueError(f"{told}, got {len(seeds):,}: train fewer.")
         return [*models, *built]
 
 

@@ -50,9 +50,8 @@ class CanSave:
         stacked, num_models = context_of(self).template.state_dict(), self.num_models
         states = [states] if isinstance(states, Mapping) else list(states)
         if len(states) != num_models:
-            raise ValueError(
-                f"Expected {num_models} states (one per model), got {len(states)}: pass a list of {num_models} dicts."
-            )
+            told = f"Expected {num_models} states (one per model), got {len(states)}"
+            raise ValueError(f"{told}: pass a list of {num_models} dicts.")
         for m, state in enumerate(states):
             _check(m, state, stacked)
         rows = {name: [state[name].to(tensor) for state in states] for name, tensor in stacked.items()}
@@ -96,9 +95,8 @@ class CanSave:
         stacked = read_tree(file, "models")
         counts = {len(rows) for rows in stacked.values()}
         if counts - {self.num_models}:
-            raise ValueError(
-                f"Expected {self.num_models} models in {file}, got {min(counts)}: load them into a batch of as many."
-            )
+            told = f"Expected {self.num_models} models in {file}, got {min(counts)}"
+            raise ValueError(f"{told}: load them into a batch of as many.")
         self.load_model_states([{name: t[m] for name, t in stacked.items()} for m in range(self.num_models)])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -155,9 +153,7 @@ def _check_numbers(what: str, given: Tensor, dtype: torch.dtype) -> None:
     cast, rounds = given.detach().to(dtype), dtype.is_floating_point or dtype.is_complex
     lost = given.isfinite() & ~cast.isfinite() if rounds else cast != given
     if lost.any():
-        raise ValueError(
-            f"{wanted} {given[lost][0].item():g}: build the models in another dtype, or give other states."
-        )
+        raise ValueError(f"{wanted} {given[lost][0].item():g}: build the models in another dtype, or give others.")
 
 
 def _few(names: Iterable[Any]) -> str:

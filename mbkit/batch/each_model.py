@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -97,18 +98,13 @@ def _changes(template: nn.Module, changed: nn.Module) -> Iterator[tuple[dict, st
 
 
 def _too_much(what: str) -> ValueError:
-    return ValueError(
-        f"Expected a function that changes numbers only, got one that makes {what}: do that to each model, before the "
-        "batch is made."
-    )
+    told = f"Expected a function that changes numbers only, got one that makes {what}"
+    return ValueError(f"{told}: do that to each model, before the batch is made.")
 
 
 def reset_each_model(context: CallContext) -> None:
     """Have each layer's `reset_parameters`, which would take M models for one, do to each model what it does alone."""
+    reset = methodcaller("reset_parameters")
     for path, module in context.template.named_modules():
         if callable(getattr(type(module), "reset_parameters", None)):
-            vars(module)["reset_parameters"] = OnStack(do_to_each_model, context, _reset, path)
-
-
-def _reset(layer: nn.Module) -> None:
-    layer.reset_parameters()
+            vars(module)["reset_parameters"] = OnStack(do_to_each_model, context, reset, path)

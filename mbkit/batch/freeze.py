@@ -121,11 +121,8 @@ def _held(context: CallContext, frozen: Tensor) -> Iterator[None]:
                     now[key] = tree_map(mixed, before.get(key), value)
                 except ValueError as error:  # also of another structure
                     name = ".".join(filter(None, (key[0], key[2])))
-                    raise BatchingError(
-                        f"a call changes '{name}', which is one value for all models, so frozen ones cannot keep "
-                        "theirs: make it a buffer of one shape, or train with unfreeze() and leave these models' "
-                        "results aside"
-                    ) from error
+                    told = f"a call changes '{name}', which is one value for all models, so frozen ones cannot keep it"
+                    raise BatchingError(f"{told}: make it a buffer of one shape, or unfreeze() them") from error
         write_state(after, now)
         context.attributes = [replaced.get(id(t), t) for t in context.attributes]
 
@@ -139,10 +136,8 @@ def nonfinite_models(tensors: Sequence[Tensor], num_models: int) -> Tensor:
 def check_on_nonfinite(choice: str | None, optimizer: Any) -> None:
     """Refuse another choice, or to freeze with an optimizer that would go on with momentum and weight decay."""
     if choice == "freeze" and not hasattr(optimizer, "batch"):
-        raise TypeError(
-            f"Expected an optimizer from OptimizerFactory with on_nonfinite='freeze', got {type(optimizer).__name__}, "
-            "which cannot leave out single models: create one by OptimizerFactory(...).create_optimizer(batch, ...)."
-        )
+        told = f"Expected an optimizer from OptimizerFactory with on_nonfinite='freeze', got {type(optimizer).__name__}"
+        raise TypeError(f"{told}, which cannot leave out single models: create one by create_optimizer(batch, ...).")
     if choice not in (None, "freeze", "raise"):
         raise ValueError(f"Expected on_nonfinite None, 'freeze' or 'raise', got {choice!r}: choose one of them.")
 

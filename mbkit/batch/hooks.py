@@ -60,8 +60,5 @@ def refuse_late_reader(context: CallContext, kept: Kept) -> None:
     layers = [module for path, module in context.template.named_modules() if path in context.model_by_model]
     for keeper in [found for layer in layers for found in _keepers(layer)]:
         if kept.has(keeper) and (keeper or not isinstance(keeper, _COLLECTIONS)):
-            raise BatchingError(
-                f"loss_fn reads a {type(keeper).__name__} in which a hook keeps something, and the batch has been "
-                f"called before this loss was known, so it holds what is of all {context.num_models} models: empty it "
-                "and call the batch again, now each model keeps its own. fit needs none of that."
-            )
+            told = f"loss_fn reads a {type(keeper).__name__} in which a hook has kept what is of all models, in a call"
+            raise BatchingError(f"{told} before this loss: empty it and call the batch again. fit needs none of that.")

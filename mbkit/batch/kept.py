@@ -98,10 +98,8 @@ class Kept:
         names = {id(t): name.rpartition(".")[2] for name, t in tensors if t.requires_grad and t.is_leaf}
         reached = (_leaves(losses) & names.keys()) if names else set()
         for leaf in reached - _leaves(outputs) if reached else ():
-            raise ValueError(
-                f"Expected a loss function without parameters of its own, got one that trains '{names[leaf]}', which "
-                "all models would share: make it a part of each model, and let forward return it beside the outputs."
-            )
+            told = f"Expected a loss function without parameters of its own, got one that trains '{names[leaf]}'"
+            raise ValueError(f"{told}, which all models would share: make it a part of each, which forward returns.")
 
     def under_vmap(self) -> AbstractContextManager:
         """Call functions under vmap: each model sees its own share of what is kept, and what they keep is unwrapped.

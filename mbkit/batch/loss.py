@@ -29,7 +29,7 @@ def call_losses(
     targets: Any,
     loss_fn: Callable[..., Tensor],
     forms: TargetForms,
-    settings: LossSettings | None = None,
+    settings: LossSettings,
 ) -> Tensor:
     """Return the loss of each model, `[M]`, and keep it, detached, in the context.
 
@@ -41,7 +41,6 @@ def call_losses(
         forms: which of the two forms the targets have.
         settings: keyword arguments for `loss_fn`, of these M models.
     """
-    settings = settings or LossSettings(None, loss_fn, context.num_models)
     made, outputs_spec = flatten(outputs)
     in_dims = _in_dims(made, targets, forms, settings, context.num_models)
     flat = (made, outputs_spec), flatten(targets), flatten(settings.values)
@@ -143,7 +142,5 @@ def one_number(loss: Any) -> Tensor:
         told = f"Expected the loss of a model to be a tensor, got {type(loss).__name__}"
         raise TypeError(f"{told}: return the tensor itself, without item() or float().")
     if loss.numel() != 1:
-        raise ValueError(
-            f"Expected one loss a model, got a tensor {list(loss.shape)}: let loss_fn average or add up its batch."
-        )
+        raise ValueError(f"Expected one loss a model, got a tensor {list(loss.shape)}: let loss_fn average its batch.")
     return loss.reshape(())

@@ -64,8 +64,8 @@ class LossSettings:
         """Whether some Python number differs between the models."""
         return any(isinstance(value, PerModel) for value in self.values.values())
 
-    def of_model(self, m: int) -> dict[str, Any]:
-        """Return model m's keyword arguments."""
+    def of_model(self, m: int | slice) -> dict[str, Any]:
+        """Return model m's keyword arguments; of several models tuples of numbers, and rows of tensors."""
         return {
             name: value.values[m] if isinstance(value, PerModel) else value[m] if name in self.rows else value
             for name, value in self.values.items()
@@ -74,10 +74,7 @@ class LossSettings:
     def of_models(self, models: slice) -> LossSettings:
         """Return the settings of a part of the models."""
         part = copy.copy(self)
-        part.values = {name: value[models] if name in self.rows else value for name, value in self.values.items()}
-        for name, value in self.values.items():
-            if isinstance(value, PerModel):
-                part.values[name] = PerModel(value.values[models])
+        part.values = {n: PerModel(v) if isinstance(v, tuple) else v for n, v in self.of_model(models).items()}
         return part
 
     def check_outputs(self, shape: torch.Size) -> None:
@@ -91,11 +88,9 @@ class LossSettings:
         """
         for name, num_models in self._told_by_shape.items():
             if num_models in shape[2:]:
-                raise ValueError(
-                    f"The tensor {name!r} in loss_settings, of first dimension {num_models}, could be one value for "
-                    f"all models or one per model, for outputs {list(shape)}: pass a list, [tensor] * "
-                    f"{num_models} for one for all, list(tensor) or tensor.tolist() for one per model."
-                )
+                told = f"The tensor {name!r} in loss_settings, of first dimension {num_models}, could be one value for"
+                told += f" all models or one per model, for outputs {list(shape)}: pass list(tensor) for one per model"
+                raise ValueError(f"{told}, or [tensor] * {num_models} for one for all.")
 
     def _per_model(self, name: str, values: Sequence, num_models: int) -> Any:
         if len(values) != num_models:

@@ -59,10 +59,9 @@ class Memory:
             states = self.before.items()
             path, _, name = next(key for key, value in states if any(t is changed for t in tree_leaves(value)))
             where = f"'{path}.{name}'" if path else f"'{name}'"
-            raise RuntimeError(
-                f"A call failed after it had changed {where}, which earlier calls did not change, so there is no copy "
-                f"to undo it ({error}): load the last checkpoint, and pass model_by_model=[{path!r}] to ModelBatch."
-            ) from error
+            told = f"A call failed after it had changed {where}, which earlier calls did not change, so without a copy"
+            told += f" ({error}): load the last checkpoint, and pass model_by_model=[{path!r}] to ModelBatch."
+            raise RuntimeError(told) from error
         return changed is None
 
     def learn(self) -> None:

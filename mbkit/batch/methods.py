@@ -108,10 +108,7 @@ def _call(context: CallContext, name: str, /, *inputs: Any, shared_input: bool |
             if not isinstance(tensor, Tensor) or tensor.dim() == 0 or len(tensor) != num_models:
                 continue
             if tensor.grad_fn is not None or any(tensor is known() for known in context.returned):
-                raise ValueError(
-                    f"'{name}' gets an input {list(tensor.shape)} that has been computed, for all {num_models} models, "
-                    "it seems: pass shared_input=False if each model is to get its own slice, or shared_input=True if "
-                    "each is to get the whole."
-                )
+                told = f"'{name}' gets an input {list(tensor.shape)} that seems computed for all {num_models} models"
+                raise ValueError(f"{told}: pass shared_input=False if each is to get its own slice, else True.")
     context.streams.meet(name)
     return call_models(context, inputs, kwargs, shared, method=name)

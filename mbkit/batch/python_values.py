@@ -10,7 +10,6 @@ import pickle
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
-from functools import partial
 from operator import is_
 from types import FunctionType, MemberDescriptorType, ModuleType
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.functions import DYNAMIC, names_in, parts_of, user_made
-from ..common.random_streams import PYTHON_GENERATORS
+from ..common.random_streams import PYTHON_GENERATORS, state_of
 from ..vmap import HOOKS, OnStack, version
 
 PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
@@ -117,7 +116,7 @@ class PythonValues:
     ) -> None:
         self.places: list[Place] = []
         self.tensors: list[tuple[str, Any]] = []
-        self.generators = [_state(g.generator, name) for name, g in PYTHON_GENERATORS.items()]
+        self.generators = [(name, *state_of(g.generator)) for name, g in PYTHON_GENERATORS.items()]
         self.caches: list[tuple[str, Any]] = []
         self.unseen = ""
         self.numbers: dict[int, tuple[int, Any]] = {}
@@ -205,8 +204,8 @@ class PythonValues:
         elif hasattr(kind, "__next__"):
             self.unseen = self.unseen or f"{name} is an iterator, whose next value cannot be looked at"
         elif not isinstance(value, (type, ModuleType)):
-            state = _state(value, name) if not user_made(kind) else None
-            self.generators += [state] if state else []
+            state = state_of(value) if not user_made(kind) else None
+            self.generators += [(name, *state)] if state else []
             self._owners[id(value)] = value, name
             self._visit(kind, kind.__name__)
         elif user_made(value):
@@ -279,14 +278,3 @@ class PythonValues:
             self._visit(value, name)
             if isinstance(value, FunctionType) and user_made(value) and not isinstance(owner, type):
                 self._owners.setdefault(id(value), (value, name))  # code that names a function may keep things on it
-
-
-def _state(value: Any, name: str) -> tuple[str, Callable, Callable] | None:
-    """Return how to get and set the state of a random generator."""
-    value = value.bit_generator if hasattr(type(value), "bit_generator") else value
-    if type(value).__module__.startswith("numpy") and hasattr(type(value), "state"):
-        return name, lambda: value.state, partial(setattr, value, "state")
-    for get, put in (("getstate", "setstate"), ("get_state", "set_state")):
-        if hasattr(value if isinstance(value, ModuleType) else type(value), put):
-            return name, getattr(value, get), getattr(value, put)
-    return None

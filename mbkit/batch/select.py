@@ -59,10 +59,8 @@ class CanSelect:
         if not rows or len(set(rows)) < len(rows):
             raise ValueError(f"Expected at least one model, and none twice, got {rows}: name each of them once.")
         if context.kept is not None and context.kept.has_rows():
-            raise ValueError(
-                "Expected functions that keep nothing outside of the models, got a loss function or a forward that "
-                "does for each model, and so cannot serve two batches: keep it in a buffer of the model."
-            )
+            told = "Expected a loss function and a forward that keep nothing outside of the models, got one that does"
+            raise ValueError(f"{told}, and so cannot serve two batches: keep it in a buffer of the model.")
         selected = copy.deepcopy(self, _memo(context, rows))
         mine = context_of(selected)
         mine.num_models, mine.slow_losses = len(rows), set(context.slow_losses)

@@ -59,10 +59,9 @@ class TargetForms:
         for tensor, shared in zip(tensors, self._found, strict=True):
             if not shared and (tensor.dim() == 0 or tensor.shape[0] != num_models):
                 why = "shared_targets=False says" if self._shared is not None else "the first targets were"
-                raise ValueError(
-                    f"Expected targets [{num_models}, …], as {why}, got {list(tensor.shape)} for outputs "
-                    f"{list(outputs)}: stack one target per model, or pass shared_targets=True for one for all."
-                )
+                got = f"{list(tensor.shape)} for outputs {list(outputs)}"
+                told = f"Expected targets [{num_models}, …], as {why}, got {got}: stack one target per model"
+                raise ValueError(f"{told}, or pass shared_targets=True for one for all.")
         return self._found
 
 
@@ -92,7 +91,5 @@ def _is_shared(target: Tensor, outputs: Sequence[int], num_models: int) -> bool:
     if one_for_all:
         told = f"Targets {got} could be one batch for all {num_models} models or one for each"
         raise ValueError(f"{told}: say which with shared_targets=True or shared_targets=False.")
-    raise ValueError(
-        f"Expected targets [{size}, …] for all models or [{num_models}, {size}, …] for each its own, got {got}: pass "
-        "one of the two forms, or say with shared_targets=True or shared_targets=False how to read them."
-    )
+    told = f"Expected targets [{size}, …] for all models or [{num_models}, {size}, …] for each its own, got {got}"
+    raise ValueError(f"{told}: pass one of the two forms, or say which by shared_targets=True or False.")

@@ -137,10 +137,8 @@ def _where(path: str) -> str:
 def _refuse_late_hooks(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor._post_accumulate_grad_hooks:
-            raise ValueError(
-                f"parameter '{name}' has a hook that runs once its gradient is there, which would see all models at "
-                "once: use register_hook, which sees each model's own."
-            )
+            told = f"parameter '{name}' has a hook that runs once its gradient is there, which would be all models'"
+            raise ValueError(f"{told}: use register_hook, which sees each model's own.")
 
 
 def _refuse_what_vmap_ignores(model: nn.Module) -> None:
@@ -157,10 +155,8 @@ def _refuse_what_vmap_ignores(model: nn.Module) -> None:
                 told = f"{where} keeps in {name!r} a tensor of layout {value.layout}, which cannot be stacked"
                 raise ValueError(f"{told}: keep it as a COO tensor, .to_sparse_coo(), or pass it as an input.")
             if isinstance(value, Tensor) and not value.is_leaf and not _recomputed(module, name):
-                raise ValueError(
-                    f"{where} keeps in {name!r} a tensor that carries the gradient of an earlier computation: "
-                    "compute it in forward, detach it, or set it to None before making the batch."
-                )
+                told = f"{where} keeps in {name!r} a tensor that carries the gradient of an earlier computation"
+                raise ValueError(f"{told}: compute it in forward, detach it, or set it to None beforehand.")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
             raise ValueError(f"parameter '{name}' is not built yet: run each model once, then make the batch.")
@@ -195,10 +191,8 @@ def _refuse_shared_memory(model: nn.Module) -> None:
     spans.sort()
     for (_, end, name, trained), (start, _, other, other_trained) in pairwise(spans):
         if start < end and (trained or other_trained):
-            raise ValueError(
-                f"'{name}' and '{other}' share memory without being one tensor, so that a stack of one would not "
-                "follow the other: register the same Parameter under both names, or compute the second in forward."
-            )
+            told = f"'{name}' and '{other}' share memory without being one tensor, which their stacks would not do"
+            raise ValueError(f"{told}: register one Parameter under both names, or compute the second in forward.")
 
 
 # ------------------------------------------------------------------ in what two models must not differ
@@ -264,9 +258,8 @@ def _watcher(hook: Any) -> Any:
 
 
 def _refuse(m: int, what: str, got: Any, expected: Any) -> None:
-    raise ValueError(
-        f"Model {m} {what}: got {got}, expected {expected} as in model 0; the models of a batch must match."
-    )
+    told = f"Model {m} {what}: got {got}, expected {expected} as in model 0"
+    raise ValueError(f"{told}; the models of a batch must match.")
 
 
 def _contrast(got: Any, expected: Any) -> tuple[str, str]:

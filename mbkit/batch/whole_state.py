@@ -68,15 +68,13 @@ def load_whole(batch: Any, saved: Mapping[str, Any]) -> None:
     """
     context = context_of(batch)
     if len(saved["seeds"]) != context.num_models:
-        raise ValueError(
-            f"Expected a run of {context.num_models} models, got one of {len(saved['seeds'])}: build as many models."
-        )
+        count = len(saved["seeds"])
+        raise ValueError(f"Expected a run of {context.num_models} models, got one of {count}: build as many models.")
     for name, tensor in context.template.state_dict().items():
         expected, got = (None if t is None else (list(t.shape), t.dtype) for t in (tensor, saved["state"].get(name)))
         if expected != got:
-            raise ValueError(
-                f"Expected '{name}' as {_words(expected)}, got {_words(got)}: build models of the saved architecture."
-            )
+            told = f"Expected '{name}' as {_words(expected)}, got {_words(got)}"
+            raise ValueError(f"{told}: build models of the saved architecture.")
     batch.load_state_dict(saved["state"])
     if not saved["drew"]:
         context.streams.seeds = list(saved["seeds"])

@@ -102,10 +102,8 @@ def run_benchmark(
     if max_steps is not None:
         steps = min(steps, whole_number(max_steps, "max_steps"))
     if steps <= warmup or len(data.images) < batch_size:
-        raise ValueError(
-            f"Expected more than {warmup} steps (that many are for warm-up) and a full batch of {batch_size}, got "
-            f"{steps} steps with {len(data.images):,} images: use more steps, less warm-up or smaller batches."
-        )
+        told = f"Expected more than {warmup} steps (that many are for warm-up) and a full batch of {batch_size}"
+        raise ValueError(f"{told}, got {steps} and {len(data.images):,} images: use more of them, or smaller batches.")
     grid_rates, grid_seeds = learning_rate_grid(num_models)
     rates = grid_rates if learning_rates is None else per_model(list(learning_rates), num_models, "learning rates")
     seeds = check_seeds(grid_seeds if seeds is None else seeds, num_models)

@@ -139,9 +139,7 @@ def check_seeds(seeds: Sequence[int] | None, num_models: int) -> list[int]:
         raise TypeError(f"Expected {num_models} seeds (one per model), got {seeds!r}: pass a list of {num_models}.")
     seeds = [seed.item() if hasattr(seed, "item") else seed for seed in seeds]  # numpy's and torch's numbers
     for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"Expected whole numbers as seeds, got {seed!r}: pass a list of {num_models} integers.")
-        if not 0 <= seed <= _MAX_SEED:
+        if whole_number(seed, "seed", least=0) > _MAX_SEED:
             raise ValueError(f"Expected seeds from 0 to 2**63 - 1, got {seed}: choose another seed.")
     if len(seeds) != num_models:
         told = f"Expected {num_models} seeds (one per model), got {len(seeds)}"
@@ -168,10 +166,8 @@ def check_output(output: Any, template: nn.Module) -> None:
         TypeError: there is none.
     """
     if not isinstance(output, Tensor) and not tensors_of(output):
-        raise TypeError(
-            f"Expected {type(template).__name__} to return at least one tensor (alone, or in tuples, lists, dicts and "
-            f"objects), got {cut(repr(output))}: return a tensor."
-        )
+        told = f"Expected {type(template).__name__} to return at least one tensor (in tuples, lists, dicts and objects)"
+        raise TypeError(f"{told}, got {cut(repr(output))}: return a tensor.")
 
 
 def cut(text: str, length: int = 80) -> str:
@@ -233,9 +229,7 @@ def check_numbers(leaves: list[Any], model: nn.Module) -> None:
     if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
         weight = next(iter(model.parameters()), None)
         if weight is None or not weight.is_meta:
-            raise ValueError(
-                "Expected inputs with numbers, got a tensor on the meta device, which has none: make it on the models'."
-            )
+            raise ValueError("Expected inputs with numbers, got a tensor on the meta device: make it on the models'.")
 
 
 def check_inputs(leaves: list[Any], num_models: int) -> None:
@@ -248,10 +242,8 @@ def check_inputs(leaves: list[Any], num_models: int) -> None:
     for tensor in leaves:
         hidden = vars(tensor).values() if hasattr(tensor, "__dict__") and not callable(tensor) else ()
         if not isinstance(tensor, Tensor) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(list(hidden))):
-            raise TypeError(
-                f"Expected per-model inputs made of lists, tuples and dicts, got a {type(tensor).__name__}, whose "
-                "tensors would be the same for all models: pass them as a dict, or pass shared_input=True."
-            )
+            told = f"Expected per-model inputs in lists, tuples and dicts, got a {type(tensor).__name__}, whose tensors"
+            raise TypeError(f"{told} would be the same for all models: pass a dict, or pass shared_input=True.")
         if isinstance(tensor, Tensor) and (tensor.dim() == 0 or tensor.shape[0] != num_models):
             told = f"Expected per-model input [{num_models}, B, …] (one slice per model), got {list(tensor.shape)}"
             raise ValueError(f"{told}: stack one input per model, or pass shared_input=True for one input to all.")

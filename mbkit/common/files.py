@@ -169,10 +169,8 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         entries = [_pack(own, f"{path}/{i}" if path else str(i), tensors) for i, own in enumerate(value)]
         return {"list" if isinstance(value, list) else "tuple": entries}
-    raise TypeError(
-        f"Expected tensors, numbers and texts to save, in lists, tuples and dicts, got {type(value).__name__} as "
-        f"{path or 'the whole'}: a file without pickle cannot hold it; make it from numbers in your script instead."
-    )
+    told = f"Expected tensors, numbers and texts to save, got {type(value).__name__} as {path or 'the whole'}"
+    raise TypeError(f"{told}: a file without pickle cannot hold it; make it from numbers in your script instead.")
 
 
 def _unpack(form: Any, tensors: dict[str, Tensor]) -> Any:

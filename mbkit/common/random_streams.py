@@ -9,6 +9,8 @@ import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,17 @@ PYTHON_GENERATORS = {
     "random": PythonGenerator("random", random.random.__self__),
     "numpy.random": PythonGenerator("numpy.random", np.random),
 }
+
+
+def state_of(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], None]] | None:
+    """Return what gets and what sets the state of a random generator of torch, Python or numpy; None for others."""
+    source = generator.bit_generator if hasattr(type(generator), "bit_generator") else generator
+    if type(source).__module__.startswith("numpy") and hasattr(type(source), "state"):
+        return lambda: source.state, partial(setattr, source, "state")
+    for get, put in (("getstate", "setstate"), ("get_state", "set_state")):
+        if hasattr(source if isinstance(source, ModuleType) else type(source), put):
+            return getattr(source, get), getattr(source, put)
+    return None
 
 
 def _in_memory(address: int, count: int, places: Sequence[int], own: PythonGenerator) -> Callable[[], Any]:

@@ -98,7 +98,5 @@ def check_torch() -> None:
     missing = missing_names()
     if missing:
         told = "".join(f"\n  {name} ({PRIVATE[name].split(';')[0]})" for name in missing)
-        raise ImportError(
-            f"mbkit is tested with torch {_TESTED}, and torch {torch.__version__} has not all that it needs:{told}\n"
-            "Install a torch of that range."
-        )
+        tested = f"mbkit is tested with torch {_TESTED}, and torch {torch.__version__} has not all that it needs"
+        raise ImportError(f"{tested}:{told}\nInstall a torch of that range.")

@@ -70,10 +70,8 @@ class Batches:
         subsets: Tensor | None = None,
     ) -> None:
         if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets) or len(inputs) == 0:
-            raise ValueError(
-                f"Expected inputs and targets with one entry per example, got shapes {list(inputs.shape)} "
-                f"and {list(targets.shape)}: give both the same first dimension."
-            )
+            got = f"shapes {list(inputs.shape)} and {list(targets.shape)}"
+            raise ValueError(f"Expected inputs and targets with one entry per example, got {got}: pass as many.")
         if inputs.device != targets.device:
             raise ValueError(f"Expected data on one device, got {inputs.device} and {targets.device}: move one.")
         size = len(inputs) if subsets is None else _check_subsets(subsets, len(inputs))
@@ -127,10 +125,8 @@ def _check_subsets(subsets: Any, num_examples: int) -> int:
     """Return n."""
     if not isinstance(subsets, Tensor) or subsets.dtype != torch.int64 or subsets.ndim != 2:
         got = f"{subsets.dtype} {list(subsets.shape)}" if isinstance(subsets, Tensor) else type(subsets).__name__
-        raise TypeError(
-            f"Expected subsets as an int64 tensor [M, n], got {got}: stack one row of indices a model, all of one "
-            "length, since the models make the same steps (cut longer ones, or let shorter ones repeat examples)."
-        )
+        told = f"Expected subsets as an int64 tensor [M, n], got {got}: stack one row of indices per model, all of one"
+        raise TypeError(f"{told} length: cut longer ones, or let shorter ones repeat examples.")
     if subsets.numel() == 0 or subsets.min() < 0 or subsets.max() >= num_examples:
         got = f"{subsets.min()} to {subsets.max()}" if subsets.numel() else f"the shape {list(subsets.shape)}"
         raise ValueError(f"Expected subsets that name examples from 0 to {num_examples - 1}, got {got}.")

@@ -219,10 +219,8 @@ def demo_points(num_samples: int = 100, num_features: int = 8, num_classes: int 
         ([0, 0, 1, 1], [2.0, 2.0], [2.0, 2.0])
     """
     if not 1 <= num_classes <= min(num_samples, num_features):
-        raise ValueError(
-            f"Expected at least one sample and one feature per class, got {num_samples} samples and "
-            f"{num_features} features for {num_classes} classes."
-        )
+        got = f"{num_samples} samples and {num_features} features for {num_classes} classes"
+        raise ValueError(f"Expected at least one sample and one feature per class, got {got}.")
     X = torch.randn(num_samples, num_features)
     y = torch.arange(num_samples) * num_classes // num_samples
     X[torch.arange(num_samples), y] = 2.0
@@ -253,10 +251,8 @@ def _read_cifar10(folder: Path) -> ImageData:
         records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD) if len(content) == size else None
         if records is None or records[:, 0].max() >= len(_CLASSES):
             got = f"{found:,} bytes" if records is None else f"label {records[:, 0].max()}"
-            raise ValueError(
-                f"Expected {size:,} bytes with labels 0 to 9 in {folder / name}, got {got}: truncated, or another "
-                f"file. Move its folder away, so that it can be downloaded again, or unpack {_URL} there."
-            )
+            told = f"Expected {size:,} bytes with labels 0 to 9 in {folder / name}, got {got}: truncated, or another"
+            raise ValueError(f"{told} file. Move its folder away, to download it again, or unpack {_URL} there.")
         own = slice(part * _IMAGES_PER_FILE, (part + 1) * _IMAGES_PER_FILE)
         images[own] = torch.tensor(records[:, 1:]).view(-1, 3, 32, 32)
         labels[own] = torch.tensor(records[:, 0])

@@ -80,10 +80,8 @@ dtype=torch.float32)
             for number in self.sizes if name == "sizes" else [getattr(self, name)]:
                 whole_number(number, name)
         if len(self.sizes) < 2 or not 2 <= self.sizes[-1] <= min(self.sizes[0], self.samples):
-            raise ValueError(
-                "Expected sizes from inputs to classes, with 2 classes or more, and for each class an input that marks "
-                f"it and a sample, got {self.sizes} for {self.samples} samples: pass sizes such as (8, 4, 2)."
-            )
+            told = "Expected sizes from inputs to classes, 2 classes or more, each with an input that marks it"
+            raise ValueError(f"{told} and a sample, got {self.sizes} for {self.samples} samples: pass e.g. (8, 4, 2).")
         check_seeds([self.seed], 1)
         if self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"Expected torch.float32 or torch.float64 as dtype, got {self.dtype}.")

@@ -150,9 +150,8 @@ def spaced(low: float, high: float, size: int, name: str = "rates") -> Tensor:
         ValueError: rates that are not 0 < low <= high.
     """
     if not 0 < low <= high < float("inf"):
-        raise ValueError(
-            f"Expected {name} as the lowest and the highest rate, both above 0, got {low}, {high}: pass (0.001, 1.0)."
-        )
+        told = f"Expected {name} as the lowest and the highest rate, both above 0, got {low}, {high}"
+        raise ValueError(f"{told}: pass (0.001, 1.0).")
     return torch.from_numpy(np.geomspace(low, high, size))
 
 

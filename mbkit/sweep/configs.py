@@ -135,10 +135,8 @@ def divide(
                 own.build[name] = value
             elif name not in ("max_norm", "seed"):
                 known = of_optimizer | of_build | {"seed", "max_norm"}
-                raise ValueError(
-                    f"Nobody takes {name!r} of trial {trial}: neither the optimizer nor build does, and it does not "
-                    f"begin with loss_ or data_.{did_you_mean(name, known)}"
-                )
+                told = f"Nobody takes {name!r} of trial {trial}: not the optimizer, nor build, nor does it begin with"
+                raise ValueError(f"{told} loss_ or data_.{did_you_mean(name, known)}")
         parts.append(own)
     return parts
 

@@ -50,10 +50,8 @@ def run_jobs(
         try:
             done(job, result())
         except (futures.CancelledError, futures.BrokenExecutor) as error:
-            raise WorkersLost(
-                "The executor has given up the batches (a pool breaks when a worker dies; or it was shut down, or its "
-                "scheduler is gone): call sweep again with another, and it goes on where this one ended."
-            ) from error
+            told = "The executor has given up the batches (a pool breaks when a worker dies; or it was shut down)"
+            raise WorkersLost(f"{told}: call sweep again with another, and it goes on where this one ended.") from error
         except OSError:
             raise
         except Exception as error:

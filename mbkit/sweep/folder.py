@@ -117,10 +117,9 @@ def settle(folder: Path, asked: dict[str, Any], fresh: dict[str, Any]) -> dict[s
         raise ValueError(f"Expected {file} as a sweep wrote it, got: {error!r}. Choose another folder.") from error
     for name, value in asked.items():
         if _words(saved[name]) != _words(value):
-            raise ValueError(
-                f"Expected {name} = {_differing(saved[name], value)} as in the sweep saved in {folder}, got "
-                f"{_differing(value, saved[name])}: call sweep as before, or choose another folder."
-            )
+            wanted, got = _differing(saved[name], value), _differing(value, saved[name])
+            told = f"Expected {name} = {wanted} as in the sweep saved in {folder}, got {got}"
+            raise ValueError(f"{told}: call sweep as before, or choose another folder.")
     return {name: saved[name] for name in fresh}
 
 

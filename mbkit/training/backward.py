@@ -28,10 +28,8 @@ def backward_pass(losses: Tensor, is_shared: bool = True) -> None:
         ValueError: losses that depend on no parameter.
     """
     if not losses.requires_grad:
-        raise ValueError(
-            "Expected losses that depend on the models' parameters, got losses without a graph: loss_fn returns a "
-            "constant or detached tensor, or no parameter of the models requires gradients."
-        )
+        told = "Expected losses that depend on the models' parameters, got losses without a graph"
+        raise ValueError(f"{told}: loss_fn returns a constant or detached tensor, or no parameter requires gradients.")
     watched = is_shared and losses.device.type == "cpu" and is_main_thread()
     before = _draws() if watched else None
     try:

@@ -129,27 +129,28 @@ def fit(
         >>> history = fit(batch, optimizer, data, nn.functional.cross_entropy, epochs=5, callback=stop)
     """
     _check_batch(batch)
-    whole_number(epochs, "epochs")
+    check_run(batches, loss_fn, epochs, scheduler_every)
+    whole_number(first_epoch, "first_epoch", least=0)
     total, saver = count_steps(batches, epochs), None
-    how = {"chunk_size": chunk_size, "compile": compile, "autocast": autocast}
-    options = StepOptions(loss_fn, max_norm, shared_targets, on_nonfinite, loss_settings=loss_settings, **how)
+    how = {"max_norm": max_norm, "shared_targets": shared_targets, "on_nonfinite": on_nonfinite, "autocast": autocast}
+    how |= {"loss_settings": loss_settings, "chunk_size": chunk_size, "compile": compile}
     if checkpoint is not None:
-        check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
-        whole_number(first_epoch, "first_epoch", least=0)
         scheduler = scheduler if hasattr(scheduler, "step") else make_schedule(scheduler, optimizer)
         settings = {"scheduler_every": scheduler_every, "first_epoch": first_epoch}
-        saver = Checkpoint(checkpoint, checkpoint_every, batch, optimizer, scheduler, batches, options, settings)
+        trained = batch, optimizer, scheduler, batches, StepOptions(loss_fn, **how)
+        saver = Checkpoint(checkpoint, checkpoint_every, *trained, settings)
         batches, end = saver, first_epoch + epochs
         first_epoch, epochs = batches.epoch, end - batches.epoch
         if chunk_size == "auto" and batches.chunk_size:  # as it was chosen in the run's first step
-            options = replace(options, chunk_size=batches.chunk_size)
+            how["chunk_size"] = batches.chunk_size
     before = ((), 0.0) if saver is None else (saver.steps, saver.seconds)
     with Recording(batch.num_models, total, progress=progress, steps=before[0], seconds=before[1]) as run:
         if saver is not None:
             saver.watch(run, end)
-        steps = _steps(batch, optimizer, batches, options, max(epochs, 1), first_epoch, scheduler, scheduler_every)
+        how |= {"first_epoch": first_epoch, "scheduler": scheduler, "scheduler_every": scheduler_every}
+        steps = train_steps(batch, optimizer, batches, loss_fn, max(epochs, 1), **how)
         for step in steps if epochs > 0 else ():
-            go_on = run.keep(replace(step, index=len(run.steps)) if before[0] else step, callback)
+            go_on = run.keep(replace(step, index=len(run.steps)), callback)
             if saver is not None:
                 saver.after_step(go_on)
             if not go_on:
@@ -185,25 +186,12 @@ def train_steps(
         torch.Size([3])
     """
     options = StepOptions(loss_fn, **options)
-    return _steps(batch, optimizer, batches, options, epochs, first_epoch, scheduler, scheduler_every)
-
-
-def _steps(
-    batch: Any,
-    optimizer: Any,
-    batches: Pairs,
-    options: StepOptions,
-    epochs: int,
-    first_epoch: int,
-    scheduler: Any,
-    scheduler_every: str,
-) -> Iterator[Step]:
     _check_batch(batch)
     verbs = [getattr(optimizer, verb, None) for verb in ("step", "zero_grad")]
     if isinstance(optimizer, type) or not all(map(callable, verbs)):
         told = f"Expected an optimizer with step() and zero_grad(), got {optimizer!r}"
         raise TypeError(f"{told}: create one by OptimizerFactory(...).create_optimizer(batch, ...).")
-    check_run(batches, options.loss_fn, epochs, scheduler_every, walks=epochs)
+    check_run(batches, loss_fn, epochs, scheduler_every)
     whole_number(first_epoch, "first_epoch", least=0)
     check_trains(optimizer, batch)
     check_on_nonfinite(options.on_nonfinite, optimizer)
@@ -235,6 +223,5 @@ def _steps(
 
 def _check_batch(batch: Any) -> None:
     if not hasattr(batch, "compute_loss"):
-        raise TypeError(
-            f"Expected a ModelBatch, got {type(batch).__name__}: pass ModelBatch(models), or use fit_alone for models."
-        )
+        told = f"Expected a ModelBatch, got {type(batch).__name__}"
+        raise TypeError(f"{told}: pass ModelBatch(models), or use fit_alone for models.")

@@ -104,10 +104,8 @@ def load_run(
 def _restore(saved: Mapping[str, Any], folder: Any, batch: Any, parts: Mapping[str, Any], position: Any) -> Any:
     for name, part in parts.items():
         if saved["kinds"][name] != _kind(part):
-            raise ValueError(
-                f"Expected the {name} {saved['kinds'][name]}, which the run in {folder} was saved with, got "
-                f"{_kind(part)}: make the same one, or choose another folder."
-            )
+            told = f"Expected the {name} {saved['kinds'][name]}, as in the run saved in {folder}, got {_kind(part)}"
+            raise ValueError(f"{told}: make the same one, or choose another folder.")
     restore, data = snapshot(batch), position.state()
     before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items() if part is not None}
 
@@ -123,10 +121,8 @@ def _restore(saved: Mapping[str, Any], folder: Any, batch: Any, parts: Mapping[s
         restore()
         load(before, data)
         if isinstance(error, (RuntimeError, KeyError, TypeError)):
-            raise ValueError(
-                f"Expected the state of this run in {folder}, got one that does not fit: {error}. Make the same "
-                "batch, optimizer and scheduler, or choose another folder."
-            ) from error
+            told = f"Expected the state of this run in {folder}, got one that does not fit: {error}"
+            raise ValueError(f"{told}. Make the same batch and optimizer, or choose another folder.") from error
         raise
     return saved["notes"]
 
@@ -192,11 +188,10 @@ class Checkpoint(PositionedBatches):
         if not isinstance(notes, dict) or "settings" not in notes:
             raise ValueError(f"Expected a run of fit in {self._folder}, got one of save_run: use load_run for it.")
         for name, value in self._settings.items():
-            if notes["settings"].get(name) != value:
-                raise ValueError(
-                    f"Expected {name}={notes['settings'].get(name)}, as in the run saved in {self._folder}, got "
-                    f"{value}: call fit as before, or choose another folder for another run."
-                )
+            known = notes["settings"].get(name)
+            if known != value:
+                told = f"Expected {name}={known}, as in the run saved in {self._folder}, got {value}"
+                raise ValueError(f"{told}: call fit as before, or choose another folder for another run.")
         _restore(saved, self._folder, self._batch, self._parts, self)
         self.chunk_size, self.seconds = notes["chunk_size"], notes["seconds"]
         self.steps = _steps(notes["steps"], next(self._batch.parameters()).device)
@@ -227,7 +222,7 @@ class Checkpoint(PositionedBatches):
 def _of_loss(options: StepOptions, num_models: int) -> dict[str, list[Any]]:
     """Return the loss function's settings, one per model, as plain numbers and texts; of other objects their kind."""
     settings = options.settings_of(num_models)
-    each = [settings.of_model(m) for m in range(num_models)] if settings else [{}]
+    each = [settings.of_model(m) for m in range(num_models)]
     known = (bool, int, float, str, type(None))
     return {
         name: [tree_map(lambda v: v if isinstance(v, known) else type(v).__name__, plain(own[name])) for own in each]

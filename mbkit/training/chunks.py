@@ -28,7 +28,7 @@ from ..common.machine import free_memory
 from ..vmap import HOOKS, Absent, SharedObjects, State, copy_module, has_grad_hooks, keep_hooks, new_hooks
 from .backward import backward_pass, is_main_thread
 from .gather import Gradients, join_outputs, keep_state
-from .loop import arguments, call, detach, first_tensor
+from .loop import arguments, call, detach, first_tensor, loss_of_model
 from .options import StepOptions
 from .saved_bytes import MadeBytes, saved_bytes
 
@@ -140,11 +140,7 @@ class Chunks:
             args, kwargs = tree_map_only(Tensor, _apart, (args, kwargs))
             out = module(*args, **kwargs)
             check_output(out, module)
-            shape = (self.num_models, *first_tensor(out).shape)
-            if settings is not None:
-                settings.check_outputs(shape)
-            targets = targets_at(y, options.forms.of(y, shape, self.num_models), m)
-            loss = one_number(loss_fn(out, targets, **(settings.of_model(m) if settings else {})))
+            loss = one_number(loss_of_model(loss_fn, m, self.num_models, options.forms, settings)(out, y))
             kept.refuse_trained(loss, out)
             backward_pass(loss, is_shared=False)
             gradients.take(parameters, slice(m, m + 1))
@@ -159,7 +155,7 @@ class Chunks:
         if is_part and some is not None:  # or else call_losses says what is wrong
             shared = options.forms.of(y, (self.num_models, *some.shape[1:]), self.num_models)
             y = targets_at(y, shared, models)
-        settings = settings.of_models(models) if is_part and settings else settings
+        settings = settings.of_models(models) if is_part else settings
         losses = call_losses(chunk, out, y, options.loss_fn, options.forms, settings)
         backward_pass(losses)
         return losses.detach()

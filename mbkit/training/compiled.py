@@ -113,10 +113,8 @@ class CompiledStep:
         if key not in self._programs:
             self._changes[self._changed] += 1
             if self._changed and self._changes[self._changed] > _MOST_CHANGES:
-                raise CannotCompile(
-                    f"{self._changed} keeps changing, and each new value is compiled anew: make it a tensor of the "
-                    "module's, such as a buffer, or pass it with the inputs or targets"
-                )
+                told = f"{self._changed} keeps changing, and each new value is compiled anew: make it a buffer"
+                raise CannotCompile(f"{told} of the module's, or pass it with the inputs or targets")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler steps on torch's own
                 self._programs[key] = _Program(self, leaves, spec)
@@ -134,7 +132,7 @@ class CompiledStep:
         before, self._guards = self._guards, None
         check_module(template)
         self._kept = State(template).tensors
-        roots = {"": template, "loss_fn": self.options.loss_fn, "loss_settings": self.settings and self.settings.values}
+        roots = {"": template, "loss_fn": self.options.loss_fn, "loss_settings": self.settings.values}
         guards = Guards(roots, self._kept)
         if before is not None:
             pairs = zip_longest(before.marks, guards.marks, fillvalue=("", None))
@@ -212,16 +210,14 @@ class _Program:
     def _sources(self, kept: list[Tensor]) -> list[Mapping[str, Tensor]]:
         """Return where states and columns are: the dicts of the last step, unless others have taken their places."""
         optimizer = self._optimizer
-        if self.sources is None or self._columns is not optimizer.columns or not self._have_states():
+        stale = self.sources is None or self._columns is not optimizer.columns
+        if stale or any(optimizer.state.get(param) is not state for param, state in self._states):
             self._columns, self._states, self.sources = optimizer.columns, [], []
             for params, columns in optimizer.alike([kept[i] for i in self._reached or ()]):
                 states = [optimizer.prepare(p, columns) for p in params]
                 self._states += [(p, state) for p, state in zip(params, states, strict=True) if state]
                 self.sources += [*states, columns.at(params).columns]
         return self.sources
-
-    def _have_states(self) -> bool:
-        return all(self._optimizer.state.get(param) is state for param, state in self._states)
 
     def _trace(self, operands: list[Tensor]) -> torch.fx.GraphModule:
         try:

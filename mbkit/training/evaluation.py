@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batch.targets import TargetForms, targets_at
+from ..batch.targets import TargetForms
 from .chunks import Chunks
-from .loop import Pairs, call, check_batches, first_tensor, part, walk
+from .loop import Pairs, call, check_batches, first_tensor, own_targets, part, walk
 
 
 def count_correct(outputs: Any, targets: Any) -> tuple[Tensor, Tensor] | None:
@@ -100,9 +100,8 @@ def evaluate(
     chunks = Chunks(models) if hasattr(models, "num_models") else None
     modules = [models] if isinstance(models, nn.Module) else list(models)
     if not modules or not all(isinstance(module, nn.Module) for module in modules):
-        raise (TypeError if modules else ValueError)(
-            f"Expected a ModelBatch, a module or a list of modules, got {models!r}: pass what was trained."
-        )
+        told = f"Expected a ModelBatch, a module or a list of modules, got {models!r}: pass what was trained."
+        raise TypeError(told) if modules else ValueError(told)
     check_batches(batches, 1)
     shared = getattr(models, "shared_input", True) if shared_input is None else shared_input
     tallies = _tallies(metric, models.num_models if chunks is not None else len(modules))
@@ -116,20 +115,16 @@ def evaluate(
                 answers = [call(module, x if shared else part(x, m)) for m, module in enumerate(modules)]
             if tallies:
                 each = answers if chunks is None else [part(outputs, m) for m in range(len(tallies))]
-                first = first_tensor(each[0])
-                known = forms.of(y, (len(each), *(() if first is None else first.shape)), len(each))
                 for m, (tally, own) in enumerate(zip(tallies, each, strict=True)):
-                    tally.update(own, targets_at(y, known, m))
+                    tally.update(own, own_targets(y, own, m, len(each), forms))
                 continue
             if chunks is None:
                 outputs = torch.stack(answers) if all(isinstance(a, Tensor) for a in answers) else None
             counts = count_correct(outputs, y)
             if counts is None:
-                raise ValueError(
-                    "Expected outputs [B, K] of one float tensor and whole-numbered labels [B], got outputs "
-                    f"{_describe(outputs)} and labels {_describe(y)}: pass metric=, a function of one model's outputs "
-                    "and targets."
-                )
+                told = "Expected outputs [B, K] of one float tensor and whole-numbered labels [B], got outputs"
+                told += f" {_describe(outputs)} and labels {_describe(y)}"
+                raise ValueError(f"{told}: pass metric=, a function of one model's outputs and targets.")
             correct, counted = correct + counts[0], counted + counts[1]
     if tallies:
         return torch.tensor([float(tally.compute()) for tally in tallies], dtype=torch.float64)
@@ -148,9 +143,8 @@ class _Mean:
         try:
             total, count = map(float, value) if isinstance(value, tuple) else (float(value) * rows, rows)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"Expected a metric that returns one number, or (total, count), got {value!r}: average it."
-            ) from error
+            told = f"Expected a metric that returns one number, or (total, count), got {value!r}"
+            raise ValueError(f"{told}: average it.") from error
         self.total, self.count = self.total + total, self.count + count
 
     def compute(self) -> float:

@@ -44,16 +44,15 @@ def _joined(column: tuple, sizes: list[int], what: str, numbers: type = PerModel
 
 
 class Gradients:
-    """Moves the gradients of parts of the models into the whole batch's; what was there before is added in the end.
+    """Moves the gradients of parts of the models into the whole batch's.
 
     Args:
-        parameters: the batch's. num_models: M.
+        parameters: the batch's, without gradients. num_models: M.
     """
 
     def __init__(self, parameters: list[nn.Parameter], num_models: int) -> None:
         self._parameters, self._num_models = parameters, num_models
         self._found: dict[nn.Parameter, list[list[bool]]] = {}  # which models have a gradient, part by part
-        self._before = {p: p.grad for p in parameters if p.grad is not None}
 
     def expect(self, parameters: Iterable[Tensor]) -> None:
         """Have the parameters of a part, which are rows of the batch's, require gradients where the batch's do."""
@@ -85,13 +84,11 @@ class Gradients:
     def drop(self) -> None:
         """Clear what has been moved so far, of a pass that was cut short."""
         for parameter in self._found:
-            parameter.grad = self._before.get(parameter)
+            parameter.grad = None
 
     def note(self) -> None:
         """Note which models have a gradient, after the last part."""
         for parameter, flags in self._found.items():
-            if parameter in self._before:
-                parameter.grad += self._before[parameter]
             note_models_with_gradient(parameter.grad, [flag for part in flags for flag in part])
 
 

@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_map
 
 from ..batch.context import context_of
+from ..batch.loss_settings import LossSettings
+from ..batch.targets import TargetForms, targets_at
 from ..common.checks import open_mappings, whole_number
 from ..common.objects import map_tensors, tensors_of
 
@@ -19,15 +21,14 @@ Pairs = Iterable[Any]  # (inputs, targets), or whatever `split` takes apart
 _TARGETS = ("labels", "label", "targets", "target", "y")
 
 
-def check_run(batches: Any, loss_fn: Any, epochs: Any, scheduler_every: str, walks: int) -> None:
+def check_run(batches: Any, loss_fn: Any, epochs: Any, scheduler_every: str) -> None:
     """Refuse what no loop can run, before anything is trained.
 
     Args:
         batches: what is to be walked through.
         loss_fn: a callable.
-        epochs: a whole number, 1 or more.
+        epochs: how many walks, a whole number, 1 or more.
         scheduler_every: "epoch" or "step".
-        walks: how many walks through the batches are needed.
 
     Raises:
         TypeError, ValueError: as the text says.
@@ -37,7 +38,7 @@ def check_run(batches: Any, loss_fn: Any, epochs: Any, scheduler_every: str, wal
     whole_number(epochs, "epochs")
     if scheduler_every not in ("epoch", "step"):
         raise ValueError(f"Expected scheduler_every 'epoch' or 'step', got {scheduler_every!r}: choose one of them.")
-    check_batches(batches, walks)
+    check_batches(batches, epochs)
 
 
 def make_schedule(scheduler: Any, optimizer: Any) -> Any:
@@ -58,11 +59,9 @@ def make_schedule(scheduler: Any, optimizer: Any) -> Any:
 def check_schedule(schedule: Any) -> Any:
     """Return `schedule`, unless its step needs a number that only the user can choose."""
     if any(isinstance(one, ReduceLROnPlateau) for one in (schedule if isinstance(schedule, list) else [schedule])):
-        raise TypeError(
-            "Expected a scheduler that steps by itself, got ReduceLROnPlateau, whose step needs a measurement: "
-            "call its step in a callback. For a batch make one per model, schedulers = OptimizerFactory."
-            "create_lr_scheduler(optimizer, ReduceLROnPlateau, {...}), and call schedulers.step(losses) with M losses."
-        )
+        told = "Expected a scheduler that steps by itself, got ReduceLROnPlateau: call its step in a callback. For a"
+        told += " batch make schedulers = OptimizerFactory.create_lr_scheduler(optimizer, ReduceLROnPlateau, {...})"
+        raise TypeError(f"{told}, one per model, and call schedulers.step(losses).")
     return schedule
 
 
@@ -77,11 +76,8 @@ def check_batches(batches: Any, walks: int) -> None:
         raise TypeError(f"{told}: pass a DataLoader, a Batches or a list of pairs.")
     # An iterator that knows its length is most likely a hand-written loader that starts again in __iter__.
     if walks > 1 and isinstance(batches, Iterator) and not hasattr(batches, "__len__"):
-        raise TypeError(
-            f"Expected batches that can be walked through {walks} times (once per epoch, and once per model where they "
-            f"train alone), got a {type(batches).__name__}, which is used up after once: pass a DataLoader, or "
-            "list(batches)."
-        )
+        told = f"Expected batches that can be walked through {walks} times, got a {type(batches).__name__}"
+        raise TypeError(f"{told}, which is used up after once: pass a DataLoader, or list(batches).")
 
 
 def walk(batches: Pairs, epoch: int, model: nn.Module) -> Iterator[tuple[Any, Any]]:
@@ -113,10 +109,8 @@ def walk(batches: Pairs, epoch: int, model: nn.Module) -> Iterator[tuple[Any, An
         empty = False
         yield split(move(item), model)
     if empty:
-        raise ValueError(
-            f"Expected at least one batch in epoch {epoch}, got none: use a smaller batch size (a loader with "
-            "drop_last=True drops a set smaller than a batch), or pass a list if an iterator is used up."
-        )
+        told = f"Expected at least one batch in epoch {epoch}, got none: pass a list if an iterator is used up"
+        raise ValueError(f"{told}, or a smaller batch size where drop_last=True drops a set smaller than a batch.")
 
 
 def split(batch: Any, model: nn.Module) -> tuple[Any, Any]:
@@ -151,10 +145,8 @@ def split(batch: Any, model: nn.Module) -> tuple[Any, Any]:
         return {name: value for name, value in batch.items() if is_input or name != names[0]}, batch[names[0]]
     got = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
     held = f" with {' and '.join(names)}" if names else f" of {', '.join(batch)}" if isinstance(batch, Mapping) else ""
-    raise TypeError(
-        f"Expected each batch to be a pair (inputs, targets), got {got}{held}: give a model with several inputs "
-        f"(input, another, targets), or a dict in which one of {', '.join(_TARGETS)} is the targets."
-    )
+    told = f"Expected each batch to be a pair (inputs, targets), got {got}{held}: give several inputs as"
+    raise TypeError(f"{told} (input, another, targets), or in a dict with one of {', '.join(_TARGETS)} as the targets.")
 
 
 def _takes(model: nn.Module, name: str) -> bool:
@@ -246,6 +238,39 @@ def part(tree: Any, m: int) -> Any:
 def detach(tree: Any) -> Any:
     """Return `tree` with every tensor in it cut off from its graph."""
     return map_tensors(Tensor.detach, tree)
+
+
+def own_targets(targets: Any, outputs: Any, m: int, num_models: int, forms: TargetForms) -> Any:
+    """Return model m's targets, by the rule of a batch of M models: those for all, or its own out of [M, B, ...].
+
+    Args:
+        targets: nested tensors. outputs: what model m has returned for them.
+        forms: which of the two forms the targets of this run have.
+
+    Raises:
+        ValueError: the shapes fit neither form, or both.
+    """
+    return targets_at(targets, forms.of(targets, _shape(outputs, num_models), num_models), m)
+
+
+def loss_of_model(
+    loss_fn: Callable[..., Tensor], m: int, num_models: int, forms: TargetForms, settings: LossSettings | None = None
+) -> Callable[[Any, Any], Tensor]:
+    """Return `loss_fn` for the outputs of model m and the targets of all models; arguments as for `own_targets`."""
+    own = settings.of_model(m) if settings else {}
+
+    def loss(outputs: Any, targets: Any) -> Tensor:
+        if settings:
+            settings.check_outputs(_shape(outputs, num_models))
+        return loss_fn(outputs, own_targets(targets, outputs, m, num_models, forms), **own)
+
+    return loss
+
+
+def _shape(outputs: Any, num_models: int) -> torch.Size:
+    """Return the shape [M, B, ...] that M models' first outputs would have."""
+    first = first_tensor(outputs)
+    return torch.Size((num_models, *(() if first is None else first.shape)))
 
 
 def count_steps(batches: Any, walks: int) -> int | None:

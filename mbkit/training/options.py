@@ -43,11 +43,9 @@ class StepOptions:
     autocast: torch.dtype | None = None
     forms: TargetForms = field(init=False, repr=False)
 
-    def settings_of(self, num_models: int) -> LossSettings | None:
-        """Return the loss function's settings for M models, or None where there are none."""
-        if self.loss_settings is not None:
-            made = LossSettings.made_of(self.loss_settings, self.loss_fn, num_models)
-            object.__setattr__(self, "loss_settings", made)
+    def settings_of(self, num_models: int) -> LossSettings:
+        """Return the loss function's settings for M models."""
+        object.__setattr__(self, "loss_settings", LossSettings.made_of(self.loss_settings, self.loss_fn, num_models))
         return self.loss_settings
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..common.random_streams import global_state, set_global_state
+from ..common.random_streams import global_state, set_global_state, state_of
 from .loop import Pairs, count_steps
 
 _HOLDERS = ("sampler", "batch_sampler", "dataset", "transform", "transforms", "collate_fn")
+_GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 
 
 class PositionedBatches:
@@ -89,11 +90,9 @@ class PositionedBatches:
                 self._set_generators(to["before"])
             item = next(items, None)
             if item is None or (i == to["step"] and _digest(item) != to["last"]):
-                raise ValueError(
-                    f"Expected batch {i} of epoch {self.epoch} as in the saved run, got "
-                    f"{'no more batches' if item is None else 'other numbers'}: pass the same data, in an order that "
-                    "depends on nothing but seeds (a seed of Batches, or a DataLoader's generator)."
-                )
+                got = "no more batches" if item is None else "other numbers"
+                told = f"Expected batch {i} of epoch {self.epoch} as in the saved run, got {got}: pass the same data"
+                raise ValueError(f"{told}, in an order by seeds alone (of Batches, or a DataLoader's generator).")
         self._set_generators(to["now"])
         return items
 
@@ -114,32 +113,17 @@ class PositionedBatches:
         self._set_generators(state["now"])
 
     def _generators(self) -> dict[str, Any]:
-        own = {path: _ways(generator)[0](generator) for path, generator in _held(self.batches).items()}
+        own = {path: state_of(generator)[0]() for path, generator in _held(self.batches).items()}
         return {"own": own, **global_state()}
 
     def _set_generators(self, state: dict[str, Any]) -> None:
         held = _held(self.batches)
         if held.keys() != state["own"].keys():
-            raise ValueError(
-                f"Expected batches with the random generators {sorted(state['own'])}, as in the saved run, got "
-                f"{sorted(held)}: pass the same data."
-            )
+            told = f"Expected batches with the random generators {sorted(state['own'])}, as in the saved run"
+            raise ValueError(f"{told}, got {sorted(held)}: pass the same data.")
         set_global_state(state)
         for path, generator in held.items():
-            _ways(generator)[1](generator, state["own"][path])
-
-
-# How the state of each kind of generator is read, and how it is written.
-_KINDS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
-    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
-    random.Random: (random.Random.getstate, random.Random.setstate),
-    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
-    np.random.Generator: (lambda own: own.bit_generator.state, lambda own, to: setattr(own.bit_generator, "state", to)),
-}
-
-
-def _ways(generator: Any) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]]:
-    return next(ways for kind, ways in _KINDS.items() if isinstance(generator, kind))
+            state_of(generator)[1](state["own"][path])
 
 
 def _held(batches: Any) -> dict[str, Any]:
@@ -147,7 +131,7 @@ def _held(batches: Any) -> dict[str, Any]:
     owners, found, seen = [("", batches)], {}, set()
     for path, owner in owners:
         for name, value in getattr(owner, "__dict__", {}).items():
-            is_generator = isinstance(value, tuple(_KINDS))
+            is_generator = isinstance(value, _GENERATORS)
             if id(value) in seen or not (is_generator or name in _HOLDERS):
                 continue
             seen.add(id(value))

@@ -29,10 +29,8 @@ def whole_update() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise _AtOnce(
-            "The training was ended in the middle of an update, so the models may be half updated: go on from a "
-            "checkpoint (fit(..., checkpoint=folder) writes one), or build the models again."
-        ) from error
+        told = "The training was ended in the middle of an update, so the models may be half updated"
+        raise _AtOnce(f"{told}: go on from a checkpoint (see fit's), or build the models again.") from error
 
 
 class Recording:

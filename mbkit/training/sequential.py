@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from ..batch.clip import norm_limits
 from ..batch.loss_settings import LossSettings
-from ..batch.targets import TargetForms, targets_at
+from ..batch.targets import TargetForms
 from ..common.checks import check_seeds, list_of_models, per_model
 from ..common.objects import map_tensors
 from ..common.random_streams import OwnDraws, in_turn
 from ..vmap import autocast_off, autocast_to
 from .evaluation import batch_accuracy
 from .history import History, Step
-from .loop import Pairs, call, check_run, count_steps, detach, first_tensor, make_schedule, part, rounds
+from .loop import Pairs, call, check_run, count_steps, detach, loss_of_model, make_schedule, own_targets, part, rounds
 from .recorder import Recording, whole_update
 
 
@@ -82,7 +82,7 @@ def fit_alone(
     """
     models = lone_models(models)
     num_models = len(models)
-    check_run(batches, loss_fn, epochs, scheduler_every, walks=epochs)
+    check_run(batches, loss_fn, epochs, scheduler_every)
     configs = check_configs(configs, num_models)
     schedulers = per_model(scheduler, num_models, "schedulers")
     norms = [None] * num_models if max_norm is None else norm_limits(max_norm, num_models)
@@ -205,10 +205,8 @@ def check_configs(configs: Any, num_models: int) -> list[dict[str, Any]]:
     each = [configs] * num_models if isinstance(configs, Mapping) else configs
     each = list(each) if isinstance(each, Iterable) else [each]
     if not all(isinstance(config, Mapping) for config in each):
-        raise TypeError(
-            "Expected configs as a dict of the optimizer's arguments, or a list of one dict per model, "
-            f"got {configs!r}: pass e.g. {{'lr': 0.1}}."
-        )
+        told = f"Expected configs as a dict of the optimizer's arguments, or one per model, got {configs!r}"
+        raise TypeError(f"{told}: pass e.g. {{'lr': 0.1}}.")
     return [dict(config) for config in per_model(each, num_models, "configs")]
 
 
@@ -226,41 +224,6 @@ def lone_models(models: Any, may_share: bool = False) -> list[nn.Module]:
                 told = f"Expected parameters with numbers, got '{name}' of model {m} on the meta device"
                 raise ValueError(f"{told}: call model.to_empty(device='cpu') and initialise it.")
             if owners.setdefault(id(p), m) != m and not may_share:
-                raise ValueError(
-                    f"Expected {len(models)} models that share nothing, got '{name}' of model {m} in model "
-                    f"{owners[id(p)]}, too, so that it would be trained twice: pass copies, e.g. by copy.deepcopy."
-                )
+                told = f"Expected models that share nothing, got '{name}' of model {m} in model {owners[id(p)]}, too"
+                raise ValueError(f"{told}, so that it would be trained twice: pass copies, e.g. by copy.deepcopy.")
     return models
-
-
-def own_targets(targets: Any, outputs: Any, m: int, num_models: int, forms: TargetForms) -> Any:
-    """Return model m's targets, by the rule of a batch of M models: those for all, or its own out of [M, B, ...].
-
-    Args:
-        targets: nested tensors. outputs: what model m has returned for them.
-        forms: which of the two forms the targets of this run have.
-
-    Raises:
-        ValueError: the shapes fit neither form, or both.
-    """
-    return targets_at(targets, forms.of(targets, _shape(outputs, num_models), num_models), m)
-
-
-def loss_of_model(
-    loss_fn: Callable[..., Tensor], m: int, num_models: int, forms: TargetForms, settings: LossSettings | None = None
-) -> Callable[[Any, Any], Tensor]:
-    """Return `loss_fn` for the outputs of model m and the targets of all models; arguments as for `own_targets`."""
-    own = settings.of_model(m) if settings else {}
-
-    def loss(outputs: Any, targets: Any) -> Tensor:
-        if settings:
-            settings.check_outputs(_shape(outputs, num_models))
-        return loss_fn(outputs, own_targets(targets, outputs, m, num_models, forms), **own)
-
-    return loss
-
-
-def _shape(outputs: Any, num_models: int) -> torch.Size:
-    """Return the shape [M, B, ...] that M models' first outputs would have."""
-    first = first_tensor(outputs)
-    return torch.Size((num_models, *(() if first is None else first.shape)))

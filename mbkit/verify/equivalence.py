@@ -18,8 +18,8 @@ from ..batch.clip import norm_limits
 from ..batch.targets import TargetForms
 from ..common.checks import check_seeds
 from ..common.random_streams import in_turn
-from ..training.loop import check_run, part, walk
-from ..training.sequential import LoneTrainer, check_configs, fresh, lone_models, loss_of_model
+from ..training.loop import check_run, loss_of_model, part, walk
+from ..training.sequential import LoneTrainer, check_configs, fresh, lone_models
 from ..vmap import autocast_to
 from .measure import gap
 from .report import EquivalenceReport
@@ -139,7 +139,7 @@ def check_arguments(
     models = lone_models(models, may_share=True)
     if next(models[0].parameters(), None) is None:
         raise ValueError(f"Expected models with parameters, got {type(models[0]).__name__} without any.")
-    check_run(batches, loss_fn, steps, "epoch", walks=steps)
+    check_run(batches, loss_fn, steps, "epoch")
     return models, check_configs(configs, len(models)), check_seeds(seeds, len(models))
 
 

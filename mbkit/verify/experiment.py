@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.targets import TargetForms
-from ..training.loop import call, make_schedule, part
-from ..training.sequential import LoneTrainer, fresh, loss_of_model
+from ..training.loop import call, loss_of_model, make_schedule, part
+from ..training.sequential import LoneTrainer, fresh
 from .equivalence import Precision
 from .measure import apart, as_precision, few_examples, quiet, shared_memory
 from .report import Finding

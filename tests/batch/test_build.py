@@ -163,7 +163,7 @@ def test_what_factories_must_not_do() -> None:
     for seeds in (3, []):
         with pytest.raises(TypeError, match="Expected at least one seed"):
             ModelBatch.build(lambda: nn.Linear(3, 2), seeds)
-    with pytest.raises(ValueError, match="Expected seeds from 0"):
+    with pytest.raises(ValueError, match="Expected at least 0 as seed"):
         ModelBatch.build(lambda: nn.Linear(3, 2), [-1])
     with pytest.raises(ValueError, match="Expected a submodule's dotted path, got 'fc'"):
         ModelBatch.build(lambda: nn.Linear(3, 2), range(2), model_by_model=["fc"])

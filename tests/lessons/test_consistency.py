@@ -261,7 +261,7 @@ def test_other_optimizers_agree_too(optimizer):
         ({"epochs": 0}, ValueError, "at least 1 as epochs, got 0"),
         ({"epochs": 1.5}, TypeError, "a whole number as epochs, got 1.5"),
         ({"batch_size": 0}, ValueError, "as batch_size"),
-        ({"seed": -1}, ValueError, "seeds from 0"),
+        ({"seed": -1}, ValueError, "at least 0 as seed"),
         ({"dtype": torch.float16}, ValueError, "float32 or torch.float64"),
         ({"optimizer": "adam"}, ValueError, "Did you mean 'Adam'"),
         ({"optimizer": "LBFGS"}, ValueError, "dense gradients"),
