@@ -126,11 +126,9 @@ def _call(
     for path, reason in reasons.items():
         kind = f" ({type(before.modules[path]).__name__})" if path in before.modules else ""
         where = f"'{path}'{kind}" if path else "The whole model"
-        warnings.warn(
-            f"{where} runs model by model: exact, but no faster than alone, since torch.vmap cannot run it ({reason}). "
-            f"ModelBatch(..., model_by_model=[{path!r}]) says so beforehand, without this warning.",
-            stacklevel=depth_of_user(),
-        )
+        told = f"{where} runs model by model: exact, but no faster than alone, since torch.vmap cannot run it"
+        told += f" ({reason}). ModelBatch(..., model_by_model=[{path!r}]) says so beforehand, without this warning."
+        warnings.warn(told, stacklevel=depth_of_user())
     return output
 
 

@@ -49,8 +49,6 @@ def warn_of_norms(optimizer: Any, num_models: int) -> None:
         return
     _told.add(optimizer)
     name = type(optimizer).__name__
-    warnings.warn(
-        f"{name} takes norms or means over whole tensors, and the batch's are [{num_models}, ...]: it mixes the "
-        f"models. OptimizerFactory({name}).create_optimizer(batch, ...) trains each as alone.",
-        stacklevel=depth_of_user(),
-    )
+    told = f"{name} takes norms or means over whole tensors, and the batch's are [{num_models}, ...]: it mixes the"
+    told += f" models. OptimizerFactory({name}).create_optimizer(batch, ...) trains each as alone."
+    warnings.warn(told, stacklevel=depth_of_user())

@@ -89,12 +89,9 @@ class ModelGroups(list):
     def __len__(self) -> int:
         reader = sys._getframe(1)
         if self._num_models > 1 and isinstance(reader.f_locals.get("self"), ReduceLROnPlateau):
-            warnings.warn(
-                f"ReduceLROnPlateau gets one number and lowers the rates of all {self._num_models} models together. "
-                "OptimizerFactory.create_lr_scheduler(optimizer, ReduceLROnPlateau, {...}) makes one for each, and its "
-                "step(losses) takes the M losses.",
-                stacklevel=3,
-            )
+            told = f"ReduceLROnPlateau gets one number and lowers the rates of all {self._num_models} models together."
+            told += " OptimizerFactory.create_lr_scheduler(optimizer, ReduceLROnPlateau, {...}) makes one for each"
+            warnings.warn(f"{told}, and its step(losses) takes the M losses.", stacklevel=3)
         return super().__len__()
 
 

@@ -38,11 +38,9 @@ def check_trains(optimizer: Any, batch: nn.Module) -> None:
             return
         warn_of_norms(optimizer, batch.num_models)
         if not all(group["params"] for group in groups):
-            warnings.warn(
-                f"{name} has a group without parameters. If they were chosen by their dimensions: the batch's have one "
-                f"more, M. {create}groups=[{{'params': lambda name, p: p.ndim < 2, ...}}, ...]) shows them as alone.",
-                stacklevel=depth_of_user(),
-            )
+            told = f"{name} has a group without parameters. If chosen by their dimensions: the batch's have one more"
+            told += f", M. {create}groups=[{{'params': lambda name, p: p.ndim < 2, ...}}, ...]) shows them as alone."
+            warnings.warn(told, stacklevel=depth_of_user())
         if isinstance(optimizer, torch.optim.Optimizer):
             _look_for_noise(optimizer, create)
         return
@@ -60,11 +58,8 @@ def _look_for_noise(optimizer: torch.optim.Optimizer, create: str) -> None:
         for handle in handles:
             handle.remove()
         if not all(map(torch.equal, state, random_state())):
-            warnings.warn(
-                f"{type(optimizer).__name__} draws random numbers for all models at once, so none has those that it "
-                f"has alone. {create}...) draws from each model's own stream.",
-                stacklevel=2,
-            )
+            told = f"{type(optimizer).__name__} draws random numbers for all models at once, so none has its own."
+            warnings.warn(f"{told} {create}...) draws from each model's stream.", stacklevel=2)
 
     states: list[list[torch.Tensor]] = []
     before = optimizer.register_step_pre_hook(lambda *_: states.append(random_state()))

@@ -83,7 +83,8 @@ def run_batch(job: Job) -> dict[str, list[float]]:
                 _train(job, size)
             except (MemoryError, RuntimeError) as error:
                 largest = size if isinstance(size, int) else len(job.trials)
-                if largest < 2 or not _is_out_of_memory(error):
+                full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+                if largest < 2 or not full:
                     raise
                 size = (largest + 1) // 2
     return read_result(job)
@@ -261,8 +262,3 @@ def own_process(task: Task) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
         set_global_state(generators)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    said = str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said

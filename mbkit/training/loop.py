@@ -141,19 +141,14 @@ def split(batch: Any, model: nn.Module) -> tuple[Any, Any]:
     if len(names) == 1 and not isinstance(batch, Mapping):
         return batch, getattr(batch, names[0])
     if len(names) == 1:
-        is_input = _takes(model, names[0])
+        forward = (context_of(model).template if hasattr(model, "stacked_params") else model).forward
+        taken = inspect.signature(forward).parameters
+        is_input = names[0] in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
         return {name: value for name, value in batch.items() if is_input or name != names[0]}, batch[names[0]]
     got = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
     held = f" with {' and '.join(names)}" if names else f" of {', '.join(batch)}" if isinstance(batch, Mapping) else ""
     told = f"Expected each batch to be a pair (inputs, targets), got {got}{held}: give several inputs as"
     raise TypeError(f"{told} (input, another, targets), or in a dict with one of {', '.join(_TARGETS)} as the targets.")
-
-
-def _takes(model: nn.Module, name: str) -> bool:
-    """Say whether a model's forward takes an argument of this name."""
-    forward = (context_of(model).template if hasattr(model, "stacked_params") else model).forward
-    parameters = inspect.signature(forward).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def rounds(
