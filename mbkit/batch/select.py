@@ -152,6 +152,12 @@ def _memo(context: CallContext, rows: list[int]) -> dict[int, Any]:
     return memo
 
 
+def has_gradient(param: nn.Parameter, num_models: int) -> list[bool]:
+    """Say for each model whether it has a gradient for a parameter."""
+    models = None if param.grad is None else models_with_gradient(param.grad, num_models)
+    return [param.grad is not None] * num_models if models is None else models.tolist()
+
+
 def _carry_over(context: CallContext, sources: list[tuple[CallContext, list[int]]]) -> None:
     """Give models what they have beside tensors and attributes: streams, gradients, latest losses, whether frozen.
 
@@ -179,9 +185,8 @@ def _carry_over(context: CallContext, sources: list[tuple[CallContext, list[int]
         present: list[bool] = []
         for old, (source, rows) in zip(olds, sources, strict=True):
             whole = torch.zeros_like(old) if old.grad is None else old.grad
-            known = models_with_gradient(whole, source.num_models)
-            everyone = torch.full((source.num_models,), old.grad is not None)
-            present += (everyone if known is None else known)[rows].tolist()
+            has = has_gradient(old, source.num_models)
+            present += [has[m] for m in rows]
             grads += [whole.detach()[m] for m in rows]
         if any(present):
             new.grad = stack_alike(grads)

@@ -12,11 +12,12 @@ from queue import SimpleQueue
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..batch.context import context_of
 from ..batch.freeze import rows_where
-from ..vmap import models_with_gradient, note_models_with_gradient
+from ..batch.select import has_gradient
+from ..vmap import note_models_with_gradient
 
 _NEVER = object()  # in place of a loss
 
@@ -169,12 +170,6 @@ class _SumOfLosses:
 
     __float__ = __bool__ = __add__ = __sub__ = __mul__ = __truediv__ = __radd__ = __rsub__ = __rmul__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __abs__ = __getattr__ = __torch_function__ = _refuse
-
-
-def has_gradient(param: nn.Parameter, num_models: int) -> list[bool]:
-    """Say for each model whether it has a gradient for a parameter."""
-    models = None if param.grad is None else models_with_gradient(param.grad, num_models)
-    return [param.grad is not None] * num_models if models is None else models.tolist()
 
 
 def _gathered(results: list[Any]) -> Any:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..batch.context import context_of
+from ..batch.select import has_gradient
 from .at_once import form_of, image_of, step_at_once
 from .base import BatchOptimizer
 from .groups import Configs, Names, construct, parameters_of
 from .hyperparameters import ModelGroup, ModelGroups, OptimizerClass
-from .lone_calls import CanCallEach, has_gradient, place_of
+from .lone_calls import CanCallEach, place_of
 
 _FEW = 3  # models that are as fast in turn
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..common.files import write_tree
 from ..common.random_streams import global_state, set_global_state
 from ..optim import OptimizerFactory
 from ..training import PositionedBatches, evaluate, train_steps
-from ..training.loop import arguments, walk
+from ..training.loop import call, walk
 from .configs import Parts, build_model, seed_all
 from .folder import batch_file, read_batch
 
@@ -236,8 +237,7 @@ def _scores(task: Task, batch: Any, valid: Any, shared: bool, settings: Any, los
         elif task.score == "loss":
             total, count, own = 0, 0, {"loss_settings": settings, "shared_targets": None if shared else False}
             for x, y in walk(valid, 0, batch):
-                args, kwargs = arguments(x)
-                outputs = batch(*args, shared_input=shared, **kwargs)
+                outputs = call(partial(batch, shared_input=shared), x)
                 each = batch.compute_loss(outputs, y, task.loss_fn, "none", **own)
                 size = y.shape[0 if shared else 1] if isinstance(y, Tensor) else 1
                 total, count = total - each.double() * size, count + size

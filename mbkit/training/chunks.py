@@ -28,7 +28,7 @@ from ..common.machine import free_memory
 from ..vmap import HOOKS, Absent, SharedObjects, State, copy_module, has_grad_hooks, keep_hooks, new_hooks
 from .backward import backward_pass, is_main_thread
 from .gather import Gradients, join_outputs, keep_state
-from .loop import arguments, call, detach, first_tensor, loss_of_model
+from .loop import arguments, call, detach, first_tensor
 from .options import StepOptions
 from .saved_bytes import MadeBytes, saved_bytes
 
@@ -130,9 +130,9 @@ class Chunks:
 
     def _one_by_one(self, x: Any, y: Any, options: StepOptions, gradients: Gradients) -> tuple[Tensor, Any]:
         """Make each model's forward and backward pass in plain PyTorch, in its turn, with its own random numbers."""
-        context, settings, loss_fn = context_of(self.batch), options.settings_of(self.num_models), options.loss_fn
-        kept = kept_by(context, loss_fn)
-        context.streams.meet(loss_code(loss_fn))
+        context = context_of(self.batch)
+        kept = kept_by(context, options.loss_fn)
+        context.streams.meet(loss_code(options.loss_fn))
 
         def step(m: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Any]:
             parameters = list(module.parameters())
@@ -140,7 +140,7 @@ class Chunks:
             args, kwargs = tree_map_only(Tensor, _apart, (args, kwargs))
             out = module(*args, **kwargs)
             check_output(out, module)
-            loss = one_number(loss_of_model(loss_fn, m, self.num_models, options.forms, settings)(out, y))
+            loss = one_number(options.loss_of_model(m, self.num_models)(out, y))
             kept.refuse_trained(loss, out)
             backward_pass(loss, is_shared=False)
             gradients.take(parameters, slice(m, m + 1))

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..batch.context import CallContext
+from ..batch.select import has_gradient
 from ..common.checks import cut
 from ..common.objects import flatten, unflatten
-from ..vmap import BatchingError, PerModel, PerModelValue, models_with_gradient, note_models_with_gradient, write_state
+from ..vmap import BatchingError, PerModel, PerModelValue, note_models_with_gradient, write_state
 
 
 def join_outputs(parts: list[tuple[Any, int]]) -> Any:
@@ -77,8 +78,7 @@ class Gradients:
             found = self._found.setdefault(whole, [[False] * models.start])
             if size < self._num_models:
                 whole.grad[models] = own.grad
-            reached = models_with_gradient(own.grad, size)
-            found.append([True] * size if reached is None else reached.tolist())
+            found.append(has_gradient(own, size))
             own.grad = None
 
     def drop(self) -> None:

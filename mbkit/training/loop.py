@@ -12,7 +12,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_map
 
 from ..batch.context import context_of
-from ..batch.loss_settings import LossSettings
 from ..batch.targets import TargetForms, targets_at
 from ..common.checks import open_mappings, whole_number
 from ..common.objects import map_tensors, tensors_of
@@ -245,24 +244,10 @@ def own_targets(targets: Any, outputs: Any, m: int, num_models: int, forms: Targ
     Raises:
         ValueError: the shapes fit neither form, or both.
     """
-    return targets_at(targets, forms.of(targets, _shape(outputs, num_models), num_models), m)
+    return targets_at(targets, forms.of(targets, stacked_shape(outputs, num_models), num_models), m)
 
 
-def loss_of_model(
-    loss_fn: Callable[..., Tensor], m: int, num_models: int, forms: TargetForms, settings: LossSettings | None = None
-) -> Callable[[Any, Any], Tensor]:
-    """Return `loss_fn` for the outputs of model m and the targets of all models; arguments as for `own_targets`."""
-    own = settings.of_model(m) if settings else {}
-
-    def loss(outputs: Any, targets: Any) -> Tensor:
-        if settings:
-            settings.check_outputs(_shape(outputs, num_models))
-        return loss_fn(outputs, own_targets(targets, outputs, m, num_models, forms), **own)
-
-    return loss
-
-
-def _shape(outputs: Any, num_models: int) -> torch.Size:
+def stacked_shape(outputs: Any, num_models: int) -> torch.Size:
     """Return the shape [M, B, ...] that M models' first outputs would have."""
     first = first_tensor(outputs)
     return torch.Size((num_models, *(() if first is None else first.shape)))

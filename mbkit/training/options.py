@@ -13,6 +13,7 @@ from ..batch.loss_settings import LossSettings
 from ..batch.targets import TargetForms
 from ..common.checks import flag, whole_number
 from ..vmap import check_autocast
+from .loop import own_targets, stacked_shape
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,17 @@ class StepOptions:
         """Return the loss function's settings for M models."""
         object.__setattr__(self, "loss_settings", LossSettings.made_of(self.loss_settings, self.loss_fn, num_models))
         return self.loss_settings
+
+    def loss_of_model(self, m: int, num_models: int) -> Callable[[Any, Any], Tensor]:
+        """Return the loss function for the outputs of one of M models and the targets of all."""
+        settings = self.settings_of(num_models)
+        own = settings.of_model(m)
+
+        def loss(outputs: Any, targets: Any) -> Tensor:
+            settings.check_outputs(stacked_shape(outputs, num_models))
+            return self.loss_fn(outputs, own_targets(targets, outputs, m, num_models, self.forms), **own)
+
+        return loss
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "forms", TargetForms.made_of(self.shared_targets))

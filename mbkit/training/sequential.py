@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.clip import norm_limits
-from ..batch.loss_settings import LossSettings
-from ..batch.targets import TargetForms
 from ..common.checks import check_seeds, list_of_models, per_model
 from ..common.objects import map_tensors
 from ..common.random_streams import OwnDraws, in_turn
 from ..vmap import autocast_off, autocast_to
 from .evaluation import batch_accuracy
 from .history import History, Step
-from .loop import Pairs, call, check_run, count_steps, detach, loss_of_model, make_schedule, own_targets, part, rounds
+from .loop import Pairs, call, check_run, count_steps, detach, make_schedule, own_targets, part, rounds
+from .options import StepOptions
 from .recorder import Recording, whole_update
 
 
@@ -89,9 +88,8 @@ def fit_alone(
     seeds = check_seeds(seeds, num_models)
     each = zip(models, seeds, configs, norms, schedulers, strict=True)
     lones = [LoneTrainer(model, seed, optimizer_cls, *rest) for model, seed, *rest in each]
-    forms = TargetForms(shared_targets)
-    settings = LossSettings(loss_settings, loss_fn, num_models)
-    losses = [loss_of_model(loss_fn, m, num_models, forms, settings) for m in range(num_models)]
+    options = StepOptions(loss_fn, shared_targets=shared_targets, loss_settings=loss_settings)
+    losses = [options.loss_of_model(m, num_models) for m in range(num_models)]
     total, precision = count_steps(batches, epochs * num_models), autocast_to(autocast, models[0])
     with Recording(num_models, total, alone=True, progress=progress) as run:
         going = list(range(num_models))
@@ -109,7 +107,7 @@ def fit_alone(
                     seconds = time.perf_counter() - start
                 if lone.schedule and due:
                     lone.schedule.step()
-                y = own_targets(y, outputs, m, num_models, forms)
+                y = own_targets(y, outputs, m, num_models, options.forms)
                 accuracy = batch_accuracy(outputs.unsqueeze(0), y) if isinstance(outputs, Tensor) else None
                 if not run.keep(Step(index, epoch, loss.reshape(1), accuracy, seconds, m), callback):
                     going.remove(m)

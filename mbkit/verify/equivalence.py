@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..batch.clip import norm_limits
-from ..batch.targets import TargetForms
 from ..common.checks import check_seeds
 from ..common.random_streams import in_turn
-from ..training.loop import check_run, loss_of_model, part, walk
+from ..training.loop import check_run, part, walk
+from ..training.options import StepOptions
 from ..training.sequential import LoneTrainer, check_configs, fresh, lone_models
 from ..vmap import autocast_to
 from .measure import gap
@@ -98,8 +98,8 @@ def compare(
         pairs = zip(endless(batches, models[0]), endless(subject.walk(batches), models[0]), strict=False)
     settings = zip(models, seeds, configs, norms, strict=True)
     crowd = [_Crowd(model, seed, optimizer_cls, config, norm, scheduler) for model, seed, config, norm in settings]
-    forms, rows = TargetForms(shared_targets), []
-    loss_fns = [loss_of_model(loss_fn, m, num_models, forms) for m in range(num_models)]
+    options, rows = StepOptions(loss_fn, shared_targets=shared_targets), []
+    loss_fns = [options.loss_of_model(m, num_models) for m in range(num_models)]
     for pair, fed in itertools.islice(pairs, steps):
         with autocast_to(autocast, models[0]):
             for m in in_turn(range(-1, num_models)):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batch.targets import TargetForms
-from ..training.loop import call, loss_of_model, make_schedule, part
+from ..training.loop import call, make_schedule, part
+from ..training.options import StepOptions
 from ..training.sequential import LoneTrainer, fresh
 from .equivalence import Precision
 from .measure import apart, as_precision, few_examples, quiet, shared_memory
@@ -75,8 +75,8 @@ class Case:
         self.models, self.configs = [as_precision(model, dtype) for model in models], [dict(c) for c in configs]
         self.data = [few_examples(pair, 0 if recipe.shared_input else 1, dtype) for pair in data]
         self.names, self.num_models = [name for name, _ in self.models[0].named_parameters()], len(self.models)
-        forms = TargetForms(recipe.shared_targets)
-        self.loss_fns = [loss_of_model(loss_fn, m, self.num_models, forms) for m in range(self.num_models)]
+        options = StepOptions(loss_fn, shared_targets=recipe.shared_targets)
+        self.loss_fns = [options.loss_of_model(m, self.num_models) for m in range(self.num_models)]
         self.quiet = [quiet(model) for model in self.models]
         self.settings = [self._lone_optimizer(config).param_groups[0] for config in self.configs]
         # Weight decay makes gradients and states depend on parameters: it would carry one fault into another's test.
