@@ -115,10 +115,6 @@ def _in_dims(
 ) -> list[int | None]:
     """Return for each tensor of outputs, targets and settings 0, where it has a row for each model, or None.
 
-    Args:
-        outputs: the leaves of what the batch returned.
-        targets, forms, settings, num_models: of the loss.
-
     Raises:
         TypeError, ValueError: outputs that are not made of tensors, or not of M models'.
     """

@@ -105,9 +105,8 @@ def _call(context: CallContext, name: str, /, *inputs: Any, shared_input: bool |
     shared = context.shared_input if shared_input is None else flag(shared_input, "shared_input")
     if shared and shared_input is None:
         for tensor in tree_leaves((inputs, kwargs)):
-            if not isinstance(tensor, Tensor) or tensor.dim() == 0 or len(tensor) != num_models:
-                continue
-            if tensor.grad_fn is not None or any(tensor is known() for known in context.returned):
+            stacked = isinstance(tensor, Tensor) and tensor.dim() > 0 and len(tensor) == num_models
+            if stacked and (tensor.grad_fn is not None or any(tensor is known() for known in context.returned)):
                 told = f"'{name}' gets an input {list(tensor.shape)} that seems computed for all {num_models} models"
                 raise ValueError(f"{told}: pass shared_input=False if each is to get its own slice, else True.")
     context.streams.meet(name)

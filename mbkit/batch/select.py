@@ -159,11 +159,9 @@ def has_gradient(param: nn.Parameter, num_models: int) -> list[bool]:
 
 
 def _carry_over(context: CallContext, sources: list[tuple[CallContext, list[int]]]) -> None:
-    """Give models what they have beside tensors and attributes: streams, gradients, latest losses, whether frozen.
+    """Give models what they have, beside tensors and attributes, in their `sources`: contexts, and the numbers there.
 
-    Args:
-        context: the new models.
-        sources: where they come from, and their numbers there.
+    These are streams, gradients, the latest losses, and whether they are frozen.
     """
     origins = [(old, m) for old, rows in sources for m in rows]
     streams = context.streams = Streams([old.streams.seeds[m] for old, m in origins])

@@ -106,13 +106,8 @@ class Stacks:
 class _Stack:
     """M tensors, each with the strides that it has alone, copied into one as they come; see `stack_alike`.
 
-    Args:
-        first: model 0's.
-        num_models: M.
-        plain: whether it is a plain attribute.
-
     Attributes:
-        table: the tensor, as long as all models have the very same in a plain attribute.
+        plain: whether it is a plain attribute. table: the tensor, as long as all models have the very same in it.
     """
 
     def __init__(self, first: Tensor, num_models: int, plain: bool) -> None:

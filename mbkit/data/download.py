@@ -20,14 +20,7 @@ _PIECE = 1 << 20  # bytes; what one step of the progress bar stands for
 
 
 def fetch_archive(
-    url: str,
-    md5: str,
-    target: Path,
-    members: Mapping[str, int],
-    *,
-    size: int,
-    advice: str = "",
-    patience: float = 10.0,
+    url: str, md5: str, target: Path, members: Mapping[str, int], *, size: int, advice: str, patience: float = 10.0
 ) -> None:
     """Download a .tar.gz, check it, and put its files into `target` in one move.
 

@@ -113,11 +113,7 @@ class Columns:
     """
 
     def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        names: Iterable[str],
-        common: Iterable[str] = (),
-        with_none: Iterable[str] = (),
+        self, groups: Iterable[dict[str, Any]], names: Iterable[str], common: Iterable[str], with_none: Iterable[str]
     ) -> None:
         self.names, self._common, self._with_none = tuple(names), tuple(common), tuple(with_none)
         self.changed = {*self.names, "fused"}

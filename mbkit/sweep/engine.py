@@ -207,14 +207,9 @@ def _promoted(
     reduction_factor: int | None,
     patience: int | None,
 ) -> list[int]:
-    """Return the trials that go on to the next rung, by successive halving of whole rungs, and patience.
+    """Return the trials out of `going` that go on to the next rung, by successive halving of whole rungs and patience.
 
-    It depends on scores only, never on a clock.
-
-    Args:
-        trials: of the sweep. going: the numbers of those that came to this rung.
-        labels: of all trials; those of one label stand and fall by the mean of their scores.
-        reduction_factor, patience: as `sweep` has them.
+    It depends on scores only, never on a clock; trials of one label stand and fall by the mean of their scores.
     """
     means = group_scores((trials[t] for t in going), labels)
     names = list(means)

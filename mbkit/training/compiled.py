@@ -157,12 +157,7 @@ def _form(tensor: Tensor) -> tuple:
 
 
 class _Program:
-    """One graph, compiled, with what it takes to call it.
-
-    Args:
-        step: says what is trained by what.
-        leaves, spec: inputs and targets, flattened.
-    """
+    """One graph, compiled for inputs and targets like these `leaves`, flattened, with what it takes to call it."""
 
     def __init__(self, step: CompiledStep, leaves: list, spec: Any) -> None:
         self._step, self._leaves, self._spec = step, leaves, spec

@@ -235,7 +235,7 @@ def test_rules_never_read_a_value_in_python(cls: type) -> None:
 
 def test_a_rate_that_is_written_anew_lies_where_it_lay():
     """A step that was recorded on a GPU reads it there."""
-    columns = Columns([{"lr": 0.1}, {"lr": 0.2}], ["lr"])
+    columns = Columns([{"lr": 0.1}, {"lr": 0.2}], ["lr"], (), ())
     columns.refresh()
     param = torch.zeros(2, 3)
     place = columns.at([param])["lr"].data_ptr()
