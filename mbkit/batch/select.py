@@ -170,10 +170,7 @@ def _carry_over(context: CallContext, sources: list[tuple[CallContext, list[int]
         for device, state in states[id(old)].items():
             streams.on(device)[row].set_state(state[m].cpu().clone())
     streams.from_python = any(old.streams.from_python for old, _ in sources) or None
-    masks = [
-        torch.zeros(len(rows), dtype=torch.bool) if old.frozen is None else old.frozen.cpu()[rows]
-        for old, rows in sources
-    ]
+    masks = [torch.zeros(len(rows)).bool() if old.frozen is None else old.frozen.cpu()[rows] for old, rows in sources]
     context.frozen = torch.cat(masks) if any(mask.any() for mask in masks) else None
     losses = [old.latest_losses[rows] for old, rows in sources if old.latest_losses is not None]
     context.latest_losses = torch.cat(losses) if len(losses) == len(sources) else None

@@ -75,13 +75,7 @@ def save_run(
 
 
 def load_run(
-    folder: str | Path,
-    batch: Any,
-    optimizer: Any,
-    *,
-    scheduler: Any = None,
-    scaler: Any = None,
-    batches: Any = None,
+    folder: str | Path, batch: Any, optimizer: Any, *, scheduler: Any = None, scaler: Any = None, batches: Any = None
 ) -> Any:
     """Restore what `save_run` saved, to the same bits, into a batch, optimizer and so on that were made the same way.
 

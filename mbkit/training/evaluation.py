@@ -34,9 +34,8 @@ def count_correct(outputs: Any, targets: Any) -> tuple[Tensor, Tensor] | None:
     """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or outputs.ndim < 3:
         return None
-    if not outputs.is_floating_point() or targets.is_floating_point() or targets.is_complex():
-        return None
-    if targets.dtype == torch.bool:
+    are_labels = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    if not are_labels or not outputs.is_floating_point():
         return None
     each = targets.shape[:1] == outputs.shape[:1] and targets.ndim == outputs.ndim - 1  # [M, B, ...]
     labels = targets if each else targets.unsqueeze(0)

@@ -64,21 +64,16 @@ class Gradients:
         """Move the gradients of the parameters of a part of the models, which follows the one before."""
         size = models.stop - models.start
         for whole, own in zip(self._parameters, parameters, strict=True):
-            found = self._found.get(whole)
-            if own.grad is None:
-                if found is not None:
-                    whole.grad[models] = 0
-                    found.append([False] * size)
+            if own.grad is None and whole not in self._found:
                 continue
             if size == self._num_models:
                 whole.grad = own.grad.reshape(whole.shape)
-            elif found is None:
-                whole.grad = torch.empty_like(whole)
-                whole.grad[: models.start] = 0
-            found = self._found.setdefault(whole, [[False] * models.start])
-            if size < self._num_models:
-                whole.grad[models] = own.grad
-            found.append(has_gradient(own, size))
+            else:
+                if whole not in self._found:
+                    whole.grad = torch.empty_like(whole)
+                    whole.grad[: models.start] = 0
+                whole.grad[models] = 0 if own.grad is None else own.grad
+            self._found.setdefault(whole, [[False] * models.start]).append(has_gradient(own, size))
             own.grad = None
 
     def drop(self) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..common.checks import memory_of
+
 FEW = 16  # examples in an experiment's batch: a fault does not hide from them, and they are quick
 
 
@@ -84,7 +86,8 @@ def shared_memory(values: Iterable[Mapping[str, Tensor]]) -> list[tuple[str, int
         >>> shared_memory([{"a": whole[:2]}, {"a": whole[1:]}])
         [('a', 0, 1)]
     """
-    every = [(m, name, t) for m, own in enumerate(values) for name, t in own.items() if t.layout is torch.strided]
+    named = ((m, *item) for m, own in enumerate(values) for item in own.items())
+    every = [(m, name, t) for m, name, t in named if t.layout is torch.strided and t.numel()]
     if not every:
         return []
     addresses = torch.cat([_addresses(t) for *_, t in every])
@@ -97,10 +100,8 @@ def shared_memory(values: Iterable[Mapping[str, Tensor]]) -> list[tuple[str, int
 
 def _addresses(tensor: Tensor) -> Tensor:
     """Return the address of each number, on the CPU."""
-    places = torch.zeros(tensor.shape, dtype=torch.int64)
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        places += (torch.arange(size) * stride).view(-1, *[1] * (tensor.dim() - dim - 1))
-    return places.flatten() * tensor.element_size() + tensor.data_ptr()
+    every = torch.arange(*memory_of(tensor), tensor.element_size())
+    return every.as_strided(tensor.shape, tensor.stride()).flatten()
 
 
 def quiet(model: nn.Module) -> nn.Module:
