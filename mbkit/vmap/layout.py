@@ -83,9 +83,14 @@ def refuse_layout(mode: Pass, reason: str) -> NoReturn:
 
 def storage_of(tensor: Tensor) -> StorageWeakRef:
     """Return what stands for the storage of a tensor, perhaps as one model sees it, without keeping its memory."""
+    return StorageWeakRef(whole_of(tensor).untyped_storage())
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """Return the tensor of all models that what one model sees is a view of, as it was made."""
     while functorch.is_batchedtensor(tensor) or functorch.is_gradtrackingtensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
-    return StorageWeakRef(tensor.untyped_storage())
+    return tensor if tensor._base is None else tensor._base
 
 
 def keeps_order(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import has_gaps, is_folded, keeps_order, refuse_layout, row_alone, storage_of
+from ..layout import has_gaps, is_folded, keeps_order, refuse_layout, row_alone, storage_of, whole_of
 from ..registry import Pass, rule
 from ..unwrap import call_unwrapped
 
@@ -30,9 +30,14 @@ def _reshape(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     copy = call_unwrapped(mode, run, [x]) if mode.folded and x.dim() == 4 and operator in _FLAT else NotImplemented
     out = operator(x if copy is NotImplemented else copy, *rest, **kwargs)
     storages = {storage_of(x), storage_of(out)}
-    if len(storages) > 1 and out.dtype == x.dtype and (mode.folded or keeps_order(x)):
+    if len(storages) > 1 and out.dtype == x.dtype and (mode.folded or _keeps_order_alone(mode, x)):
         mode.copies |= storages
     return out
+
+
+def _keeps_order_alone(mode: Pass, x: Tensor) -> bool:
+    """Say whether a tensor may lie in its order alone; of what a broadcast has made, nobody knows."""
+    return keeps_order(x) or not (keeps_order(whole_of(x)) or mode.channels_last)
 
 
 @rule(torch.as_strided, Tensor.as_strided, Tensor.stride, Tensor.is_contiguous)
