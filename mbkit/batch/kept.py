@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..common.functions import at_hand
 from ..vmap import BatchingError, PerModel, as_one_model_sees, as_stacked, graph_nodes, show_gradient, tensors_in
 from .context import CallContext
 from .kept_parts import MARK, marked, together
-from .python_values import Place, PythonValues, read, same, unchanged, write
+from .python_values import Place, PythonValues, Snapshot, read
 
 _CODE = (type, FunctionType)
 _FIXED = (type, ModuleType, FunctionType, property, staticmethod, classmethod)
@@ -67,19 +66,16 @@ class Kept:
         self._values = PythonValues([*code, ("loss_fn", self.loss_fn)], names=self.methods, most=_MOST)
         self._places = list(filter(_may_change, self._values.places))
         self._caches = [cached for _, cached in self._values.caches]
+        self._latest: Snapshot | None = None  # which has held since a call began
 
-    def _read(self) -> list[Any]:
-        return [read(place) for place in self._places]
-
-    def _write(self, contents: list[Any]) -> None:
-        for place, wanted in zip(self._places, contents, strict=True):
-            if not unchanged(place, wanted):
-                write(place, wanted)
+    def _look(self) -> Snapshot:
+        if self._latest is None or not self._latest.holds:
+            self._latest = Snapshot(self._places)
+        return self._latest
 
     def has_rows(self) -> bool:
         """Say whether something is kept for each model."""
-        kept = (leaf for leaf in tree_leaves(self._read()) if isinstance(leaf, (Tensor, PerModel)))
-        return any(isinstance(leaf, PerModel) or hasattr(leaf, MARK) for leaf in kept)
+        return _has_rows(self._look())
 
     def has(self, keeper: Any) -> bool:
         """Say whether a list, dict or set, or an attribute of an object, is one of the places."""
@@ -110,7 +106,8 @@ class Kept:
 
     @contextmanager
     def _under_vmap(self) -> Iterator[None]:
-        before = self._read()
+        before = self._look()
+        has_rows = _has_rows(before)
         misses = [cache.cache_info().misses for cache in self._caches]
         known: dict[int, tuple[Tensor, Tensor]] = {}  # what a model sees of a tensor, and the tensor
 
@@ -132,23 +129,26 @@ class Kept:
                 return whole[0].clone()
             return marked(whole)
 
-        self._write([mapped(contents, wrap) for contents in before])
+        if has_rows:
+            before.put([mapped(contents, wrap) for contents in before.contents])
         try:
             yield
         except BaseException:
-            self._write(before)
+            before.put(before.contents)
             raise
         finally:
             for cache, count in zip(self._caches, misses, strict=True):
                 if cache.cache_info().misses != count:
                     cache.cache_clear()  # it has got tensors of this call, of no use after it
+        if not has_rows and before.holds:
+            return
         # A dict may be a cache of tables that others use as well, so what is the same for all models stays as alone.
         after = [
             mapped(contents, partial(unwrap, once=isinstance(place.owner, dict)))
-            for place, contents in zip(self._places, self._read(), strict=True)
+            for place, contents in zip(self._places, map(read, self._places), strict=True)
         ]
-        self._write(after)
-        self._renew_if(not all(map(same, before, after)))
+        before.put(after)
+        self._renew_if(not before.holds)
 
     @contextmanager
     def left_alone(self) -> Iterator[None]:
@@ -157,9 +157,9 @@ class Kept:
         Raises:
             BatchingError: the calls, or hooks, have kept something there: M times, and not each model for itself.
         """
-        before = self._read()
+        before = self._look()
         yield
-        if not all(map(same, before, self._read())):
+        if not before.holds:
             raise BatchingError("what it keeps outside of the model is read by forward or the loss as well")
 
     @contextmanager
@@ -171,7 +171,7 @@ class Kept:
         if not self._places:
             yield lambda models: nullcontext()
             return
-        start, self._inside = self._read(), self._inside + 1
+        start, self._inside = self._look(), self._inside + 1
         parts: list[int | slice] = []
         ends: list[list[Any]] = []
         sources: dict[int, tuple[Tensor, Tensor]] = {}  # what a part had of a tensor, and the tensor
@@ -197,24 +197,26 @@ class Kept:
                 source = sources[id(leaf)][1] if id(leaf) in sources else leaf
                 return source if source is not leaf and torch.equal(*memo[id(source)]) else leaf
 
-            self._write([mapped(contents, give) for contents in start])
+            all_share = not any(isinstance(leaf, PerModel) or not self._is_steady(leaf) for leaf in start.leaves)
+            start.put(start.contents if all_share else [mapped(contents, give) for contents in start.contents])
             yield
             parts.append(models)
-            ends.append([mapped(contents, take) for contents in self._read()])
+            unchanged = all_share and start.holds
+            ends.append(start.contents if unchanged else [mapped(c, take) for c in map(read, self._places)])
 
         try:
             yield part
         finally:
-            self._write(start)
+            start.put(start.contents)
             self._inside -= 1
-        if parts:
+        if parts and not all(end is start.contents for end in ends):
             whole = [together(columns, parts, sources) for columns in zip(*ends, strict=True)]
             edited = {id(sources[id(leaf)][1]) for leaf in tensors_in(ends) if id(leaf) in sources}
-            for leaf in tensors_in(start):
+            for leaf in tensors_in(start.contents):
                 if id(leaf) not in edited and not hasattr(leaf, MARK):
                     self._steady[id(leaf)] = weakref.ref(leaf)
-            self._write(whole)
-            self._renew_if(not all(map(same, start, whole)))
+            start.put(whole)
+            self._renew_if(not start.holds)
 
     def _renew_if(self, changed: bool) -> None:
         """Look for places again once a call has kept something new, unless its end is to be joined with others'."""
@@ -224,6 +226,10 @@ class Kept:
     def _is_steady(self, tensor: Tensor) -> bool:
         known = self._steady.get(id(tensor))
         return tensor.requires_grad or (known is not None and known() is tensor)
+
+
+def _has_rows(snapshot: Snapshot) -> bool:
+    return any(isinstance(leaf, PerModel) or hasattr(leaf, MARK) for leaf in snapshot.leaves)
 
 
 def _leaves(tree: Any) -> set[int]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pickle
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat, starmap
 from operator import is_
 from types import FunctionType, MemberDescriptorType, ModuleType
 from typing import Any, NamedTuple
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from ..common.functions import DYNAMIC, names_in, parts_of, user_made
 from ..common.random_streams import PYTHON_GENERATORS, state_of
-from ..vmap import HOOKS, OnStack, version
+from ..vmap import HOOKS, OnStack, PerModel, version
 
 PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 CONTAINERS = (list, dict, set, deque)
+_ABSENT = object()  # stands for what a dict has not got
 _OF_TORCH = set(vars(nn.Module())) - {"training"}
 _NOT_NAMED = """__call__ __getattr__ __getitem__ __enter__ __exit__ __iter__ __len__ __contains__ __bool__
     forward backward setup_context vmap""".split()  # methods that are called without their name
@@ -83,6 +85,54 @@ def same(a: Any, b: Any) -> bool:
         return a == b
     alike = len(a) == len(b) and (not isinstance(a, dict) or list(a) == list(b))
     return alike and all(map(is_, *((a.values(), b.values()) if isinstance(a, dict) else (a, b))))
+
+
+class Snapshot:
+    """What stands at some places. Whether it still does is soon told: most have a name in a dict, or hold nothing.
+
+    Attributes:
+        contents: what `read` has returned for each place.
+        leaves: the tensors, and the numbers of each model's own, in them.
+    """
+
+    def __init__(self, places: list[Place]) -> None:
+        self.places, self.contents = places, [read(place) for place in places]
+        self.leaves = [leaf for contents in self.contents for leaf in _leaves(contents)]
+        self._empty: list[Any] = []
+        self._held: list[tuple[Place, Any]] = []
+        self._owners, self._keys, self._values = [], [], []
+        for place, contents in zip(places, self.contents, strict=True):
+            if place.key is None and not contents:
+                self._empty.append(place.owner)
+            elif place.key is not None and isinstance(place.owner, dict):
+                self._owners.append(place.owner)
+                self._keys.append(place.key)
+                self._values.append(contents[0] if contents else _ABSENT)
+            else:
+                self._held.append((place, contents))
+
+    @property
+    def holds(self) -> bool:
+        """Whether the very same objects stand there now."""
+        now = map(dict.get, self._owners, self._keys, repeat(_ABSENT))
+        return not any(self._empty) and all(map(is_, now, self._values)) and all(starmap(unchanged, self._held))
+
+    def put(self, contents: list[Any]) -> None:
+        """Write something else to the places, or these contents again."""
+        if contents is self.contents and self.holds:
+            return
+        for place, wanted in zip(self.places, contents, strict=True):
+            if not unchanged(place, wanted):
+                write(place, wanted)
+
+
+def _leaves(contents: Any) -> Iterator[Any]:
+    """Yield tensors, and numbers of each model's own; a list or dict inside is a place itself."""
+    for value in contents.values() if isinstance(contents, dict) else contents:
+        if isinstance(value, (Tensor, PerModel)):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _leaves(value)
 
 
 class PythonValues:
@@ -185,7 +235,7 @@ class PythonValues:
 
     def _open(self, value: Any, name: str) -> None:
         kind, parts = type(value), parts_of(value)
-        if id(value) in self._known:
+        if id(value) in self._known or kind.__module__ == "logging":  # a logger knows all others
             return
         if isinstance(value, Tensor) or (hasattr(kind, "tobytes") and hasattr(kind, "copy")):  # numpy's have both
             self.tensors.append((name, value))
@@ -259,12 +309,13 @@ class PythonValues:
         mine = getattr(owner, "__dict__", {})
         if not isinstance(mine, dict):  # list[int] has that of its class
             return
-        if self._names & DYNAMIC and not isinstance(owner, (nn.Module, ModuleType)) and id(mine) not in self.numbers:
+        has_dict, is_module = hasattr(owner, "__dict__"), isinstance(owner, (nn.Module, ModuleType))
+        if self._names & DYNAMIC and has_dict and not is_module:
             self._visit(mine, name)
         above = {key for base in filter(user_made, type(owner).__mro__) for key in vars(base)}
         for key in sorted((self._names & (mine.keys() | above)) | self._stored):
             slot = isinstance(getattr(type(owner), key, None), MemberDescriptorType)
-            if hasattr(owner, "__dict__") or (slot and hasattr(owner, key)):
+            if has_dict or (slot and hasattr(owner, key)):
                 self._visit_slot(owner if slot else mine, key, f"{name}.{key}")
 
     def _visit_slot(self, owner: Any, key: str, name: str) -> None:

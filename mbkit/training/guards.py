@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..batch.python_values import CONTAINERS, PLAIN, PythonValues, read, unchanged
+from ..batch.python_values import CONTAINERS, PLAIN, PythonValues, Snapshot
 from ..common.functions import parts_of, user_made
 from ..vmap import place, version
 from .compilable import CannotCompile
@@ -37,18 +37,9 @@ class Guards:
         self._inputs = [(t, place(t)) for t in inputs]
         self._ids = set(map(id, inputs))
         self._values = values = PythonValues(roots.items(), inputs)
-        self._contents = [(p, read(p)) for p in values.places]
-        # Looked at in every step: what holds nothing, as hooks mostly do, and what has a name in a dict, in no time.
-        self._empty, self._named, self._held = [], [], []
-        for p, contents in self._contents:
-            if p.key is None and not contents:
-                self._empty.append(p.owner)
-            elif p.key is not None and contents and isinstance(p.owner, dict):
-                self._named.append((p.owner.get, p.key, contents[0]))
-            else:
-                self._held.append((p, contents))
+        self._snapshot = Snapshot(values.places)
         self._versions = [(value, version(value)) for _, value in values.tensors]
-        if sum(len(contents) for _, contents in self._contents) > _MOST:
+        if sum(map(len, self._snapshot.contents)) > _MOST:
             values.unseen = values.unseen or f"forward and loss_fn may read more than {_MOST:,} Python values"
         for name, value in values.tensors:
             if not isinstance(value, Tensor) and value.nbytes > _MOST_BYTES:
@@ -56,7 +47,7 @@ class Guards:
         if values.unseen:
             raise CannotCompile(values.unseen)
         self.marks: list[tuple[str, Any]] = [(name, self._mark(root)) for name, root in roots.items()]
-        for (_, _, name), contents in self._contents:
+        for (_, _, name), contents in zip(values.places, self._snapshot.contents, strict=True):
             items = contents.items() if isinstance(contents, dict) else enumerate(contents)
             self.marks.append((name, tuple((key, self._mark(value)) for key, value in items)))
         names = (name for name, _ in values.tensors)
@@ -66,9 +57,7 @@ class Guards:
     def same(self) -> bool:
         """Whether every value is still the very same object and holds the same."""
         return (
-            not any(self._empty)
-            and all(get(key) is value for get, key, value in self._named)
-            and all(unchanged(p, contents) for p, contents in self._held)
+            self._snapshot.holds
             and all(version(value) == was for value, was in self._versions)
             and all(place(tensor) == where for tensor, where in self._inputs)
         )

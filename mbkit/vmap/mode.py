@@ -10,7 +10,7 @@ import torch
 from torch._C import _functorch as functorch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from .autocast import call_cast
 from .in_turn import edits_in_place, model_by_model
@@ -55,6 +55,10 @@ def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = 
 _THIN = {functional.relu: _relu, functional.dropout: _dropout}
 
 
+def _have_settings(values: list | tuple) -> bool:
+    return any(type(v) is PerModel or (isinstance(v, (list, tuple)) and _have_settings(v)) for v in values)
+
+
 _LAST = (torch.channels_last, torch.channels_last_3d)
 
 
@@ -89,7 +93,7 @@ class RuleMode(TorchFunctionMode):
     def _apply_rule(self, function: Any, args: tuple, kwargs: dict) -> Any:
         if functorch.maybe_current_level() != self.models.level:
             rules = [RULES_INSIDE.get(function)]
-        elif self.models.per_model_settings and any(isinstance(a, PerModel) for a in tree_leaves((args, kwargs))):
+        elif self.models.per_model_settings and _have_settings((*args, *kwargs.values())):
             rules = [RULES_WITH_SETTINGS.get(function), model_by_model]
         else:
             rules = [RULES_WHEN_TRACED.get(function) if self.models.traced else None, RULES.get(function)]

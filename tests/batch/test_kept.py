@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextvars
 import copy
 import functools
+import logging
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -490,3 +493,19 @@ def test_code_that_leads_everywhere_is_looked_at_nearest_first() -> None:
     assert "more than 2,000 Python values" in values.unseen
     assert any(place.owner is far["counter"] for place in values.places)
     assert time.process_time() - start < 20  # it took minutes and gigabytes when it went on to the end
+
+
+LOCK, VARIABLE, LOGGER = threading.Lock(), contextvars.ContextVar("VARIABLE"), logging.getLogger(__name__)
+
+
+def guarded(out: Tensor, y: Tensor) -> Tensor:
+    """Uses objects that hold no attributes, and a logger, among code that may keep a value under any name."""
+    with LOCK:
+        VARIABLE.set(vars(LOGGER))
+    return out.sum()
+
+
+def test_what_has_no_attributes_is_met_once_and_a_logger_leads_nowhere() -> None:
+    values = PythonValues([("guarded", guarded)])
+    assert not values.unseen
+    assert len(values.numbers) < 20
