@@ -16,7 +16,7 @@ from .autocast import call_cast
 from .in_turn import edits_in_place, model_by_model
 from .layout import LayoutMatters, check_edit
 from .per_model import PerModel
-from .registry import RULES, RULES_INSIDE, RULES_WHEN_TRACED, RULES_WITH_SETTINGS, Pass
+from .registry import RULES, RULES_INSIDE, RULES_WHEN_TRACED, RULES_WITH_SETTINGS, Pass, in_order
 from .unwrap import own_rows
 
 
@@ -91,6 +91,7 @@ class RuleMode(TorchFunctionMode):
         return self._apply_rule(function, args, kwargs)
 
     def _apply_rule(self, function: Any, args: tuple, kwargs: dict) -> Any:
+        args, kwargs = in_order(function, args, kwargs) if kwargs else (args, kwargs)
         if functorch.maybe_current_level() != self.models.level:
             rules = [RULES_INSIDE.get(function)]
         elif self.models.per_model_settings and _have_settings((*args, *kwargs.values())):

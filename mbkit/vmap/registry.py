@@ -75,11 +75,27 @@ RULES_WHEN_TRACED: dict[Callable, Rule] = {}  # asked first in a traced pass
 RULES_WITH_SETTINGS: dict[Callable, Rule] = {}  # asked instead where an argument is a `PerModel`
 
 
-def rule(*operators: Callable, table: dict[Callable, Rule] = RULES) -> Callable[[Rule], Rule]:
+# What puts an operator's arguments in order, and gives back those that rules take by their names.
+_ORDERS: dict[Callable, Callable[..., tuple[tuple, dict]]] = {}
+
+
+def rule(
+    *operators: Callable, table: dict[Callable, Rule] = RULES, order: Callable[..., tuple[tuple, dict]] | None = None
+) -> Callable[[Rule], Rule]:
     """Register the decorated function as the rule of some operators."""
 
     def register(function: Rule) -> Rule:
         table.update(dict.fromkeys(operators, function))
+        if order is not None:
+            _ORDERS.update(dict.fromkeys(operators, order))
         return function
 
     return register
+
+
+def in_order(operator: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Return an operator's arguments as its rule expects them, whichever of them were given by their names."""
+    try:
+        return _ORDERS[operator](*args, **kwargs)
+    except (KeyError, TypeError):  # of a wrong call, torch says what is wrong with it
+        return args, kwargs

@@ -116,6 +116,48 @@ class UNet(nn.Module):
         return self.last(F.dropout2d(torch.cat([x, self.up(self.deep(x))], 1), 0.2, self.training))
 
 
+class Relative(nn.Module):
+    """Attention with a bias for each bucket of distances, which are edited in place and are no model's own: T5's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.bias = nn.Embedding(11, 8), nn.Embedding(6, 2)
+        self.qkv, self.out = nn.Linear(8, 24, bias=False), nn.Linear(8, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, places = self.words(x), torch.arange(x.shape[1])
+        distance = places[None] - places[:, None]
+        bucket = (distance > 0).long() * 3
+        distance = distance.abs()
+        bucket += torch.where(distance < 2, distance, torch.min(distance, torch.full_like(distance, 2)))
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(h).chunk(3, -1))
+        scores = q @ k.transpose(-1, -2) + self.bias(bucket).permute(2, 0, 1)
+        h = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.out(F.dropout(h, 0.1, self.training)).transpose(1, 2)
+
+
+class StateSpace(nn.Module):
+    """A short convolution over the past and a scan whose steps depend on the input: Mamba's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.steps, self.gates = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 8)
+        self.past, self.decay = nn.Conv1d(6, 6, 3, groups=6), nn.Parameter(torch.randn(6, 4))
+        self.head = nn.Linear(6, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.pad(self.words(x).transpose(1, 2), (2, 0))
+        h = F.conv1d(h, weight=self.past.weight, bias=self.past.bias, groups=6)
+        h = F.silu(h).transpose(1, 2)
+        step, (into, out) = F.softplus(self.steps(h)).unsqueeze(-1), self.gates(h).chunk(2, -1)
+        kept, taken = torch.exp(-step * self.decay.exp()), step * into.unsqueeze(2) * h.unsqueeze(-1)
+        state, seen = torch.zeros(len(x), 6, 4), []
+        for t in range(x.shape[1]):
+            state = kept[:, t] * state + taken[:, t]
+            seen.append((state * out[:, t, None]).sum(-1))
+        return self.head(torch.stack(seen, 1)).transpose(1, 2)
+
+
 def images(g: torch.Generator) -> Tensor:
     return torch.randn(4, 3, 8, 8, generator=g)
 
@@ -134,6 +176,8 @@ FAMILIES = {
     "ViT": (ViT, images, labels(5, 4), F.cross_entropy),
     "LSTM tagger": (Tagger, tokens, labels(5, 4, 6), F.cross_entropy),
     "VAE": (VAE, lambda g: torch.randn(4, 12, generator=g), None, vae_loss),
+    "relative positions": (Relative, tokens, labels(11, 4, 6), F.cross_entropy),
+    "state space": (StateSpace, tokens, labels(11, 4, 6), F.cross_entropy),
     "U-Net": (UNet, images, labels(5, 4, 8, 8), F.cross_entropy),
 }
 

@@ -93,6 +93,9 @@ PUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "scatter_add": put("scatter_add"),
     "from the end": put("scatter_add_", dim=-2),
     "side by side": lambda messages: put("scatter_add_", dim=1)(torch.stack([messages, messages.sin()])).sum(0),
+    "by name": lambda h: h.new_zeros(N, F).scatter_add_(dim=0, index=wide(TARGET, h), src=h),
+    "by names": lambda h: torch.scatter_add(input=h.new_zeros(N, F), dim=0, index=wide(TARGET, h), src=h),
+    "a maximum by name": lambda h: h[:N].scatter_reduce(dim=0, index=wide(TARGET, h), src=h, reduce="amax"),
     "index_add_": lambda messages: messages.new_zeros(N, F).index_add_(0, TARGET, messages),
     "into messages": into_messages,
     "in part": in_part,
@@ -166,8 +169,10 @@ class Watched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_list_is_spelled_out() -> None:
-    models = [Graph(TAKES["index_select"], PUTS["scatter_add_"]) for _ in range(M)]
+@pytest.mark.parametrize("take", ["index_select", "by name"])
+@pytest.mark.parametrize("put", ["scatter_add_", "by name", "by names"])
+def test_no_list_is_spelled_out(take: str, put: str) -> None:
+    models = [Graph(TAKES[take], PUTS[put]) for _ in range(M)]
     batch = ModelBatch(models)
     with Watched() as watched:
         batch(torch.randn(N, 4)).sum().backward()

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..layout import LayoutMatters, is_channels_last, is_folded
 from ..registry import Pass, rule
 from ..unwrap import call_unwrapped
-from .grouped_convolution import conv_on_a_gpu, on_a_cpu, settings_of
+from .grouped_convolution import conv_on_a_gpu, in_order, on_a_cpu, settings_of
 from .rectified import is_rectifier, pool_rectified
 
 FOLDED_DTYPES = {torch.float32}  # where the grouped kernels are fast; double precision has no such kernel
@@ -47,7 +47,7 @@ def _order(mode: Pass, x: Tensor, stacked: bool, weight: Tensor) -> torch.memory
     return None if None in orders else known[known[1] in orders]
 
 
-@rule(torch.conv2d)
+@rule(torch.conv2d, order=in_order)
 def _conv2d(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     x, weight, *rest = args
     if not mode.folding or kwargs:

@@ -66,8 +66,11 @@ def _gradient(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
 def _made(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """A tensor made from nothing gets one copy per model, so that each can fill its own in place."""
     tracked = kwargs.pop("requires_grad", False)
+    made = operator(*args, **kwargs)
+    if operator is torch.full_like and not (made.dtype.is_floating_point or made.dtype.is_complex):
+        return made  # a bound or a default in what all models share, such as T5's distances between positions
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
         return (stacks[0] if stacked[0] else stack_alike(stacks * mode.num_models)).requires_grad_(tracked)
 
-    return call_unwrapped(mode, run, [operator(*args, **kwargs)])
+    return call_unwrapped(mode, run, [made])

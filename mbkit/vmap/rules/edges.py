@@ -16,7 +16,7 @@ from ..unwrap import as_stacked, call_unwrapped, expanded
 from .data_dependent import all_true
 
 
-@rule(torch.index_select, Tensor.index_select)
+@rule(torch.index_select, Tensor.index_select, order=lambda input, dim, index: ((input, dim, index), {}))
 def _take(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     if kwargs or as_stacked(args[2]) is not None or args[1] not in range(-args[0].dim(), args[0].dim()):
         return NotImplemented
@@ -28,7 +28,11 @@ def _take(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     return call_unwrapped(mode, run, [x])
 
 
-@rule(torch.scatter_add, Tensor.scatter_add, Tensor.scatter_add_)
+def _in_order(input: Any, dim: Any, index: Any, src: Any, *how: Any, **rest: Any) -> tuple[tuple, dict]:
+    return (input, dim, index, src, *([rest.pop("reduce")] if "reduce" in rest else how)), rest
+
+
+@rule(torch.scatter_add, Tensor.scatter_add, Tensor.scatter_add_, order=_in_order)
 def _add(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     places = None if kwargs else _places(*args)
     if places is None:
@@ -45,7 +49,7 @@ def _add(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     return x if operator is Tensor.scatter_add_ and out is not NotImplemented else out
 
 
-@rule(torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_)
+@rule(torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_, order=_in_order)
 def _reduce(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """One call for the rows of all models, laid end to end."""
     in_place, places = operator is Tensor.scatter_reduce_, _places(*args[:4]) if len(args) > 3 else None

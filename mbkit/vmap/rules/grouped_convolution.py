@@ -118,7 +118,11 @@ def settings_of(args: tuple, dims: int) -> tuple[Tensor | None, list[Any]]:
     return bias, [*how, groups]
 
 
-@rule(torch.conv1d, torch.conv3d)
+def in_order(input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation=1, groups=1) -> Any:
+    return (input, weight, bias, stride, padding, dilation, groups), {}
+
+
+@rule(torch.conv1d, torch.conv3d, order=in_order)
 def conv_on_a_gpu(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """M models' convolutions as one of M times the groups."""
     x, weight, *rest = args

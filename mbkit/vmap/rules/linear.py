@@ -13,9 +13,9 @@ from ..unwrap import call_unwrapped
 VECTOR = 16  # numbers in a CPU's longest vector
 
 
-@rule(torch._C._nn.linear)
+@rule(torch._C._nn.linear, order=lambda input, weight, bias=None: ((input, weight, bias), {}))
 def _linear(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
-    x, weight, bias = (*args, None)[:3] if not kwargs else (None, None, None)
+    x, weight, bias = (*args, None)[:3]
     if bias is None or x.dim() < 2:
         return NotImplemented
 

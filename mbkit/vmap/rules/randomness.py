@@ -145,7 +145,7 @@ def _multinomial(mode: Pass, p: Tensor, num_samples: int, replacement: bool = Fa
 # ------------------------------------------------------------------ dropout
 
 
-@rule(torch.dropout, torch.feature_dropout)
+@rule(torch.dropout, torch.feature_dropout, order=lambda input, p, train: ((input, p, train), {}))
 @rule(torch.dropout, torch.feature_dropout, table=RULES_WITH_SETTINGS)
 def _dropout(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
     """Dropout with one mask per model, of numbers or of whole features.

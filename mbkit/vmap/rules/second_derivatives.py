@@ -25,7 +25,7 @@ def _normalization(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Any:
     return NotImplemented
 
 
-@rule(torch.prelu)
+@rule(torch.prelu, order=lambda input, weight: ((input, weight), {}))
 def _prelu(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """A shared input is laid out for each model, without a copy."""
     x, *rest = args
