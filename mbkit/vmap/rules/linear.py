@@ -11,27 +11,56 @@ from ..registry import Pass, rule
 from ..unwrap import call_unwrapped
 
 VECTOR = 16  # numbers in a CPU's longest vector
+_LARGE = 1 << 16  # numbers, to copy which takes longer than a function of our own
 
 
 @rule(torch._C._nn.linear, order=lambda input, weight, bias=None: ((input, weight, bias), {}))
 def _linear(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     x, weight, bias = (*args, None)[:3]
-    if bias is None or x.dim() < 2:
+    if x.dim() < 2:
         return NotImplemented
 
     def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
-        x, weight, bias = stacks
-        if not (stacked[1] and stacked[2] and weight.dim() == 3):
+        x, weight, *biases = stacks
+        if not all(stacked[1:]) or weight.dim() != 3:
             return NotImplemented
         x = x if stacked[0] else x.expand(mode.num_models, *x.shape)
         rows = x.flatten(1, -2) if x.dim() > 3 else x
-        if mode.traced:
-            out = _Turned.apply(rows, weight, bias)
+        if mode.traced and biases:
+            out = _Turned.apply(rows, weight, *biases)
+        elif weight.requires_grad and weight.numel() >= _LARGE:
+            out = _Linear.apply(rows, weight, *biases)
         else:
-            out = torch.baddbmm(bias.unsqueeze(1), rows, weight.transpose(1, 2))
+            out = _product(rows, weight, *biases)
         return out.unflatten(1, x.shape[1:-1]) if x.dim() > 3 else out
 
-    return call_unwrapped(mode, run, [x, weight, bias])
+    return call_unwrapped(mode, run, [x, weight] if bias is None else [x, weight, bias])
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    turned = weight.transpose(1, 2)
+    return torch.bmm(x, turned) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, turned)
+
+
+class _Linear(torch.autograd.Function):
+    """The same, from `[M, B, K]` to `[M, B, N]`, with a weight's gradient that lies in memory as the weight does.
+
+    torch would make it turned around, and copy it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (of_x, of_weight, *of_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        return (
+            torch.bmm(gradient, weight) if of_x else None,
+            torch.bmm(gradient.transpose(1, 2), x) if of_weight else None,
+            *(gradient.sum(1) if wanted else None for wanted in of_bias),
+        )
 
 
 class _Turned(torch.autograd.Function):
