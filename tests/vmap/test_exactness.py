@@ -53,7 +53,7 @@ def test_every_habit_as_alone(name, shared):
         assert REFUSED[name] in str(refused.value)
         return
     if name.removesuffix(", below") in ONE_FOR_ALL:
-        with pytest.raises(BatchingError, match="one value for all models, so frozen ones cannot keep theirs"):
+        with pytest.raises(BatchingError, match="one value for all models, so frozen ones cannot keep it"):
             compare(CASES[name], shared, ["plain", "frozen"])
         habits.remove("frozen")
     compare(CASES[name], shared, habits)
