@@ -22,7 +22,8 @@ from ..common.functions import at_hand
 from ..vmap import BatchingError, PerModel, as_one_model_sees, as_stacked, graph_nodes, show_gradient, tensors_in
 from .context import CallContext
 from .kept_parts import MARK, marked, together
-from .python_values import Place, PythonValues, Snapshot, read
+from .places import Place, Snapshot, read
+from .python_values import PythonValues
 
 _CODE = (type, FunctionType)
 _FIXED = (type, ModuleType, FunctionType, property, staticmethod, classmethod)

@@ -9,130 +9,25 @@ from __future__ import annotations
 import pickle
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from itertools import repeat, starmap
-from operator import is_
+from collections.abc import Callable, Iterable
 from types import FunctionType, MemberDescriptorType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..common.functions import DYNAMIC, names_in, parts_of, user_made
 from ..common.random_streams import PYTHON_GENERATORS, state_of
-from ..vmap import HOOKS, OnStack, PerModel, version
+from ..vmap import HOOKS, OnStack, version
+from .places import Place, read, unchanged, write
 
 PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 CONTAINERS = (list, dict, set, deque)
-_ABSENT = object()  # stands for what a dict has not got
 _OF_TORCH = set(vars(nn.Module())) - {"training"}
 _NOT_NAMED = """__call__ __getattr__ __getitem__ __enter__ __exit__ __iter__ __len__ __contains__ __bool__
     forward backward setup_context vmap""".split()  # methods that are called without their name
 _MOST = 20_000  # objects; and places, five times as many
 _LONGEST = 100_000  # of a list; longer ones are data, and to look at one takes milliseconds
-
-
-class Place(NamedTuple):
-    """Where values stand: all that a list, dict, set or deque holds, or what has one name in something else."""
-
-    owner: Any  # the container; or a dict of names, a cell, an object, a function or a class
-    key: str | None  # the name; None for all that a container holds
-    name: str  # of what stands there, in words
-
-
-def read(place: Place) -> list | dict | set:
-    """Return what stands at a place: a copy of the container, or a list of the one value; empty where there is none."""
-    owner, key, _ = place
-    if isinstance(owner, dict) and key is None:
-        return dict(dict.items(owner))  # past what a class of the user's makes of its items when they are asked for
-    if key is None:
-        return set(owner) if isinstance(owner, set) else list(owner)
-    try:
-        if isinstance(owner, (dict, type)):
-            return [(owner if isinstance(owner, dict) else vars(owner))[key]]
-        return [getattr(owner, key)]
-    except (KeyError, AttributeError, ValueError):  # of an empty cell
-        return []
-
-
-def write(place: Place, contents: list | dict | set) -> None:
-    """Put back what `read` has returned."""
-    owner, key, _ = place
-    if key is None and isinstance(owner, dict):
-        for gone in owner.keys() - contents.keys():
-            del owner[gone]
-        owner.update(contents)
-    elif key is None:
-        owner.clear()
-        (owner.update if isinstance(owner, set) else owner.extend)(contents)
-    elif isinstance(owner, dict):
-        owner.update({key: contents[0]}) if contents else owner.pop(key, None)
-    elif contents:
-        setattr(owner, key, contents[0])
-    else:
-        delattr(owner, key)
-
-
-def unchanged(place: Place, contents: list | dict | set) -> bool:
-    """Say whether the very same objects stand at a place as when its contents were read."""
-    owner, key, _ = place
-    return same(owner if key is None else read(place), contents)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Say whether two contents hold the very same objects, under the same names in the same order."""
-    if isinstance(a, set):
-        return a == b
-    alike = len(a) == len(b) and (not isinstance(a, dict) or list(a) == list(b))
-    return alike and all(map(is_, *((a.values(), b.values()) if isinstance(a, dict) else (a, b))))
-
-
-class Snapshot:
-    """What stands at some places. Whether it still does is soon told: most have a name in a dict, or hold nothing.
-
-    Attributes:
-        contents: what `read` has returned for each place.
-        leaves: the tensors, and the numbers of each model's own, in them.
-    """
-
-    def __init__(self, places: list[Place]) -> None:
-        self.places, self.contents = places, [read(place) for place in places]
-        self.leaves = [leaf for contents in self.contents for leaf in _leaves(contents)]
-        self._empty: list[Any] = []
-        self._held: list[tuple[Place, Any]] = []
-        self._owners, self._keys, self._values = [], [], []
-        for place, contents in zip(places, self.contents, strict=True):
-            if place.key is None and not contents:
-                self._empty.append(place.owner)
-            elif place.key is not None and isinstance(place.owner, dict):
-                self._owners.append(place.owner)
-                self._keys.append(place.key)
-                self._values.append(contents[0] if contents else _ABSENT)
-            else:
-                self._held.append((place, contents))
-
-    @property
-    def holds(self) -> bool:
-        """Whether the very same objects stand there now."""
-        now = map(dict.get, self._owners, self._keys, repeat(_ABSENT))
-        return not any(self._empty) and all(map(is_, now, self._values)) and all(starmap(unchanged, self._held))
-
-    def put(self, contents: list[Any]) -> None:
-        """Write something else to the places, or these contents again."""
-        if contents is self.contents and self.holds:
-            return
-        for place, wanted in zip(self.places, contents, strict=True):
-            if not unchanged(place, wanted):
-                write(place, wanted)
-
-
-def _leaves(contents: Any) -> Iterator[Any]:
-    """Yield tensors, and numbers of each model's own; a list or dict inside is a place itself."""
-    for value in contents.values() if isinstance(contents, dict) else contents:
-        if isinstance(value, (Tensor, PerModel)):
-            yield value
-        elif isinstance(value, tuple):
-            yield from _leaves(value)
 
 
 class PythonValues:

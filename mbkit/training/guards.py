@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..batch.python_values import CONTAINERS, PLAIN, PythonValues, Snapshot
+from ..batch.places import Snapshot
+from ..batch.python_values import CONTAINERS, PLAIN, PythonValues
 from ..common.functions import parts_of, user_made
 from ..vmap import place, version
 from .compilable import CannotCompile
