@@ -205,7 +205,7 @@ def test_what_is_no_first_epoch_is_refused(epoch, error):
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.drop, self.out = nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 2)
+        self.norm, self.drop, self.out = nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.drop(self.norm(x)))
@@ -219,12 +219,13 @@ class Normed(nn.Module):
         (lambda out, y: mse_loss(out.detach(), y), {}, "depend on the models' parameters"),
         (mse_loss, {"shared_targets": False}, "Expected targets"),
         (mse_loss, {"max_norm": -1.0}, "positive norms"),
+        (weighted, {"loss_settings": {"weight": torch.ones(3)}}, "could be one value for all models or one per model"),
     ],
 )
 def test_what_is_refused_in_the_first_step_has_changed_nothing(loss_fn, rest, text, chunk_size):
     batch = ModelBatch([Normed() for _ in range(3)], seeds=range(3))
     drawn = batch.streams.on("cpu")[0].get_state()
-    before, pair = snapshot(batch)["tensors"], (torch.randn(B, 3), torch.randn(B, 2))
+    before, pair = snapshot(batch)["tensors"], (torch.randn(B, 3), torch.randn(B, 3))
     with pytest.raises(ValueError, match=text):
         fit(batch, optimizer_of(batch), [pair], loss_fn, chunk_size=chunk_size, progress=False, **rest)
     torch.testing.assert_close(snapshot(batch)["tensors"], before, rtol=0, atol=0)
