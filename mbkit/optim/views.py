@@ -81,12 +81,12 @@ class ViewsOptimizer(CanCallEach, BatchOptimizer):
 
     def _step_at_once(self) -> list[int]:
         """Make a step of all models that can make it at once, and return those that are left for one in turn."""
-        params, context, alike = self._params(), context_of(self.batch), {}
-        self._follow(params)
         going, left = self.going(), []
-        has = list(zip(*[has_gradient(param, self.num_models) for param in params], strict=True))
         if len(going) <= _FEW or not self._vmap_can:
             return going
+        params, context, alike = self._params(), context_of(self.batch), {}
+        self._follow(params)
+        has = list(zip(*[has_gradient(param, self.num_models) for param in params], strict=True))
         images = {m: image_of(self.lone[m]) for m in going}
         for m in going:
             alike.setdefault((has[m], form_of(images[m])), []).append(m)
@@ -162,7 +162,7 @@ class ViewsOptimizer(CanCallEach, BatchOptimizer):
             for lone, model in zip(self.lone, state["models"], strict=True):
                 _load(lone, model, exactly=state["dtypes"] == mine["dtypes"])
         except Exception:  # from a class's own way to load, when some models are loaded already
-            for lone, model in zip(self.lone, copy.deepcopy(mine["models"]), strict=True):
+            for lone, model in zip(self.lone, mine["models"], strict=True):
                 _load(lone, model, exactly=True)
             raise
 

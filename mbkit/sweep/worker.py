@@ -105,25 +105,24 @@ def _train(job: Job, size: Any) -> None:
     file, part = (batch_file(task.folder, rung, job.number, kind) for kind in ("", "part."))
     (data, own_data), (valid, own_valid) = (_batches(source, parts) for source in (task.data, task.valid))
     start, end = (0, *task.rungs)[rung], task.rungs[rung]
-    if job.sources and not part.exists():
+    under_way = part.exists()
+    if job.sources and not under_way:
         batch, states, scheduled = _gather(job, own_data)
-        optimizer, schedule = _optimizer(task, batch, parts)
-        optimizer.load_model_states(states)
-        optimizer.note_step()
-        if schedule is not None:
-            schedule.load_state_dict(scheduled)
     else:
         batch = build_batch(task, parts, job.seeds, own_data)
-        optimizer, schedule = _optimizer(task, batch, parts)
-    if part.exists():
+    optimizer, schedule = _optimizer(task, batch, parts)
+    if under_way:
         saved = read_batch(part, _UNDER_WAY)
-        start, known = saved["epoch"], saved["chunk_size"]
+        start, known, scheduled = saved["epoch"], saved["chunk_size"], saved["schedule"]
         size = min(size, known or size) if isinstance(size, int) else known
         load_whole(batch, saved["batch"])
         optimizer.load_state_dict(saved["optimizer"])
+    elif job.sources:
+        optimizer.load_model_states(states)
+    if under_way or job.sources:
         optimizer.note_step()
         if schedule is not None:
-            schedule.load_state_dict(saved["schedule"])
+            schedule.load_state_dict(scheduled)
     walked = _Walk(data, start)
 
     def at_end() -> None:
