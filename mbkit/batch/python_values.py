@@ -172,7 +172,7 @@ class PythonValues:
             self.places.append(Place(mine[store], None, name))
             for key, value in list(mine[store].items()):
                 self._visit(value, f"{path}{key}")
-        for key in sorted(key for key in mine.keys() - _OF_TORCH if type(mine[key]) is not OnStack):
+        for key in sorted(mine.keys() - _OF_TORCH):
             self._visit_slot(mine, key, f"{path}{key}")
         self._owners[id(module)] = module, name
         self._visit(type(module), type(module).__name__)
@@ -219,8 +219,11 @@ class PythonValues:
             return
         self._slots.add((id(owner), key))
         place = Place(owner, key, name)
+        values = read(place)
+        if any(type(value) is OnStack for value in values):  # a batch's own
+            return
         self.places.append(place)
-        for value in read(place):
+        for value in values:
             self._visit(value, name)
             if isinstance(value, FunctionType) and user_made(value) and not isinstance(owner, type):
                 self._owners.setdefault(id(value), (value, name))  # code that names a function may keep things on it
