@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.random_streams import GENERATOR, PYTHON_GENERATORS, PythonGenerator, generator_marks, moved_generators
+from .default_generator import DEFAULT, refused
 from .errors import BatchingError, WholeInTurn
 from .per_model import PerModel
 
@@ -107,7 +108,7 @@ class Streams:
 
         Warns once, as soon as a model draws from Python's or numpy's generators.
         """
-        defaults: dict[Any, Any] = {torch.device("cpu"): torch.default_generator}
+        defaults: dict[Any, Any] = {torch.device("cpu"): DEFAULT}
         if device.type == "cuda":
             defaults[device] = torch.cuda.default_generators[device.index or 0]
         if self._whole.from_python is not False:
@@ -125,7 +126,7 @@ class Streams:
                 for place, default in defaults.items():
                     self.on(place)[m].set_state(default.get_state())
 
-        with GENERATOR:
+        with GENERATOR, refused(False):
             before = {place: default.get_state() for place, default in defaults.items()}
             try:
                 yield turns()
@@ -165,7 +166,8 @@ class Streams:
         states = {name: generator.get_state() for name, generator in PYTHON_GENERATORS.items()} if expected else {}
         self._all_at_once = True
         try:
-            yield
+            with refused():
+                yield
         finally:
             self._all_at_once = False
         moved = moved_generators(before)
@@ -276,4 +278,4 @@ class TracedStreams(Streams):
     on = take_turns
 
     def shared_draws_refused(self) -> Any:
-        return nullcontext()  # the guards refuse them
+        return refused()  # and the guards refuse those of Python's

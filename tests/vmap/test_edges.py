@@ -86,6 +86,10 @@ TAKES: dict[str, Callable[[Tensor], Tensor]] = {
     "own places": lambda h: h.index_select(0, h.detach().sum(-1).sort()[1]).index_select(0, SOURCE),
     "indexing": lambda h: h[SOURCE],
     "gather": lambda h: h.gather(0, SOURCE.view(-1, 1).expand(E, F)),
+    "a row replaced": lambda h: torch.select_scatter(h, h.sin()[0], 0, 1).index_select(0, SOURCE),
+    "a column replaced": lambda h: h.select_scatter(src=h[:, 0] * 2, dim=-1, index=1).index_select(0, SOURCE),
+    "replaced by what all share": lambda h: h.select_scatter(torch.arange(3.0).double(), 0, 2)[SOURCE],
+    "replaced in what all share": lambda h: torch.eye(N, F).double().select_scatter(h[1], 0, 2)[SOURCE] + h[SOURCE],
     "edited afterwards": lambda h: (given := h * 2).index_select(0, SOURCE) + given.sin_()[0],
 }
 PUTS: dict[str, Callable[[Tensor], Tensor]] = {

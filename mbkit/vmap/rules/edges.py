@@ -49,6 +49,17 @@ def _add(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     return x if operator is Tensor.scatter_add_ and out is not NotImplemented else out
 
 
+@rule(torch.select_scatter, Tensor.select_scatter, order=lambda input, src, dim, index: ((input, src, dim, index), {}))
+def _replace(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
+    """One row put in the place of another: vmap adds up the gradients of all models' rows in each."""
+    x, row, dim, index = args
+
+    def run(stacks: list[Tensor], stacked: list[bool]) -> Tensor:
+        return operator(*expanded(mode, stacks, stacked), range(x.dim())[dim] + 1, index)
+
+    return call_unwrapped(mode, run, [x, row])
+
+
 @rule(torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_, order=_in_order)
 def _reduce(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
     """One call for the rows of all models, laid end to end."""

@@ -11,7 +11,7 @@ from ..registry import Pass, rule
 from ..unwrap import call_unwrapped
 
 VECTOR = 16  # numbers in a CPU's longest vector
-_LARGE = 1 << 16  # numbers, to copy which takes longer than a function of our own
+_LARGE = 1 << 12  # numbers of one model, to copy which takes longer than a function of our own
 
 
 @rule(torch._C._nn.linear, order=lambda input, weight, bias=None: ((input, weight, bias), {}))
@@ -28,7 +28,7 @@ def _linear(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
         rows = x.flatten(1, -2) if x.dim() > 3 else x
         if mode.traced and biases:
             out = _Turned.apply(rows, weight, *biases)
-        elif weight.requires_grad and weight.numel() >= _LARGE:
+        elif weight.requires_grad and weight[0].numel() >= _LARGE:
             out = _Linear.apply(rows, weight, *biases)
         else:
             out = _product(rows, weight, *biases)
