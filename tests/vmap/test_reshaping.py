@@ -65,6 +65,9 @@ EDITS: dict[str, Callable[[Tensor], Tensor]] = {
     "through a turn": lambda h: h.transpose(0, -1).mul_(1.1),
     "filled": lambda h: h.masked_fill_(h.detach() > 1, 0.5),
     "turned over": lambda h: h.transpose_(0, -1),
+    "multiplied up": lambda h: h.cumprod_(0),
+    "hypotenuse": lambda h: h.hypot_(h.detach()),
+    "doubled bits": lambda h: h.ldexp_(torch.ones_like(h)),
     "put": lambda h: h.put_(torch.tensor([0]), torch.tensor([0.3], dtype=h.dtype)),
 }
 
@@ -117,3 +120,34 @@ def test_drawn_views_and_edits(beginning: str, steps: list[tuple[str, int]], own
     close(outputs, torch.stack(losses))
     (gradient,) = torch.autograd.grad(outputs.sum(), list(batch.parameters()), materialize_grads=True)
     close(gradient, torch.stack(gradients))
+
+
+RELAID: dict[str, Callable[[Tensor], Tensor]] = {
+    "as_strided_": lambda h: (h * 1).as_strided_((K, 2), (1, K)),
+    "as_strided_ of a part": lambda h: (h * 1)[1:3].as_strided_((2,), (1,)),
+    "resize_": lambda h: h.detach().clone().resize_(2, K) * h[:2],
+    "resize_, larger": lambda h: h.detach().clone().resize_(B + 1, K)[:B] * h,
+    "resize_as_": lambda h: h.detach().clone().resize_as_(torch.ones(2, K)) * h[:2],
+    "a power": lambda h: (h.abs() + 1).pow_(h),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The whole model runs model by model")
+@pytest.mark.parametrize("name", RELAID)
+def test_what_moves_in_place(name: str) -> None:
+    class Relaid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(K, K).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return RELAID[name](x @ self.w)
+
+    models, x = [Relaid() for _ in range(M)], torch.randn(B, K).double()
+    batch = ModelBatch(models)
+    outputs = batch(x)
+    (gradient,) = torch.autograd.grad(outputs.pow(2).sum(), list(batch.parameters()))
+    for m, model in enumerate(models):
+        expected = model(x)
+        close(outputs[m], expected)
+        close(gradient[m], *torch.autograd.grad(expected.pow(2).sum(), model.w))
