@@ -21,8 +21,8 @@ from torch import Tensor
 from ..common.functions import at_hand
 from ..vmap import BatchingError, PerModel, as_one_model_sees, as_stacked, graph_nodes, show_gradient, tensors_in
 from .context import CallContext
-from .kept_parts import MARK, marked, together
-from .places import Place, Snapshot, read
+from .kept_parts import marked, together
+from .places import MARK, Place, Snapshot, read
 from .python_values import PythonValues
 
 _CODE = (type, FunctionType)
@@ -76,7 +76,7 @@ class Kept:
 
     def has_rows(self) -> bool:
         """Say whether something is kept for each model."""
-        return _has_rows(self._look())
+        return self._look().has_rows
 
     def has(self, keeper: Any) -> bool:
         """Say whether a list, dict or set, or an attribute of an object, is one of the places."""
@@ -108,7 +108,6 @@ class Kept:
     @contextmanager
     def _under_vmap(self) -> Iterator[None]:
         before = self._look()
-        has_rows = _has_rows(before)
         misses = [cache.cache_info().misses for cache in self._caches]
         known: dict[int, tuple[Tensor, Tensor]] = {}  # what a model sees of a tensor, and the tensor
 
@@ -130,7 +129,7 @@ class Kept:
                 return whole[0].clone()
             return marked(whole)
 
-        if has_rows:
+        if before.has_rows:
             before.put([mapped(contents, wrap) for contents in before.contents])
         try:
             yield
@@ -141,7 +140,7 @@ class Kept:
             for cache, count in zip(self._caches, misses, strict=True):
                 if cache.cache_info().misses != count:
                     cache.cache_clear()  # it has got tensors of this call, of no use after it
-        if not has_rows and before.holds:
+        if not before.has_rows and before.holds:
             return
         # A dict may be a cache of tables that others use as well, so what is the same for all models stays as alone.
         after = [
@@ -227,10 +226,6 @@ class Kept:
     def _is_steady(self, tensor: Tensor) -> bool:
         known = self._steady.get(id(tensor))
         return tensor.requires_grad or (known is not None and known() is tensor)
-
-
-def _has_rows(snapshot: Snapshot) -> bool:
-    return any(isinstance(leaf, PerModel) or hasattr(leaf, MARK) for leaf in snapshot.leaves)
 
 
 def _leaves(tree: Any) -> set[int]:

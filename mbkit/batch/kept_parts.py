@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..vmap import BatchingError, PerModel, stack_alike
-
-MARK = "mbkit_kept"  # on a tensor that is kept: its first dimension is the models'
+from .places import MARK
 
 
 def marked(stack: Tensor) -> Tensor:

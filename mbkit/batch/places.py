@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..vmap import PerModel
 
+MARK = "mbkit_kept"  # on a tensor that is kept: its first dimension is the models'
 _ABSENT = object()  # stands for what a dict has not got
 
 
@@ -74,12 +75,13 @@ class Snapshot:
 
     Attributes:
         contents: what `read` has returned for each place.
-        leaves: the tensors, and the numbers of each model's own, in them.
+        leaves, has_rows: the tensors, and the numbers of each model's own, in them; whether some are for each model.
     """
 
     def __init__(self, places: list[Place]) -> None:
         self.places, self.contents = places, [read(place) for place in places]
         self.leaves = [leaf for contents in self.contents for leaf in _leaves(contents)]
+        self.has_rows = any(isinstance(leaf, PerModel) or hasattr(leaf, MARK) for leaf in self.leaves)
         self._empty: list[Any] = []
         self._held: list[tuple[Place, Any]] = []
         self._owners, self._keys, self._values = [], [], []

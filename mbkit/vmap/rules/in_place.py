@@ -11,7 +11,7 @@ from ..registry import Pass, rule
 from ..unwrap import as_stacked
 
 _NAMES = "pow hypot ldexp float_power cumprod addbmm index_reduce".split()
-_PLAIN = {getattr(Tensor, f"{name}_"): getattr(Tensor, name) for name in _NAMES} | {Tensor.__ipow__: Tensor.pow}
+_PLAIN = {Tensor.__ipow__: Tensor.pow} | {getattr(Tensor, f"{name}_"): getattr(Tensor, name) for name in _NAMES}
 
 
 @rule(*_PLAIN)
