@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..registry import Pass, rule
 from ..unwrap import as_stacked, call_unwrapped, expanded
-from .data_dependent import all_true
 
 
 @rule(torch.index_select, Tensor.index_select, order=lambda input, dim, index: ((input, dim, index), {}))
@@ -62,9 +61,9 @@ def _replace(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
 
 @rule(torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_, order=_in_order)
 def _reduce(mode: Pass, operator: Any, args: tuple, kwargs: dict) -> Tensor:
-    """One call for the rows of all models, laid end to end."""
+    """One call for the rows of all models, laid end to end: places beyond them are beyond the last model's, too."""
     in_place, places = operator is Tensor.scatter_reduce_, _places(*args[:4]) if len(args) > 3 else None
-    if places is None or args[1] % args[0].dim() or not all_true(mode, (places >= 0) & (places < len(args[0]))):
+    if places is None or args[1] % args[0].dim():
         return NotImplemented
     x, _, index, rows, *how = args
 
