@@ -17,7 +17,7 @@ from torch import nn
 import mbkit
 
 PACKAGE = Path(mbkit.__file__).parent
-ENTRIES, FILE_LINES, PACKAGE_LINES = 15, 300, 22_299
+ENTRIES, FILE_LINES, PACKAGE_LINES = 15, 300, 22_298
 
 # From the top down: a room may import from the rooms after it. `mbkit` is the front door, `__init__.py`.
 FLOORS = [

@@ -101,13 +101,14 @@ class Snapshot:
         now = map(dict.get, self._owners, self._keys, repeat(_ABSENT))
         return not any(self._empty) and all(map(is_, now, self._values)) and all(starmap(unchanged, self._held))
 
-    def put(self, contents: list[Any]) -> None:
-        """Write something else to the places, or these contents again."""
+    def put(self, contents: list[Any]) -> list[str]:
+        """Write something else to the places, or these contents again; return the names of what that has changed."""
         if contents is self.contents and self.holds:
-            return
-        for place, wanted in zip(self.places, contents, strict=True):
-            if not unchanged(place, wanted):
-                write(place, wanted)
+            return []
+        changed = [pair for pair in zip(self.places, contents, strict=True) if not unchanged(*pair)]
+        for place, wanted in changed:
+            write(place, wanted)
+        return [place.name for place, _ in changed]
 
 
 def _leaves(contents: Any) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..common.functions import DYNAMIC, names_in, parts_of, user_made
 from ..common.random_streams import PYTHON_GENERATORS, state_of
 from ..vmap import HOOKS, OnStack, version
-from .places import Place, read, unchanged, write
+from .places import Place, Snapshot, read
 
 PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 CONTAINERS = (list, dict, set, deque)
@@ -88,17 +88,13 @@ class PythonValues:
 
     def remember(self) -> Callable[[], list[str]]:
         """Return a function that puts everything back as it is now, and returns the names of what had changed."""
-        contents = [read(place) for place in self.places]
+        snapshot = Snapshot(self.places)
         copies = [(v, version(v), v.clone() if isinstance(v, Tensor) else v.copy(), name) for name, v in self.tensors]
         states = [(name, get, put, pickle.dumps(get())) for name, get, put in self.generators]
         misses = [cached.cache_info().misses for _, cached in self.caches]
 
         def undo() -> list[str]:
-            changed = []
-            for place, before in zip(self.places, contents, strict=True):
-                if not unchanged(place, before):
-                    write(place, before)
-                    changed.append(place.name)
+            changed = snapshot.put(snapshot.contents)
             for value, was, copied, name in copies:
                 is_tensor = isinstance(value, Tensor)  # some kernels edit tensors and count no version
                 if version(value) != was or (is_tensor and not torch.equal(value, copied)):

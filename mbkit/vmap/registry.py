@@ -95,7 +95,9 @@ def rule(
 
 def in_order(operator: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Return an operator's arguments as its rule expects them, whichever of them were given by their names."""
+    kwargs = dict(kwargs)
     try:
         return _ORDERS[operator](*args, **kwargs)
     except (KeyError, TypeError):  # of a wrong call, torch says what is wrong with it
-        return args, kwargs
+        by_name = not args and "input" in kwargs
+        return (kwargs.pop("input"),) if by_name else args, kwargs

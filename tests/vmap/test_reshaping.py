@@ -61,6 +61,7 @@ EDITS: dict[str, Callable[[Tensor], Tensor]] = {
     "an entry set": lambda h: h.__setitem__(0, 1.0),
     "copied over": lambda h: h.copy_(h.detach().flip(-1) + h),
     "through flatten": lambda h: h.flatten().add_(1),
+    "through flatten by name": lambda h: torch.flatten(input=h).add_(1),
     "through reshape": lambda h: h.reshape(-1).mul_(2),
     "through a turn": lambda h: h.transpose(0, -1).mul_(1.1),
     "filled": lambda h: h.masked_fill_(h.detach() > 1, 0.5),
@@ -102,6 +103,7 @@ class Drawn(nn.Module):
 @example(  # vmap lays the sum out in another order than it has alone, in which its reshape is a copy
     beginning="convolution", steps=[("repeated", 0), ("doubled", 0), ("through reshape", 0)], own=False
 )
+@example(beginning="convolution", steps=[("repeated", 0), ("doubled", 0), ("through flatten by name", 0)], own=False)
 @example(  # vmap would keep the edited tensor for the backward pass
     beginning="product", steps=[("selected", 0), ("scaled", 1)], own=False
 )
